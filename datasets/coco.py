@@ -1,0 +1,158 @@
+"""COCO captions: a folder with pictures and a captions file in; checked images and captions, in a fixed order, out.
+
+Any captions file in COCO's format is read, so also the built-in data set's. The expected layout is a `Layout`; for COCO 2017:
+
+    <root>/train2017/*.jpg  <root>/val2017/*.jpg  <root>/annotations/captions_{train,val}2017.json
+"""
+
+import contextlib
+import io
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools.coco import COCO
+from torch.utils.data import Dataset
+
+from utils.cli import UserError
+from utils.files import load_json
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a COCO-format data set keeps a split; "{split}" stands for its name."""
+
+    images: str
+    captions: str
+    relevance: str | None = None  # {caption id: [image ids]}, where more than one image is right for a caption
+
+
+class CocoCaptions:
+    """The captions of a split, in order of ascending annotation id, and the images they belong to, in order of ascending image id.
+
+    Args: root: folder. split: "train", "val", ... layout: Layout.
+    Attributes:
+        image_ids, caption_ids: lists of N and M ints, ascending.
+        image_files: N paths. image_names: N file names as the captions file gives them.
+        captions: M texts, as they stand in the file. image_of_caption: M image rows.
+        relevance: M lists of image rows, ascending, or None.
+    Raises: UserError that says what was expected and what was found.
+    """
+
+    def __init__(self, root, split, layout):
+        root = Path(root)
+        self.folder = root / layout.images.format(split=split)
+        self.captions_file = root / layout.captions.format(split=split)
+        for path in (self.captions_file, self.folder):
+            if not path.exists():
+                raise UserError(f"--data-root {root}: expected {path.relative_to(root)}, found {_listing(root)}")
+        document = load_json(self.captions_file)
+        _check(document, self.captions_file)
+        coco = COCO()
+        coco.dataset = document
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
+            coco.createIndex()
+        self.image_ids = sorted(coco.getImgIds())
+        self.caption_ids = sorted(coco.getAnnIds())
+        row_of_image = {image_id: row for row, image_id in enumerate(self.image_ids)}
+        annotations = coco.loadAnns(self.caption_ids)
+        self.captions = [annotation["caption"] for annotation in annotations]
+        self.image_of_caption = [row_of_image[annotation["image_id"]] for annotation in annotations]
+        self.image_names = [image["file_name"] for image in coco.loadImgs(self.image_ids)]
+        self.image_files = [self._inside(name) for name in self.image_names]
+        self.relevance = self._load_relevance(root, split, layout, row_of_image)
+
+    def _inside(self, name):
+        """The path of an image. Raises: UserError if it leads out of the images' folder, over a link too."""
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(f"{self.captions_file}: the image file {name!r} lies outside {self.folder}; give names inside it")
+        return path
+
+    def _load_relevance(self, root, split, layout, row_of_image):
+        path = root / (layout.relevance or "").format(split=split)
+        if layout.relevance is None or not path.exists():
+            return None
+        relevant = load_json(path)
+        try:
+            rows = [sorted({row_of_image[i] for i in relevant[str(caption_id)]}) for caption_id in self.caption_ids]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: no list of known image ids for every caption ({error}); make it anew with its captions file") from None
+        return rows
+
+
+class CocoImages(Dataset):
+    """The pictures of a split, decoded and transformed, in row order: for a DataLoader, so that worker processes do the work.
+
+    Args: files: N paths. transform: PIL image -> (3, H, W) tensor.
+    Returns by index: (tensor, None), or (None, what is wrong with the file), so that a broken file never stops a worker.
+    """
+
+    def __init__(self, files, transform):
+        self.files = [str(path) for path in files]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, row):
+        try:
+            return self.transform(read_rgb(self.files[row])), None
+        except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).replace(repr(self.files[row]), "the file")
+            return None, f"{self.files[row]}: {reason or type(error).__name__}"
+
+
+def read_rgb(path):
+    """A picture of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
+
+    16-bit and float grey are scaled to 8 bits rather than clipped, transparency is dropped.
+    Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
+                grey = np.asarray(image, dtype=np.float64) / 257
+                return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
+
+
+def _check(document, path):
+    """Raise a UserError at the first thing that is not as COCO's format has it; the message names the file and the entry."""
+
+    def need(condition, what):
+        if not condition:
+            raise UserError(f"{path}: {what}")
+
+    need(isinstance(document, dict), "not a COCO captions file: expected an object with 'images' and 'annotations'")
+    for section, fields in (("images", {"id": int, "file_name": str}), ("annotations", {"id": int, "image_id": int, "caption": str})):
+        entries = document.get(section)
+        need(isinstance(entries, list) and entries, f"'{section}' is missing or empty; expected a list with at least one entry")
+        seen = set()
+        for row, entry in enumerate(entries):
+            need(isinstance(entry, dict), f"{section}[{row}] is not an object")
+            for field, kind in fields.items():
+                value = entry.get(field)
+                right = isinstance(value, kind) and not isinstance(value, bool) and (kind is int or value.strip())
+                wanted = "a whole number" if kind is int else "a text that is not blank"
+                need(right, f"{section}[{row}] (id {entry.get('id')}): '{field}' is {json.dumps(value)[:80]}, expected {wanted}")
+            need(entry["id"] not in seen, f"{section}[{row}]: the id {entry['id']} comes twice; ids must be unique")
+            seen.add(entry["id"])
+        if section == "images":
+            known = seen
+    for row, entry in enumerate(document["annotations"]):
+        need(entry["image_id"] in known, f"annotations[{row}] (id {entry['id']}) belongs to image {entry['image_id']}, which is not among 'images'")
+
+
+def _listing(root):
+    """What is in a folder, for an error message."""
+    if not root.is_dir():
+        return "no such folder"
+    names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+    return f"only {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "an empty folder"

@@ -1,0 +1,157 @@
+"""The embeddings on disk: what cache_embeddings.py computed in, one folder a split out; and the way back, checked, for train.py and eval.py.
+
+    embeddings/<name>/<split>/image.pt  text.pt             (N, D) and (M, D), raw, float16 or float32
+                              cap_id_to_img_id.json         {caption row as a string: image row}
+                              captions.json  images.json    texts and file names, in row order
+                              relevance.json                a list of image rows for every caption, where more than one is right
+                              meta.json                     how they were made; written last
+    embeddings/<name>/texts/<stem>.{pt,json}                further texts, the prompt ladder among them
+
+The first three files are the paper repository's; a cache that has only these is accepted.
+"""
+
+from pathlib import Path
+
+import torch
+
+from utils.cli import UserError
+from utils.files import load_json, load_tensors, save_json, save_tensors
+
+ROOT = Path("embeddings")
+LADDER = "ladder"  # the stem of the prompt ladder among the texts
+
+
+class EmbeddingCache:
+    """One split of a cache.
+
+    Args: name: the folder under embeddings/. split: "train", "val", ... root: the folder embeddings/ itself.
+    Attributes:
+        image (N, D), text (M, D): raw embeddings. image_of_caption (M,) int64: image rows.
+        captions: M texts or None. images: N file names or None. relevance: M lists of image rows or None. meta: dict, empty if unknown.
+    Raises: UserError that names the file and what is wrong with it, or the command that makes a missing cache.
+    """
+
+    def __init__(self, name, split, root=ROOT):
+        self.name, self.split, self.folder = name, split, Path(root) / name / split
+        if not (self.folder / "image.pt").exists():
+            raise UserError(_missing(name, split, Path(root)))
+        self.image = _load_embeddings(self.folder / "image.pt")
+        self.text = _load_embeddings(self.folder / "text.pt")
+        if self.image.shape[1] != self.text.shape[1]:
+            widths = f"{self.image.shape[1]} and {self.text.shape[1]} wide"
+            raise UserError(f"{self.folder}: image.pt and text.pt are {widths}; image and text embeddings must come from one CLIP")
+        self.image_of_caption = _load_map(self.folder / "cap_id_to_img_id.json", len(self.text), len(self.image))
+        self.captions = self._optional_list("captions.json", len(self.text), str)
+        self.images = self._optional_list("images.json", len(self.image), str)
+        self.relevance = self._optional_list("relevance.json", len(self.text), list)
+        if self.relevance is not None:
+            _check_relevance(self.folder / "relevance.json", self.relevance, len(self.image))
+        self.meta = load_json(self.folder / "meta.json") if (self.folder / "meta.json").exists() else {}
+        if not isinstance(self.meta, dict):
+            raise UserError(f"{self.folder / 'meta.json'}: not an object; make the cache anew")
+
+    @property
+    def embed_dim(self):
+        """D."""
+        return self.image.shape[1]
+
+    def to(self, device):
+        """Move embeddings and map to a device. Returns: self."""
+        self.image, self.text, self.image_of_caption = (x.to(device) for x in (self.image, self.text, self.image_of_caption))
+        return self
+
+    def pairs(self, captions):
+        """The pairs of some captions. Args: captions (B,) int64 caption rows. Returns: (z_image (B, D), z_text (B, D))."""
+        return self.image[self.image_of_caption[captions]], self.text[captions]
+
+    def _optional_list(self, file, length, kind):
+        path = self.folder / file
+        if not path.exists():
+            return None
+        content = load_json(path)
+        if not isinstance(content, list) or len(content) != length or not all(isinstance(entry, kind) for entry in content):
+            raise UserError(f"{path}: expected a list of {length} entries; make the cache anew")
+        return content
+
+
+def write_split(folder, image, text, image_of_caption, captions, images, relevance, meta):
+    """Write one split. Args: as EmbeddingCache's attributes; relevance may be None. meta.json comes last: where it is, the split is whole."""
+    folder = Path(folder)
+    (folder / "meta.json").unlink(missing_ok=True)
+    save_tensors(image, folder / "image.pt")
+    save_tensors(text, folder / "text.pt")
+    save_json({str(caption): int(row) for caption, row in enumerate(image_of_caption)}, folder / "cap_id_to_img_id.json")
+    save_json(captions, folder / "captions.json")
+    save_json(images, folder / "images.json")
+    if relevance is not None:
+        save_json(relevance, folder / "relevance.json")
+    else:
+        (folder / "relevance.json").unlink(missing_ok=True)
+    save_json(meta, folder / "meta.json", indent=1)
+
+
+def write_texts(name, stem, embeddings, texts, meta, chains=None, root=ROOT):
+    """Write further texts: (T, D) embeddings, T texts; chains: lists of rows from general to specific, or None."""
+    folder = Path(root) / name / "texts"
+    save_tensors(embeddings, folder / f"{stem}.pt")
+    save_json({"texts": texts, "chains": chains, "clip": meta}, folder / f"{stem}.json", indent=1)
+
+
+def load_texts(name, stem, embed_dim, root=ROOT):
+    """Further texts of a cache. Returns: (texts, (T, D) embeddings, chains or None), or None where there are none.
+
+    Raises: UserError if the files do not fit each other or the cache.
+    """
+    path = Path(root) / name / "texts" / f"{stem}.pt"
+    if not path.exists() or not path.with_suffix(".json").exists():
+        return None
+    z, document = _load_embeddings(path), load_json(path.with_suffix(".json"))
+    texts = document.get("texts") if isinstance(document, dict) else None
+    if not isinstance(texts, list) or len(texts) != len(z) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path.with_suffix('.json')}: expected {len(z)} texts; run cache_embeddings.py again")
+    if z.shape[1] != embed_dim:
+        raise UserError(f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; run cache_embeddings.py again")
+    return texts, z, document.get("chains")
+
+
+def _load_embeddings(path):
+    z = load_tensors(path)
+    if not isinstance(z, torch.Tensor) or z.ndim != 2 or not z.is_floating_point() or 0 in z.shape:
+        kind = f"shape {tuple(z.shape)}, {z.dtype}" if isinstance(z, torch.Tensor) else type(z).__name__
+        raise UserError(f"{path}: expected a float tensor of shape (rows, width), found {kind}")
+    for start in range(0, len(z), 65536):  # in pieces: the check needs a copy of what it looks at
+        finite = torch.isfinite(z[start : start + 65536]).all(dim=1)
+        if not finite.all():
+            raise UserError(f"{path}: row {start + int((~finite).nonzero()[0])} is not finite; make the cache anew, in --precision fp32")
+    return z
+
+
+def _load_map(path, captions, images):
+    if not path.exists():
+        raise UserError(f"{path}: no such file; make the cache anew")
+    content = load_json(path)
+    if not isinstance(content, dict) or len(content) != captions:
+        raise UserError(f"{path}: expected an object with {captions} entries, one for every row of text.pt")
+    rows = []
+    for caption in range(captions):
+        row = content.get(str(caption))
+        if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < images:
+            raise UserError(f"{path}: caption {caption} belongs to {row!r}, expected an image row from 0 to {images - 1}")
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _check_relevance(path, relevance, images):
+    for caption, rows in enumerate(relevance):
+        if not rows or not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < images for row in rows):
+            raise UserError(f"{path}: entry {caption} is not a list of image rows from 0 to {images - 1} with at least one entry")
+
+
+def _missing(name, split, root):
+    there = sorted(path.parent.name for path in (root / name).glob("*/image.pt"))
+    if there:
+        return f"--dataset {name}: no {split} split in {root / name} (found {', '.join(there)}); run python cache_embeddings.py --split {split}"
+    caches = sorted({path.parent.parent.name for path in root.glob("*/*/image.pt")})
+    found = f" (found caches: {', '.join(caches)})" if caches else ""
+    hint = "" if name == "shapes" else ", or start with --dataset shapes, which needs no download: python cache_embeddings.py --dataset shapes"
+    return f"--dataset {name}: no cache in {root / name}{found}; make it with python cache_embeddings.py --dataset {name}{hint}"

@@ -1,0 +1,188 @@
+"""AsymVLM's densities and loss against mpmath, the golden file, and slow loops from the equations."""
+
+import json
+import math
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from models.asymvlm.adaptor import PowerSphericalAdaptor, VonMisesFisherAdaptor
+from models.asymvlm.distributions import (
+    KAPPA_MIN,
+    concentration,
+    power_spherical_log_normalizer,
+    power_spherical_log_prob,
+    von_mises_fisher_log_normalizer,
+    von_mises_fisher_log_prob,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
+DIMS = [16, 64, 128, 512, 768, 1152]
+KAPPAS = [1e-6, 1e-3, 0.1, 1.0, 8.0, 50.0, 300.0, 3000.0, 1e4]
+mpmath.mp.dps = 50
+
+
+def exact_vmf(kappa, dim):
+    v = mpmath.mpf(dim) / 2 - 1
+    return v * mpmath.log(kappa) - mpmath.mpf(dim) / 2 * mpmath.log(2 * mpmath.pi) - mpmath.log(mpmath.besseli(v, kappa))
+
+
+def exact_vmf_gradient(kappa, dim):
+    v = mpmath.mpf(dim) / 2
+    return -mpmath.besseli(v, kappa) / mpmath.besseli(v - 1, kappa)
+
+
+def exact_power_spherical(kappa, dim):
+    b = mpmath.mpf(dim - 1) / 2
+    a = b + kappa
+    return -((a + b) * mpmath.log(2) + mpmath.loggamma(a) - mpmath.loggamma(a + b) + b * mpmath.log(mpmath.pi))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_vmf_normalizer_is_exact_in_value_and_gradient(dim):
+    kappa = torch.tensor(KAPPAS, dtype=torch.float64, requires_grad=True)
+    value = von_mises_fisher_log_normalizer(kappa, dim)
+    (gradient,) = torch.autograd.grad(value.sum(), kappa)
+    single = von_mises_fisher_log_normalizer(kappa.detach().float(), dim)
+    for k, v, g, s in zip(KAPPAS, value.tolist(), gradient.tolist(), single.tolist(), strict=True):
+        exact, exact_gradient = float(exact_vmf(k, dim)), float(exact_vmf_gradient(k, dim))
+        assert abs(v - exact) <= 1e-6 * max(1, abs(exact))
+        assert g == pytest.approx(exact_gradient, rel=1e-6)
+        assert abs(s - exact) <= 2e-3
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_power_spherical_normalizer_is_exact_in_value_and_gradient(dim):
+    kappa = torch.tensor(KAPPAS, dtype=torch.float64, requires_grad=True)
+    value = power_spherical_log_normalizer(kappa, dim)
+    (gradient,) = torch.autograd.grad(value.sum(), kappa)
+    single = power_spherical_log_normalizer(kappa.detach().float(), dim)
+    for k, v, g, s in zip(KAPPAS, value.tolist(), gradient.tolist(), single.tolist(), strict=True):
+        exact = float(exact_power_spherical(k, dim))
+        exact_gradient = float(-(mpmath.log(2) + mpmath.digamma((dim - 1) / mpmath.mpf(2) + k) - mpmath.digamma(dim - 1 + mpmath.mpf(k))))
+        assert abs(v - exact) <= 1e-9 * max(1, abs(exact))
+        assert g == pytest.approx(exact_gradient, rel=1e-9)
+        assert abs(s - exact) <= 1e-5 * max(1, abs(exact))
+
+
+def test_vmf_normalizer_matches_golden_values():
+    for entry in GOLDEN["vmf_log_normalizer_exact"]:
+        value = von_mises_fisher_log_normalizer(torch.tensor(entry["kappa"], dtype=torch.float64), entry["dim"]).item()
+        assert abs(value - entry["value"]) <= 1e-6 * max(1, abs(entry["value"]))
+
+
+@pytest.mark.parametrize("log_normalizer", [power_spherical_log_normalizer, von_mises_fisher_log_normalizer])
+@pytest.mark.parametrize("dim", [16, 512])
+def test_normalizers_tend_to_the_uniform_density(log_normalizer, dim):
+    uniform = math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)  # 1 / surface of the sphere
+    assert log_normalizer(torch.tensor(1e-9, dtype=torch.float64), dim).item() == pytest.approx(uniform, rel=1e-9, abs=1e-7)
+
+
+def test_normalizers_tend_to_their_limits_at_large_kappa():
+    kappa = torch.tensor(1e7, dtype=torch.float64)
+    b, v = (16 - 1) / 2, 16 / 2 - 1
+    power_spherical = b * math.log(1e7 / (4 * math.pi)) - 1e7 * math.log(2)
+    assert power_spherical_log_normalizer(kappa, 16).item() - power_spherical == pytest.approx(0, abs=1e-4)
+    von_mises_fisher = (v + 0.5) * math.log(1e7 / (2 * math.pi)) - 1e7
+    assert von_mises_fisher_log_normalizer(kappa, 16).item() - von_mises_fisher == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("log_prob", [power_spherical_log_prob, von_mises_fisher_log_prob])
+@pytest.mark.parametrize("kappa", [0.5, 20.0, 400.0])
+@pytest.mark.parametrize("dim", [4, 16])
+def test_density_integrates_to_one(log_prob, kappa, dim):
+    t = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]  # mu.x; the sphere is cut into rings of constant t
+    x = torch.zeros(len(t), dim, dtype=torch.float64)
+    x[:, 0], x[:, 1] = t, torch.sqrt(1 - t**2)
+    eta = torch.zeros(1, dim, dtype=torch.float64)
+    eta[0, 0] = kappa
+    ring = math.log(2) + (dim - 1) / 2 * math.log(math.pi) - math.lgamma((dim - 1) / 2)  # surface of a ring's sphere
+    density = torch.exp(log_prob(x, eta)[:, 0] + ring + (dim - 3) / 2 * torch.log1p(-(t**2)))
+    assert torch.trapezoid(density, t).item() == pytest.approx(1, abs=2e-4)
+
+
+@pytest.mark.parametrize(("method", "log_prob"), [("asymvlm-psd", power_spherical_log_prob), ("asymvlm-vmf", von_mises_fisher_log_prob)])
+def test_similarity_and_loss_match_the_golden_file(method, log_prob):
+    golden = GOLDEN[method]
+    adaptor = {"asymvlm-psd": PowerSphericalAdaptor, "asymvlm-vmf": VonMisesFisherAdaptor}[method](16).double()
+    adaptor.temperature.data.fill_(golden["temperature"])
+    (x,) = adaptor.encode_image(torch.tensor(golden["z_image"], dtype=torch.float64))
+    eta = torch.tensor(golden["eta"], dtype=torch.float64)
+    similarity = np.array(golden["similarity"])
+    np.testing.assert_allclose(log_prob(x, eta).numpy(), similarity, rtol=1e-9)
+    np.testing.assert_allclose(adaptor.score((x,), (eta,)).numpy(), similarity, rtol=1e-9)
+    assert adaptor.loss(x, eta).item() == pytest.approx(golden["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("adaptor_class", [PowerSphericalAdaptor, VonMisesFisherAdaptor])
+def test_loss_and_gradient_equal_a_slow_loop_over_pairs(adaptor_class):
+    torch.manual_seed(0)
+    batch, dim = 5, 8
+    x = torch.nn.functional.normalize(torch.randn(batch, dim, dtype=torch.float64), dim=-1)
+    eta = (7 * torch.randn(batch, dim, dtype=torch.float64)).requires_grad_()
+    adaptor = adaptor_class(dim).double()
+    (gradient,) = torch.autograd.grad(adaptor.loss(x, eta), eta)
+
+    def slow(eta):
+        """The paper's loss, pair by pair, in mpmath."""
+        log_p = [[None] * batch for _ in range(batch)]
+        for i in range(batch):
+            for j in range(batch):
+                row = [mpmath.mpf(value) for value in eta[j]]
+                kappa = mpmath.sqrt(sum(value**2 for value in row))
+                cosine = sum(mpmath.mpf(float(a)) * b for a, b in zip(x[i], row, strict=True)) / kappa
+                if adaptor_class is PowerSphericalAdaptor:
+                    log_p[i][j] = exact_power_spherical(kappa, dim) + kappa * mpmath.log(1 + cosine)
+                else:
+                    log_p[i][j] = exact_vmf(kappa, dim) + kappa * cosine
+        total = 0
+        for i in range(batch):
+            total -= log_p[i][i] - mpmath.log(sum(mpmath.exp(log_p[i][j]) for j in range(batch)))
+            total -= log_p[i][i] - mpmath.log(sum(mpmath.exp(log_p[j][i]) for j in range(batch)))
+        return total / (2 * batch)
+
+    values = eta.detach().tolist()
+    tolerance = 1e-9 if adaptor_class is PowerSphericalAdaptor else 2e-6  # the expansion is less exact at D = 8 than at the widths of CLIPs
+    assert adaptor.loss(x, eta).item() == pytest.approx(float(slow(values)), rel=tolerance)
+    for j, d in [(0, 0), (2, 3), (4, 7)]:
+        step = mpmath.mpf("1e-12")
+        up, down = ([row[:] for row in values] for _ in range(2))
+        up[j][d], down[j][d] = mpmath.mpf(values[j][d]) + step, mpmath.mpf(values[j][d]) - step
+        assert gradient[j, d].item() == pytest.approx(float((slow(up) - slow(down)) / (2 * step)), rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("adaptor_class", [PowerSphericalAdaptor, VonMisesFisherAdaptor])
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-3, 1.0, 1e4])
+def test_loss_and_gradient_are_finite_at_the_extremes(adaptor_class, scale, dtype):
+    x = torch.nn.functional.normalize(torch.randn(4, 512, dtype=dtype, generator=torch.Generator().manual_seed(0)), dim=-1)
+    eta = (-scale * x.roll(1, 0)).contiguous().requires_grad_()  # mu.x = -1 for one pair of each text
+    adaptor = adaptor_class(512).to(dtype)
+    loss = adaptor.loss(x, eta)
+    (gradient,) = torch.autograd.grad(loss, eta)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+    assert torch.isfinite(adaptor.describe_text(eta)[0]).all()
+    assert torch.isfinite(adaptor.describe_text(eta)[1]).all()
+
+
+def test_cosine_beyond_minus_one_by_rounding_is_finite():
+    x = torch.tensor([[1.0, 0, 0, 0]])
+    eta = torch.tensor([[-5.0000005, 0, 0, 0]], requires_grad=True)
+    value = power_spherical_log_prob(x * 1.0000002, eta)
+    value.backward()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(eta.grad).all()
+
+
+def test_uncertainty_is_the_inverse_concentration():
+    adaptor = PowerSphericalAdaptor(16)
+    eta = torch.tensor([[3.0, 4.0] + [0.0] * 14, [0.0] * 16])
+    mean, uncertainty = adaptor.describe_text(eta)
+    assert uncertainty[0].item() == pytest.approx(0.2)
+    assert uncertainty[1].item() == pytest.approx(1 / KAPPA_MIN)
+    assert mean[0, :2].tolist() == pytest.approx([0.6, 0.8])
+    assert concentration(eta)[0].item() == pytest.approx(5.0)

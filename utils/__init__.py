@@ -1,0 +1,1 @@
+"""What the scripts share: files, command line, CLIP, seeds, checkpoints, metrics, reports."""

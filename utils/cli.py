@@ -1,0 +1,70 @@
+"""The command line's manners: bad input ends in one line on stderr and exit status 2, whatever the script."""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message names the file or flag and says what to do, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like every other error of ours."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def non_negative(text):
+    """An argparse type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def run(main, argv=None):
+    """Call main(argv) as a script does.
+
+    Args: main: function of a list of arguments (None: those of the process).
+    Returns: exit status: 0; 2 after a UserError, a full disk or a file that may not be read or written; 130 after Ctrl-C.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("httpx", "huggingface_hub", "open_clip", "matplotlib", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    name = os.path.basename(sys.argv[0]) or "python"
+    try:
+        main(argv)
+    except (UserError, OSError) as error:
+        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{name}: interrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error):
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; make room and run the same command again"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,89 @@
+"""Files that appear whole or not at all, and tensors and JSON that are checked before anyone believes them."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from utils.cli import UserError
+
+
+@contextlib.contextmanager
+def written_aside(path):
+    """Open a file for writing beside its place; it takes its place, flushed to disk, when the block ends without an error.
+
+    Args: path: where the file is to stand; its folder is made if needed.
+    Yields: a binary file object. Raises: OSError as the file system gives it; nothing is left behind then.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_tensors(content, path):
+    """Write tensors and plain types, whole or not at all. The same content gives the same bytes (the name does not enter them)."""
+    with written_aside(path) as file:
+        torch.save(content, file)
+
+
+def save_json(content, path, indent=None):
+    """Write JSON, whole or not at all; NaN and infinity, which JSON does not have, raise ValueError."""
+    with written_aside(path) as file:
+        file.write((json.dumps(content, indent=indent, allow_nan=False) + "\n").encode())
+
+
+def load_tensors(path):
+    """Read a file of tensors and plain types without running anything that may be in it.
+
+    Raises: UserError if the file is no such file, or declares more values than it holds. FileNotFoundError if there is none.
+    """
+    with open(path, "rb"):  # a missing or forbidden file says so itself
+        pass
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # noqa: BLE001  junk raises nearly anything here, and nothing but the reading stands in this block
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a file of tensors that can be read safely ({reason})") from None
+    for tensor in _tensors_in(content):
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(f"{path}: holds a tensor of shape {tuple(tensor.shape)} that is not stored in full; write it again with torch.save")
+    return content
+
+
+def _is_zip(path):
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"  # older archives cannot be memory-mapped
+
+
+def _tensors_in(content):
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors_in(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _tensors_in(value)
+
+
+def load_json(path):
+    """Read JSON. Raises: UserError if the file is not JSON. FileNotFoundError if there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None

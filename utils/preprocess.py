@@ -1,0 +1,184 @@
+"""A CLIP by name and weights in; its model, image transform and tokenizer, and what is worth writing down about them, out."""
+
+import difflib
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.cli import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HUB = ("huggingface.co", 443)
+TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, and no weights
+
+
+@dataclass
+class Clip:
+    """A frozen CLIP. model: open_clip model in eval mode. transform: PIL image -> (3, H, W). tokenizer: list of texts -> (N, L).
+    info: plain types: model, pretrained, embed_dim, image_size, mean, std, context_length, logit_scale."""
+
+    model: torch.nn.Module
+    transform: object
+    tokenizer: object
+    info: dict
+
+
+def load_clip(name, pretrained, device="cpu"):
+    """Load a CLIP.
+
+    Args: name: an open_clip model, or the path of a model configuration (.json). pretrained: an open_clip tag, or the path of weights: a
+    state dict (.safetensors, .pt) or OpenAI's TorchScript archive. device: where it is to run. Relative paths are also looked for in the
+    repository itself.
+    Returns: Clip. Raises: UserError where the name, the tag or the file is not there or they do not belong together.
+    """
+    weights = _local_file(pretrained)
+    if weights is None:
+        _say_at_once_if_offline()
+    import open_clip  # slow to import, and the environment must be set first
+
+    model_name = _register(open_clip, name)
+    if weights is None:
+        _check_tag(open_clip, model_name, pretrained)
+    quiet = logging.getLogger()
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = _create(open_clip, model_name, pretrained, weights)
+            tokenizer = open_clip.get_tokenizer(model_name)
+    finally:
+        quiet.setLevel(level)
+    if weights is not None and not _quick_gelu(open_clip, model_name) and f"{model_name}-quickgelu" in open_clip.list_models():
+        logging.warning("note: %s has no QuickGELU; weights that OpenAI trained need --model %s-quickgelu", model_name, model_name)
+    model.eval().requires_grad_(False).to(device)
+    settings = open_clip.get_model_preprocess_cfg(model)
+    transform = open_clip.image_transform_v2(open_clip.PreprocessCfg(**settings), is_train=False)
+    size = model.visual.image_size
+    info = {
+        "model": str(name),
+        "pretrained": str(pretrained),
+        "image_size": list(size) if isinstance(size, tuple | list) else [size, size],
+        "mean": [float(value) for value in settings["mean"]],
+        "std": [float(value) for value in settings["std"]],
+        "context_length": int(getattr(tokenizer, "context_length", 0) or 0),
+        "logit_scale": float(model.logit_scale.detach().float().exp()) if hasattr(model, "logit_scale") else None,
+    }
+    return Clip(model, transform, tokenizer, info)
+
+
+def tokenize(clip, texts):
+    """Texts to token rows. Args: texts: N strings. Returns: ((N, L) int64, N bools: cut off at the end, N bools: has an unknown word).
+
+    A text that is longer than the context is cut, as every CLIP does. A word is unknown if the model's embedding of it is zero, which
+    only the built-in CLIP's are: it has a vocabulary of its own little world.
+    """
+    tokens = clip.tokenizer(texts)
+    length = tokens.shape[1]
+    if hasattr(clip.tokenizer, "encode"):
+        cut = [len(clip.tokenizer.encode(_cleaned(clip.tokenizer, text))) + 2 > length for text in texts]
+    else:
+        cut = (tokens[:, -1] != tokens[:, -1].mode().values).tolist()  # no row ends in padding but a full one
+    unknown = torch.zeros(len(texts), dtype=torch.bool)
+    embedding = getattr(getattr(clip.model, "text", clip.model), "token_embedding", None)
+    if embedding is not None:
+        empty = (embedding.weight == 0).all(dim=1).cpu()
+        empty[0] = False  # padding
+        unknown = empty[tokens].any(dim=1)
+    return tokens, cut, unknown.tolist()
+
+
+def _cleaned(tokenizer, text):
+    return tokenizer.clean_fn(text) if hasattr(tokenizer, "clean_fn") else text
+
+
+def _local_file(pretrained):
+    """The file that --pretrained names, or None if it names a tag."""
+    if not pretrained:
+        raise UserError("--pretrained is empty: without weights the embeddings would be random; give a tag or a local file")
+    for path in (Path(pretrained).expanduser(), REPOSITORY / pretrained):
+        if path.is_file():
+            return path
+    if "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        raise UserError(f"--pretrained {pretrained}: no such file")
+    return None
+
+
+def _register(open_clip, name):
+    """The open_clip name of --model, after adding a configuration file to open_clip's list."""
+    if not name.endswith(".json"):
+        if name not in open_clip.list_models():
+            close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
+            raise UserError(f"--model {name}: open_clip has no such model; close to it: {', '.join(close) or 'none'}")
+        return name
+    path = next((p for p in (Path(name).expanduser(), REPOSITORY / name) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"--model {name}: no such file")
+    open_clip.add_model_config(path)
+    if path.stem not in open_clip.list_models():
+        raise UserError(f"--model {name}: not an open_clip model configuration (embed_dim, vision_cfg, text_cfg)")
+    return path.stem
+
+
+def _check_tag(open_clip, name, tag):
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        known = f"its tags are {', '.join(tags)}" if tags else "it has no published weights"
+        raise UserError(f"--pretrained {tag}: no such file, and no tag of {name}: {known}; or give a local file")
+
+
+def _quick_gelu(open_clip, name):
+    return bool(open_clip.get_model_config(name).get("quick_gelu"))
+
+
+def _create(open_clip, name, pretrained, weights):
+    """The model with its weights, in float32 on the CPU."""
+    if weights is None:
+        try:
+            return open_clip.create_model(name, pretrained=pretrained, precision="fp32")
+        except Exception as error:  # noqa: BLE001  the hub's libraries raise many things
+            raise UserError(
+                f"--pretrained {pretrained}: cannot be downloaded ({str(error).splitlines()[0][:90]}); "
+                "give the path of a local weights file instead, or try --dataset shapes, which needs no download"
+            ) from None
+    try:
+        archive = torch.jit.load(str(weights), map_location="cpu") if _is_torchscript(weights) else None
+    except Exception as error:  # noqa: BLE001  as above
+        raise UserError(f"--pretrained {pretrained}: not readable ({str(error).splitlines()[0][:90]})") from None
+    if archive is not None and not _quick_gelu(open_clip, name):
+        raise UserError(f"--model {name}: {weights.name} is OpenAI's archive, whose weights need QuickGELU: --model {name}-quickgelu")
+    try:
+        if archive is None:
+            return open_clip.create_model(name, pretrained=str(weights), precision="fp32")
+        model = open_clip.create_model(name, pretrained=None, precision="fp32")
+        state = {key: value.float() for key, value in archive.state_dict().items() if key not in TORCHSCRIPT_EXTRAS}
+        model.load_state_dict(state)
+        return model
+    except Exception as error:  # noqa: BLE001  as above
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--pretrained {pretrained}: not weights of {name} ({reason})") from None
+
+
+def _is_torchscript(path):
+    """Whether a file is a zip archive with code in it, as torch.jit.save writes."""
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist())
+
+
+def _say_at_once_if_offline():
+    """Without a network the hub's client would try for most of a minute; it fails at once when told. Cached weights still load."""
+    if any(os.environ.get(key) for key in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    try:
+        socket.create_connection(HUB, timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"

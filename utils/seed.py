@@ -1,0 +1,19 @@
+"""A seed in, the same random numbers in every library out."""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and torch, and ask torch for deterministic kernels where it has them.
+
+    Args: seed: int of at least 0.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(True, warn_only=True)
