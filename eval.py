@@ -1,9 +1,10 @@
-"""Checkpoint and embeddings in, retrieval by uncertainty level out: a table, results/<name>/<seed>/<method>.json and .npz.
+"""Checkpoint and embeddings in, retrieval by uncertainty level out: tables, results/<name>/<seed>/<method>.json and .npz.
 
 python eval.py --uncer_levels 10
-python eval.py --dataset shapes --method asymvlm-psd asymvlm-vmf --seed 0 1 2
+python eval.py --dataset shapes --method all --seed 0 1 2
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -18,24 +19,27 @@ from utils.cli import Parser, UserError, positive, run
 from utils.device import pick_device
 from utils.files import save_json, written_aside
 from utils.metrics import ambiguity_metrics, rank_queries, retrieval_metrics
-from utils.report import number, text_table
+from utils.report import comma_separated, compare, markdown, screen
 
 ROOT = Path("results")
 CHUNK = 4096  # rows that are encoded at a time
+LOGIT_SCALE = 100.0  # of the frozen CLIP's cosines where meta.json does not know it: CLIP's own upper bound, which OpenAI's models reach
 
 
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
-    paths = {(method, seed): checkpoint_path(args.dataset, seed, method) for seed in args.seed for method in args.method}
     cache = EmbeddingCache(args.dataset, args.split).to(device)
-    queries = min(len(cache.text), len(cache.image_of_caption.unique()))
+    queries = len(cache.image_of_caption.unique())
     if args.uncer_levels > queries:
-        raise UserError(f"--uncer_levels {args.uncer_levels}: there are only {queries} queries; choose fewer levels")
+        raise UserError(f"--uncer_levels {args.uncer_levels}: there are only {queries} image queries in {cache.folder}; choose fewer levels")
+    paths = {(method, seed): checkpoint_path(args.dataset, seed, method) for method in args.method for seed in args.seed}
     for (method, seed), path in paths.items():
         if not path.exists():
             raise UserError(f"{path}: no such checkpoint; make it with python train.py --dataset {args.dataset} --method {method} --seed {seed}")
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim)
+    folder = ROOT / args.dataset
+    results = evaluate_baselines(cache, args, folder)
     for (method, seed), path in paths.items():
         adaptor = load_adaptor(path, device, method)
         if adaptor.embed_dim != cache.embed_dim:
@@ -43,9 +47,17 @@ def main(argv=None):
                 f"{path}: trained on embeddings {adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide; train again"
             )
         result, answers = evaluate(adaptor, cache, args.uncer_levels, ladder)
-        result["config"] = {"dataset": args.dataset, "split": args.split, "method": method, "seed": seed, "uncer_levels": args.uncer_levels}
-        save(result, answers, ROOT / args.dataset / str(seed) / method)
-        print(screen(result, cache), flush=True)
+        save(result, answers, args, method, seed, folder / str(seed) / method)
+        results.setdefault(method, []).append(result)
+    tables = compare(results)
+    with written_aside(folder / "comparison.md") as file:
+        file.write(markdown(tables).encode())
+    with written_aside(folder / "comparison.csv") as file:
+        file.write(comma_separated(tables).encode())
+    seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
+    print(f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}\n")
+    print(screen(results))
+    logging.info("\nwritten to %s: a .json and .npz for every method and seed; comparison.md and comparison.csv", folder)
 
 
 def parse(argv):
@@ -60,6 +72,7 @@ def parse(argv):
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
+    args.seed = list(dict.fromkeys(args.seed))
     return args
 
 
@@ -73,24 +86,80 @@ def evaluate(adaptor, cache, levels, ladder=None):
     image = in_chunks(adaptor.encode_image, cache.image)
     text = in_chunks(adaptor.encode_text, cache.text)
     uncertainty = adaptor.describe_text(*text)[1].double().cpu().numpy()
-    image_of_caption = cache.image_of_caption.cpu().numpy()
 
     def score(images, captions):
-        return adaptor.score([part[images] for part in image], [part[captions] for part in text]).cpu().numpy()
+        return adaptor.score([part[images] for part in image], [part[captions] for part in text])
 
-    answers = rank_queries(score, image_of_caption, len(cache.image), uncertainty)
+    answers = rank(score, cache, uncertainty)
+    result = figures(answers, cache, levels)
+    if ladder is not None:
+        texts, z, _ = ladder
+        values = adaptor.adapt_text(z.to(cache.text.device))[1].tolist()
+        result["ladder"] = [{"prompt": prompt, "uncertainty": value} for prompt, value in zip(texts, values, strict=True)]
+    return result, answers
+
+
+@torch.inference_mode()
+def evaluate_baselines(cache, args, folder):
+    """What the frozen CLIP's cosine gives: without an uncertainty, and with two that need no training.
+
+    softmax-entropy: the entropy of a caption's softmax over the gallery's images. It needs the gallery; 1/kappa needs the text alone.
+    caption-length: a caption of fewer words is less certain.
+    Returns: {row name: [result]}, as for `compare`.
+    """
+    image, text = cache.image.float(), cache.text.float()
+
+    def score(images, captions):
+        return cosine_similarity(image[images], text[captions])
+
+    scale = cache.meta.get("logit_scale") or LOGIT_SCALE
+    uncertainties = {"frozen cosine": None, "softmax-entropy": gallery_entropy(image, text, scale)}
+    if cache.captions is not None:
+        uncertainties["caption-length"] = -np.array([len(caption.split()) for caption in cache.captions], dtype=np.float64)
+    answers = rank(score, cache, np.zeros(len(text)))
+    results = {}
+    for name, uncertainty in uncertainties.items():
+        if uncertainty is None:
+            result = figures(answers, cache, args.uncer_levels)
+            recall_only = {key: {k: v for k, v in result["metrics"][key].items() if k.startswith("R@")} for key in result["metrics"]}
+            results[name] = [{"metrics": recall_only}]
+            continue
+        answers["t2i"]["uncertainty"] = uncertainty
+        answers["i2t"]["uncertainty"] = uncertainty[answers["i2t"]["top1"]]
+        result = figures(answers, cache, args.uncer_levels)
+        save(result, answers, args, name, None, folder / "baselines" / name)
+        results[name] = [result]
+    return results
+
+
+def gallery_entropy(image, text, scale):
+    """Entropy, in nats, of every caption's softmax over the gallery. Args: image (N, D), text (M, D), scale of the cosines. Returns: (M,) array."""
+    parts = []
+    for part in text.split(CHUNK):
+        log_p = (scale * cosine_similarity(image, part)).log_softmax(dim=0)  # (N, chunk)
+        parts.append(-(log_p.exp() * log_p).sum(dim=0))
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def rank(score, cache, uncertainty):
+    """`rank_queries` over a cache, with scores from torch."""
+
+    def as_array(images, captions):
+        rows = (torch.from_numpy(x).to(cache.text.device) for x in (images, captions))
+        return score(*rows).cpu().numpy()
+
+    return rank_queries(as_array, cache.image_of_caption.cpu().numpy(), len(cache.image), uncertainty)
+
+
+def figures(answers, cache, levels):
+    """The figures of some answers, in the form in which they are written: "t2i", "i2t", "metrics"."""
     result = {"metrics": {}}
     for direction in ("t2i", "i2t"):
         result[direction], result["metrics"][direction] = retrieval_metrics(answers[direction], levels)
     if cache.relevance is not None:
         lengths = [len(caption.split()) for caption in cache.captions]
         result["metrics"]["ambiguity"] = ambiguity_metrics(answers["t2i"], cache.relevance, lengths)
-        result["metrics"]["ambiguity"]["R@1_described_frozen"] = described_by_cosine(cache, image_of_caption)
-    if ladder is not None:
-        texts, z, _ = ladder
-        values = adaptor.adapt_text(z.to(cache.text.device))[1].tolist()
-        result["ladder"] = [{"prompt": prompt, "uncertainty": value} for prompt, value in zip(texts, values, strict=True)]
-    return result, answers
+    return result
 
 
 def in_chunks(encode, z):
@@ -99,48 +168,12 @@ def in_chunks(encode, z):
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def described_by_cosine(cache, image_of_caption):
-    """Share of captions that describe the image which the frozen CLIP's cosine ranks first."""
-
-    def score(images, captions):
-        return cosine_similarity(cache.image[images], cache.text[captions]).cpu().numpy()
-
-    answers = rank_queries(score, image_of_caption, len(cache.image), np.zeros(len(image_of_caption)))
-    return ambiguity_metrics(answers["t2i"], cache.relevance, np.zeros(len(image_of_caption)))["R@1_described"]
-
-
-def save(result, answers, path):
+def save(result, answers, args, method, seed, path):
     """Write <path>.json and <path>.npz: one entry a query, <direction>_<what> for all that `rank_queries` returns."""
+    result["config"] = {"dataset": args.dataset, "split": args.split, "method": method, "seed": seed, "uncer_levels": args.uncer_levels}
     save_json(result, path.with_suffix(".json"), indent=1)
     with written_aside(path.with_suffix(".npz")) as file:
         np.savez_compressed(file, **{f"{direction}_{key}": values for direction, fields in answers.items() for key, values in fields.items()})
-
-
-def screen(result, cache):
-    """The result as a person reads it: the levels, the figures, the ambiguity where it is known, the ladder."""
-    config, metrics = result["config"], result["metrics"]
-    names = {"t2i": "text-to-image", "i2t": "image-to-text"}
-    levels = len(result["t2i"])
-    lines = [
-        f"{config['method']}, seed {config['seed']}, on {config['dataset']}/{config['split']}: {len(cache.image)} images, {len(cache.text)} captions",
-        "",
-        "R@1 by uncertainty level, from the most certain queries (1) to the least",
-        text_table(["", *map(str, range(1, levels + 1))], [[name, *(number(r, 2) for r in result[key])] for key, name in names.items()]),
-        "",
-        text_table(["", *metrics["t2i"]], [[name, *(number(value) for value in metrics[key].values())] for key, name in names.items()]),
-    ]
-    if "ambiguity" in metrics:
-        ambiguity = metrics["ambiguity"]
-        lines += [
-            "",
-            f"Spearman of uncertainty and exact ambiguity {number(ambiguity['spearman'])}, "
-            f"given caption length {number(ambiguity['partial_spearman_given_length'])}",
-            f"first image is one that the caption describes: {number(ambiguity['R@1_described'])}, "
-            f"frozen CLIP {number(ambiguity['R@1_described_frozen'])}",
-        ]
-    if "ladder" in result:
-        lines += ["", text_table(["prompt", "uncertainty"], [[rung["prompt"], f"{rung['uncertainty']:.4e}"] for rung in result["ladder"]])]
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

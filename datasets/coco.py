@@ -66,9 +66,13 @@ class CocoCaptions:
         self.relevance = self._load_relevance(root, split, layout, row_of_image)
 
     def _inside(self, name):
-        """The path of an image. Raises: UserError if it leads out of the images' folder, over a link too."""
+        """The path of an image. Raises: UserError if it leads out of the images' folder, over a link too, or nowhere."""
         path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except (ValueError, RuntimeError):  # a character that no file name can have; a link that leads to itself
+            raise UserError(f"{self.captions_file}: the image file {name!r} cannot be the name of a file; mend it") from None
+        if not inside:
             raise UserError(f"{self.captions_file}: the image file {name!r} lies outside {self.folder}; give names inside it")
         return path
 
@@ -81,6 +85,8 @@ class CocoCaptions:
             rows = [sorted({row_of_image[i] for i in relevant[str(caption_id)]}) for caption_id in self.caption_ids]
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: no list of known image ids for every caption ({error}); make it anew with its captions file") from None
+        if not all(rows):
+            raise UserError(f"{path}: caption {self.caption_ids[rows.index([])]} has no image; make it anew with its captions file")
         return rows
 
 
@@ -109,18 +115,29 @@ class CocoImages(Dataset):
 def read_rgb(path):
     """A picture of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
 
-    16-bit and float grey are scaled to 8 bits rather than clipped, transparency is dropped.
-    Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels.
+    Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather than clipped, transparency is dropped.
+    Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels; ValueError on nan or infinity.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
-                grey = np.asarray(image, dtype=np.float64) / 257
-                return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+            if image.mode.startswith("I") or image.mode == "F":
+                return _scaled(image)
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
+
+
+def _scaled(image):
+    """Grey of more than 8 bits as RGB. White is 65535 if the file says that it has 16 bits; else the least of 1 (floats only), 255, 65535 and the
+    largest value that leaves no value above white."""
+    grey = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(grey).all():
+        raise ValueError("it has pixels that are not finite")
+    has_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    whites = (65535,) if has_16_bits else (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    white = next((white for white in whites if grey.max() <= white), grey.max())
+    return Image.fromarray((grey / white * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
 def _check(document, path):

@@ -19,6 +19,7 @@ from utils.files import load_json, load_tensors, save_json, save_tensors
 
 ROOT = Path("embeddings")
 LADDER = "ladder"  # the stem of the prompt ladder among the texts
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what an embedding may be stored in
 
 
 class EmbeddingCache:
@@ -115,15 +116,17 @@ def load_texts(name, stem, embed_dim, root=ROOT):
 
 
 def _load_embeddings(path):
+    if not path.exists():
+        raise UserError(f"{path}: no such file; make the cache anew")
     z = load_tensors(path)
-    if not isinstance(z, torch.Tensor) or z.ndim != 2 or not z.is_floating_point() or 0 in z.shape:
+    if not isinstance(z, torch.Tensor) or z.ndim != 2 or z.dtype not in FLOATS or 0 in z.shape:
         kind = f"shape {tuple(z.shape)}, {z.dtype}" if isinstance(z, torch.Tensor) else type(z).__name__
         raise UserError(f"{path}: expected a float tensor of shape (rows, width), found {kind}")
     for start in range(0, len(z), 65536):  # in pieces: the check needs a copy of what it looks at
         finite = torch.isfinite(z[start : start + 65536]).all(dim=1)
         if not finite.all():
             raise UserError(f"{path}: row {start + int((~finite).nonzero()[0])} is not finite; make the cache anew, in --precision fp32")
-    return z
+    return z.detach()  # a tensor that was saved with a gradient to come would get one in training
 
 
 def _load_map(path, captions, images):
@@ -150,7 +153,7 @@ def _check_relevance(path, relevance, images):
 def _missing(name, split, root):
     there = sorted(path.parent.name for path in (root / name).glob("*/image.pt"))
     if there:
-        return f"--dataset {name}: no {split} split in {root / name} (found {', '.join(there)}); run python cache_embeddings.py --split {split}"
+        return f"--dataset {name}: no {split} split in {root / name} (found {', '.join(there)}); run python cache_embeddings.py --dataset {name} --split {split}"
     caches = sorted({path.parent.parent.name for path in root.glob("*/*/image.pt")})
     found = f" (found caches: {', '.join(caches)})" if caches else ""
     hint = "" if name == "shapes" else ", or start with --dataset shapes, which needs no download: python cache_embeddings.py --dataset shapes"

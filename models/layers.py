@@ -53,3 +53,33 @@ def unit(x):
 def cosine_similarity(x, y):
     """Cosines of all pairs: x (N, D), y (M, D) -> (N, M) in [-1, 1], up to rounding."""
     return unit(x) @ unit(y).T
+
+
+class GaussianHead(nn.Module):
+    """A diagonal Gaussian around the direction of an embedding: mean = unit(z), log_var = MLP(unit(z)) (PCME++ and ProLIP)."""
+
+    def __init__(self, embed_dim):
+        super().__init__()
+        self.log_var = mlp(embed_dim)
+
+    def forward(self, z):
+        """(N, D) -> mean (N, D), log_var (N, D)."""
+        mean = unit(z)
+        return mean, self.log_var(mean)
+
+
+@full_precision
+def total_variance(log_var):
+    """sum_d exp(log_var_d), (N, D) -> (N,): summed a row before pairs are formed, so that no loss needs a (B, B, D) tensor."""
+    return log_var.exp().sum(dim=-1)
+
+
+@full_precision
+def pairwise_sigmoid_loss(logits):
+    """Binary cross-entropy, summed over all pairs, with the true ones on the diagonal: -sum_ij log sigmoid(s_ij logit_ij), s_ii = 1, else -1.
+
+    Every pair is accurate to its own size. With targets 0 and 1 instead of signs a sure negative is the difference of two large numbers.
+    Args: logits (B, B). Returns: (). Source: "Sigmoid loss for language image pre-training", arXiv 2303.15343.
+    """
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1  # (B, B)
+    return -F.logsigmoid(signs * logits).sum()

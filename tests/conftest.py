@@ -47,13 +47,18 @@ def coco_root():
 
 
 def make_cache(name, images=40, captions_per_image=3, dim=64, seed=0, splits=("train", "val"), **changes):
-    """A small cache with some signal in it, under ./embeddings/<name>: every caption is its image's embedding with noise of its own size."""
+    """A small cache with some signal in it, under ./embeddings/<name>.
+
+    Images lie in a quarter of the dimensions; a caption is its image's embedding with noise of its own size in all of them, and of the
+    same norm: how noisy it is shows in its direction.
+    """
     rng = np.random.default_rng(seed)
     for split in splits:
-        z = rng.normal(size=(images, dim))
+        z = rng.normal(size=(images, dim // 4)) @ np.eye(dim // 4, dim)
         image_of_caption = rng.permutation(np.repeat(np.arange(images), captions_per_image))
-        noise = rng.uniform(0.1, 2.0, size=(len(image_of_caption), 1))
+        noise = rng.uniform(0.05, 1.0, size=(len(image_of_caption), 1))
         text = z[image_of_caption] + noise * rng.normal(size=(len(image_of_caption), dim))
+        text *= np.sqrt(dim) / np.linalg.norm(text, axis=1, keepdims=True)
         content = {
             "image": torch.tensor(z, dtype=torch.float16),
             "text": torch.tensor(text, dtype=torch.float16),

@@ -92,7 +92,7 @@ def test_normalizers_tend_to_their_limits_at_large_kappa():
 
 @pytest.mark.parametrize("log_prob", [power_spherical_log_prob, von_mises_fisher_log_prob])
 @pytest.mark.parametrize("kappa", [0.5, 20.0, 400.0])
-@pytest.mark.parametrize("dim", [4, 16])
+@pytest.mark.parametrize("dim", [16, 64])
 def test_density_integrates_to_one(log_prob, kappa, dim):
     t = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]  # mu.x; the sphere is cut into rings of constant t
     x = torch.zeros(len(t), dim, dtype=torch.float64)
@@ -112,8 +112,8 @@ def test_similarity_and_loss_match_the_golden_file(method, log_prob):
     (x,) = adaptor.encode_image(torch.tensor(golden["z_image"], dtype=torch.float64))
     eta = torch.tensor(golden["eta"], dtype=torch.float64)
     similarity = np.array(golden["similarity"])
-    np.testing.assert_allclose(log_prob(x, eta).numpy(), similarity, rtol=1e-9)
-    np.testing.assert_allclose(adaptor.score((x,), (eta,)).numpy(), similarity, rtol=1e-9)
+    np.testing.assert_allclose(log_prob(x, eta).numpy(), similarity, rtol=1e-9, atol=1e-8)  # logs cancel where kappa is small
+    np.testing.assert_allclose(adaptor.score((x,), (eta,)).numpy(), similarity, rtol=1e-9, atol=1e-8)
     assert adaptor.loss(x, eta).item() == pytest.approx(golden["loss"], rel=1e-9)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import UserError
+from utils.files import load_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
@@ -20,7 +21,7 @@ TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in 
 @dataclass
 class Clip:
     """A frozen CLIP. model: open_clip model in eval mode. transform: PIL image -> (3, H, W). tokenizer: list of texts -> (N, L).
-    info: plain types: model, pretrained, embed_dim, image_size, mean, std, context_length, logit_scale."""
+    info: plain types: model, pretrained, image_size, mean, std, context_length, logit_scale."""
 
     model: torch.nn.Module
     transform: object
@@ -51,14 +52,14 @@ def load_clip(name, pretrained, device="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = _create(open_clip, model_name, pretrained, weights)
-            tokenizer = open_clip.get_tokenizer(model_name)
+            tokenizer = _tokenizer(open_clip, model_name)
     finally:
         quiet.setLevel(level)
     if weights is not None and not _quick_gelu(open_clip, model_name) and f"{model_name}-quickgelu" in open_clip.list_models():
         logging.warning("note: %s has no QuickGELU; weights that OpenAI trained need --model %s-quickgelu", model_name, model_name)
     model.eval().requires_grad_(False).to(device)
     settings = open_clip.get_model_preprocess_cfg(model)
-    transform = open_clip.image_transform_v2(open_clip.PreprocessCfg(**settings), is_train=False)
+    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**settings), is_train=False)
     size = model.visual.image_size
     info = {
         "model": str(name),
@@ -80,33 +81,34 @@ def tokenize(clip, texts):
     """
     tokens = clip.tokenizer(texts)
     length = tokens.shape[1]
-    if hasattr(clip.tokenizer, "encode"):
-        cut = [len(clip.tokenizer.encode(_cleaned(clip.tokenizer, text))) + 2 > length for text in texts]
-    else:
-        cut = (tokens[:, -1] != tokens[:, -1].mode().values).tolist()  # no row ends in padding but a full one
+    cut = (clip.tokenizer(texts, context_length=length + 1)[:, :length] != tokens).any(dim=1)  # with more room it would go on
     unknown = torch.zeros(len(texts), dtype=torch.bool)
     embedding = getattr(getattr(clip.model, "text", clip.model), "token_embedding", None)
     if embedding is not None:
         empty = (embedding.weight == 0).all(dim=1).cpu()
+        if tokens.max() >= len(empty):
+            raise UserError(f"--model {clip.info['model']}: a vocabulary of {len(empty)} is too small for its tokenizer; mend vocab_size")
         empty[0] = False  # padding
         unknown = empty[tokens].any(dim=1)
-    return tokens, cut, unknown.tolist()
-
-
-def _cleaned(tokenizer, text):
-    return tokenizer.clean_fn(text) if hasattr(tokenizer, "clean_fn") else text
+    return tokens, cut.tolist(), unknown.tolist()
 
 
 def _local_file(pretrained):
     """The file that --pretrained names, or None if it names a tag."""
     if not pretrained:
         raise UserError("--pretrained is empty: without weights the embeddings would be random; give a tag or a local file")
-    for path in (Path(pretrained).expanduser(), REPOSITORY / pretrained):
-        if path.is_file():
-            return path
+    path = _find(pretrained)
+    if path is not None:
+        return path
     if "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise UserError(f"--pretrained {pretrained}: no such file")
     return None
+
+
+def _find(name):
+    """The absolute path of a file in the current folder or else in the repository, or None. (Not resolved: a link may have another suffix.)"""
+    paths = (Path(os.path.expanduser(name)).absolute(), REPOSITORY / name)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _register(open_clip, name):
@@ -116,12 +118,13 @@ def _register(open_clip, name):
             close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
             raise UserError(f"--model {name}: open_clip has no such model; close to it: {', '.join(close) or 'none'}")
         return name
-    path = next((p for p in (Path(name).expanduser(), REPOSITORY / name) if p.is_file()), None)
+    path = _find(name)
     if path is None:
         raise UserError(f"--model {name}: no such file")
-    open_clip.add_model_config(path)
-    if path.stem not in open_clip.list_models():
+    config = load_json(path)
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
         raise UserError(f"--model {name}: not an open_clip model configuration (embed_dim, vision_cfg, text_cfg)")
+    open_clip.add_model_config(path)
     return path.stem
 
 
@@ -130,6 +133,16 @@ def _check_tag(open_clip, name, tag):
     if tag not in tags:
         known = f"its tags are {', '.join(tags)}" if tags else "it has no published weights"
         raise UserError(f"--pretrained {tag}: no such file, and no tag of {name}: {known}; or give a local file")
+    needs_quick_gelu = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False)
+    if needs_quick_gelu and not _quick_gelu(open_clip, name) and f"{name}-quickgelu" in open_clip.list_models():
+        raise UserError(f"--model {name}: the weights of {tag} need QuickGELU: --model {name}-quickgelu")
+
+
+def _tokenizer(open_clip, name):
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # noqa: BLE001  it may need a download, or a library that is not there
+        raise UserError(f"--model {name}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})") from None
 
 
 def _quick_gelu(open_clip, name):

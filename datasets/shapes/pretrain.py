@@ -90,7 +90,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the built-in data set's CLIP.")
     parser.add_argument("--config", default=str(FOLDER / "clip.json"))
     parser.add_argument("--out", default=str(FOLDER / "clip.safetensors"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,212 @@
+"""What models/base.py promises, for every entry of METHODS."""
+
+import pytest
+import torch
+
+from models import METHODS
+from models.base import SMALL
+from utils.checkpoint import load_adaptor, save_adaptor
+
+EVERY = pytest.mark.parametrize("method", METHODS)
+
+
+def make(method, dim=64, dtype=torch.float32):
+    torch.manual_seed(0)
+    return METHODS[method](dim).to(dtype)
+
+
+def embeddings(n, dim=64, dtype=torch.float32, seed=0):
+    """Raw embeddings, of a norm like CLIP's."""
+    generator = torch.Generator().manual_seed(seed)
+    return (10 * dim**-0.5 * torch.randn(n, dim, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def assert_every_parameter_is_trained(adaptor):
+    for name, parameter in adaptor.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_methods_are_the_six_of_the_command_line():
+    assert list(METHODS) == ["asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip"]
+
+
+@EVERY
+def test_recipes_are_the_papers_and_the_small_one(method):
+    optimizer, lr, weight_decay = {
+        "asymvlm-psd": ("sgd", 1e-2, 5e-4),
+        "asymvlm-vmf": ("sgd", 1e-2, 5e-4),
+        "probvlm": ("adamw", 1e-4, 5e-4),
+        "pfe": ("sgd", 1e-3, 5e-4),
+        "pcmepp": ("adamw", 5e-4, 1e-4),
+        "prolip": ("adamw", 5e-4, 5e-4),
+    }[method]
+    paper = METHODS[method].recipes["paper"]
+    assert (paper.optimizer, paper.lr, paper.weight_decay, paper.batch_size, paper.epochs) == (optimizer, lr, weight_decay, 2048, 200)
+    assert METHODS[method].recipes["small"] == SMALL
+
+
+@EVERY
+@pytest.mark.parametrize("dim", [64, 512, 1152])
+def test_shapes_at_any_width(method, dim):
+    adaptor = make(method, dim)
+    z_image, z_text = embeddings(3, dim), embeddings(5, dim, seed=1)
+    assert adaptor.embed_dim == dim
+    assert all(len(x) == 3 for x in adaptor.encode(z_image, z_text[:3]))
+    assert adaptor(z_image, z_text[:3]).shape == ()
+    assert adaptor.similarity(z_image, z_text).shape == (3, 5)
+    mean, uncertainty = adaptor.adapt_text(z_text)
+    assert (mean.shape, uncertainty.shape) == ((5, dim), (5,))
+    assert torch.isfinite(mean).all()
+    assert (uncertainty > 0).all()
+    mean, uncertainty = adaptor.adapt_image(z_image)
+    assert mean.shape == (3, dim)
+    assert (uncertainty is None) == method.startswith("asymvlm")
+    assert uncertainty is None or (uncertainty.shape == (3,) and (uncertainty > 0).all())
+
+
+@EVERY
+def test_loss_is_finite_and_reaches_every_parameter(method):
+    adaptor = make(method)
+    assert all(parameter.requires_grad for parameter in adaptor.parameters())
+    loss = adaptor(embeddings(32), embeddings(32, seed=1))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert_every_parameter_is_trained(adaptor)
+
+
+@EVERY
+def test_forward_is_the_loss_of_what_encode_returns(method):
+    adaptor = make(method)
+    z_image, z_text = embeddings(8), embeddings(8, seed=1)
+    assert torch.equal(adaptor(z_image, z_text), adaptor.loss(*adaptor.encode(z_image, z_text)))
+    encoded = (*adaptor.encode_image(z_image), *adaptor.encode_text(z_text))
+    assert all(torch.equal(x, y) for x, y in zip(adaptor.encode(z_image, z_text), encoded, strict=True))
+
+
+@EVERY
+def test_similarity_is_the_score_of_what_the_encoders_return(method):
+    adaptor = make(method)
+    z_image, z_text = embeddings(4), embeddings(6, seed=1)
+    assert torch.equal(adaptor.similarity(z_image, z_text), adaptor.score(adaptor.encode_image(z_image), adaptor.encode_text(z_text)))
+
+
+@EVERY
+def test_bfloat16_autocast_trains_close_to_float32(method):
+    adaptor = make(method)
+    z_image, z_text = embeddings(32), embeddings(32, seed=1)
+    exact = adaptor(z_image, z_text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = adaptor(z_image, z_text)
+        similarity = adaptor.similarity(z_image, z_text)
+        mean_image, (mean, uncertainty) = adaptor.adapt_image(z_image)[0], adaptor.adapt_text(z_text)
+    loss.backward()
+    assert_every_parameter_is_trained(adaptor)
+    assert {x.dtype for x in (loss, similarity, mean, uncertainty, mean_image)} == {torch.float32}
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
+    torch.testing.assert_close(uncertainty, adaptor.adapt_text(z_text)[1], rtol=5e-2, atol=0)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_embeddings_are_raised_first(method, dtype):
+    adaptor = make(method)
+    z_image, z_text = embeddings(16, dtype=dtype), embeddings(16, dtype=dtype, seed=1)
+    loss = adaptor(z_image, z_text)
+    loss.backward()
+    assert_every_parameter_is_trained(adaptor)
+    assert torch.equal(loss, adaptor(z_image.float(), z_text.float()))
+    assert torch.equal(adaptor.similarity(z_image, z_text), adaptor.similarity(z_image.float(), z_text.float()))
+    for half, full in zip(adaptor.adapt_text(z_text), adaptor.adapt_text(z_text.float()), strict=True):
+        assert torch.equal(half, full)
+    assert adaptor.adapt_image(z_image)[0].dtype == torch.float32
+
+
+@EVERY
+def test_float64_stays_float64(method):
+    adaptor = make(method, dtype=torch.float64)
+    z_image, z_text = embeddings(8, dtype=torch.float64), embeddings(8, dtype=torch.float64, seed=1)
+    outputs = [*adaptor.encode(z_image, z_text), adaptor(z_image, z_text), adaptor.similarity(z_image, z_text)]
+    outputs += [x for x in (*adaptor.adapt_image(z_image), *adaptor.adapt_text(z_text)) if x is not None]
+    assert {x.dtype for x in outputs} == {torch.float64}
+
+
+@EVERY
+def test_permuting_the_pairs_leaves_the_loss_unchanged(method):
+    adaptor = make(method, dtype=torch.float64)
+    z_image, z_text = embeddings(12, dtype=torch.float64), embeddings(12, dtype=torch.float64, seed=1)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    loss = adaptor(z_image, z_text).item()
+    assert adaptor(z_image[order], z_text[order]).item() == pytest.approx(loss, rel=1e-10)
+    assert adaptor(z_image[order], z_text).item() != pytest.approx(loss, rel=1e-10)  # broken pairs are other pairs
+
+
+@EVERY
+def test_permuting_the_rows_permutes_what_is_reported(method):
+    adaptor = make(method, dtype=torch.float64)
+    z_image, z_text = embeddings(7, dtype=torch.float64), embeddings(9, dtype=torch.float64, seed=1)
+    rows, columns = (torch.randperm(n, generator=torch.Generator().manual_seed(2)) for n in (7, 9))
+    similarity = adaptor.similarity(z_image, z_text)
+    torch.testing.assert_close(adaptor.similarity(z_image[rows], z_text[columns]), similarity[rows][:, columns], rtol=1e-10, atol=1e-12)
+    for before, after in zip(adaptor.adapt_text(z_text), adaptor.adapt_text(z_text[columns]), strict=True):
+        torch.testing.assert_close(after, before[columns], rtol=1e-10, atol=1e-12)
+
+
+@EVERY
+def test_batch_of_one(method):
+    adaptor = make(method)
+    z_image, z_text = embeddings(1), embeddings(1, seed=1)
+    loss = adaptor(z_image, z_text)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in adaptor.parameters())
+    assert torch.isfinite(adaptor.similarity(z_image, z_text)).all()
+    assert adaptor.adapt_text(z_text)[1].shape == (1,)
+
+
+@EVERY
+def test_zero_embeddings_are_finite(method):
+    adaptor = make(method)
+    zero = torch.zeros(4, 64)
+    loss = adaptor(zero, zero)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in adaptor.parameters())
+    assert torch.isfinite(adaptor.similarity(zero, zero)).all()
+    assert torch.isfinite(adaptor.adapt_text(zero)[1]).all()
+
+
+@EVERY
+def test_a_few_steps_lower_the_loss(method):
+    adaptor = make(method)
+    z_image = embeddings(32)
+    z_text = z_image + embeddings(32, seed=1)
+    optimizer = torch.optim.AdamW(adaptor.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = adaptor(z_image, z_text)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@EVERY
+def test_saved_adaptor_loads_as_it_was(method, tmp_path):
+    adaptor = make(method)
+    with torch.no_grad():
+        for parameter in adaptor.parameters():
+            parameter.add_(0.01)  # nothing is at its initial value
+    path = tmp_path / f"{method}.pt"
+    save_adaptor(adaptor, method, adaptor.recipes["small"], {"seed": 0}, path)
+    loaded = load_adaptor(path)
+    assert type(loaded) is METHODS[method]
+    assert not loaded.training
+    assert adaptor.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in adaptor.state_dict().items())
+    z_image, z_text = embeddings(5), embeddings(5, seed=1)
+    assert torch.equal(adaptor(z_image, z_text), loaded(z_image, z_text))
+    assert torch.equal(adaptor.similarity(z_image, z_text), loaded.similarity(z_image, z_text))
+    assert torch.equal(adaptor.adapt_text(z_text)[1], loaded.adapt_text(z_text)[1])
