@@ -43,9 +43,8 @@ def main(argv=None):
     for (method, seed), path in paths.items():
         adaptor = load_adaptor(path, device, method)
         if adaptor.embed_dim != cache.embed_dim:
-            raise UserError(
-                f"{path}: trained on embeddings {adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide; train again"
-            )
+            widths = f"trained on embeddings {adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide"
+            raise UserError(f"{path}: {widths}; train again")
         result, answers = evaluate(adaptor, cache, args.uncer_levels, ladder)
         save(result, answers, args, method, seed, folder / str(seed) / method)
         results.setdefault(method, []).append(result)
@@ -63,9 +62,8 @@ def main(argv=None):
 def parse(argv):
     parser = Parser(description="Cross-modal retrieval by uncertainty level.")
     parser.add_argument("--dataset", default="coco", help="folder under embeddings/ (default: coco)")
-    parser.add_argument(
-        "--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
-    )
+    names = ", ".join(METHODS)
+    parser.add_argument("--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{names}, or all")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--split", default="val")
     parser.add_argument("--uncer_levels", "--uncer-levels", type=positive, default=10, help="levels of equally many queries (default: 10)")

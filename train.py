@@ -40,9 +40,8 @@ def main(argv=None):
 def parse(argv):
     parser = Parser(description="Train adaptors on cached embeddings. What a flag does not say, the recipe does.")
     parser.add_argument("--dataset", default="coco", help="folder under embeddings/ (default: coco)")
-    parser.add_argument(
-        "--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
-    )
+    names = ", ".join(METHODS)
+    parser.add_argument("--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{names}, or all")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--recipe", default="paper", help="paper (made for COCO) or small (caches under some 100,000 captions)")
     parser.add_argument("--epochs", type=positive)

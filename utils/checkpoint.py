@@ -1,4 +1,4 @@
-"""A trained adaptor in, a file that a stranger can load safely out; and the way back."""
+"""A trained adaptor in, a file that a stranger can load safely out; and the way back, also from the paper repository's files."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +10,23 @@ from utils.cli import UserError
 from utils.files import load_tensors, save_tensors
 
 ROOT = Path("checkpoints")
+
+# The paper repository's checkpoints are bare state dicts: the methods a file may hold, and the beginnings of its names -> ours.
+PAPER_NAMES = [
+    (("asymvlm-psd", "asymvlm-vmf"), {"text_adaptor.etta.": "text_mlp.", "text_adaptor.temperature": "temperature"}),
+    (("pfe",), {"image_adaptor.logvar.": "image_mlp.", "text_adaptor.logvar.": "text_mlp."}),
+    (
+        ("pcmepp",),
+        {
+            "img_enc.logvar.": "image_head.log_var.",
+            "txt_enc.logvar.": "text_head.log_var.",
+            "loss_func.shift": "shift",
+            "loss_func.negative_scale": "negative_scale",
+        },
+    ),
+    (("prolip",), {"img_enc.logvar.": "image_head.log_var.", "txt_enc.logvar.": "text_head.log_var."}),
+    (("probvlm",), {"img_BayesCap.": "image_bayescap.", "txt_BayesCap.": "text_bayescap."}),
+]
 
 
 def checkpoint_path(name, seed, method, root=ROOT):
@@ -27,27 +44,27 @@ def save_adaptor(adaptor, method, recipe, config, path):
 
 
 def load_adaptor(path, device="cpu", method=None):
-    """Rebuild an adaptor from its checkpoint alone.
+    """Rebuild an adaptor from its checkpoint alone, one of ours or a bare state dict of the paper's repository.
 
-    Args: path: file. device: where it goes. method: its name in METHODS, if the file does not tell.
-    Returns: Adaptor in eval mode.
+    Args: path: file. device: where it goes. method: its name in METHODS, needed only where neither the file nor its name tells: the two
+    asymvlm methods have the same parameters in the paper's repository.
+    Returns: Adaptor in eval mode, float32.
     Raises: UserError naming the file and what is wrong with it; FileNotFoundError if there is none.
     """
     content = load_tensors(path)
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{path}: not a checkpoint (no state_dict in it)")
-    found, embed_dim = content.get("method"), content.get("embed_dim")
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        found, embed_dim, weights = content.get("method"), content.get("embed_dim"), content["state_dict"]
+    else:
+        found, embed_dim, weights = _from_the_papers_repository(content, Path(path), method)
     if not isinstance(found, str) or found not in METHODS:
         raise UserError(f"{path}: a checkpoint of the unknown method {found!r}; known are {', '.join(METHODS)}")
     if method is not None and found != method:
         raise UserError(f"{path}: a checkpoint of {found}, not of {method}")
-    if not isinstance(embed_dim, int) or not 1 <= embed_dim <= 65536:
+    if not isinstance(embed_dim, int) or isinstance(embed_dim, bool) or not 1 <= embed_dim <= 65536:
         raise UserError(f"{path}: embed_dim is {embed_dim!r}, expected a whole number")
     with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-        adaptor = METHODS[found](embed_dim)
-    expected = {key: value.shape for key, value in adaptor.state_dict().items()}
-    weights = content["state_dict"]
-    for key in expected.keys() | weights.keys():
+        expected = {key: value.shape for key, value in METHODS[found](embed_dim).state_dict().items()}
+    for key in sorted(expected.keys() | weights.keys(), key=str):
         tensor = weights.get(key)
         if key not in expected or not isinstance(tensor, torch.Tensor) or tensor.shape != expected[key] or not tensor.is_floating_point():
             raise UserError(f"{path}: its weights do not fit {found} at width {embed_dim} ({key!r}); train again")
@@ -56,3 +73,24 @@ def load_adaptor(path, device="cpu", method=None):
     adaptor = METHODS[found](embed_dim)
     adaptor.load_state_dict(weights)
     return adaptor.to(device).eval()
+
+
+def _from_the_papers_repository(content, path, method):
+    """Method, width and renamed weights of a bare state dict. Raises: UserError if it is none, or may be of two methods."""
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: not a checkpoint: neither one of ours nor a state dict of the paper's repository")
+    for methods, names in PAPER_NAMES:
+        renamed = {
+            ours + key.removeprefix(theirs): value for key, value in content.items() for theirs, ours in names.items() if key.startswith(theirs)
+        }
+        if len(renamed) < len(content) or not all(any(key.startswith(theirs) for key in content) for theirs in names):
+            continue
+        for key in ("shift", "negative_scale"):  # () here, (1,) there
+            if isinstance(renamed.get(key), torch.Tensor) and renamed[key].numel() == 1:
+                renamed[key] = renamed[key].reshape(())
+        found = next((name for name in (method, path.stem) if name in methods), methods[0] if len(methods) == 1 else None)
+        if found is None:
+            raise UserError(f"{path}: may be of {' or of '.join(methods)}; name the file <method>.pt or give load_adaptor its method")
+        bias = next((value for key, value in renamed.items() if key.endswith((".6.bias", ".mod.5.bias"))), None)
+        return found, bias.numel() if isinstance(bias, torch.Tensor) else None, renamed
+    raise UserError(f"{path}: parameters such as {next(iter(content))!r} belong to no method known here")

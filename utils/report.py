@@ -106,9 +106,5 @@ def screen(results, ladder=True):
 def text_table(header, rows):
     """Aligned columns, the first to the left and the others to the right. Args: header: strings; rows: lists of strings. Returns: text."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        for row in [header, *rows]
-    ]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines)
