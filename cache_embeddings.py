@@ -23,10 +23,11 @@ from datasets import DATASETS
 from datasets.coco import CocoCaptions, CocoImages
 from datasets.embedding import LADDER, ROOT, write_split, write_texts
 from utils.cli import Parser, UserError, positive, run
-from utils.device import lowered, pick_device, pick_precision, precision_name
+from utils.device import PRECISIONS, lowered, pick_device, pick_precision, precision_name
 from utils.files import load_json
 from utils.preprocess import load_clip, tokenize
 
+DTYPES = ("float16", "float32")
 CHUNK = 64  # rows that go through the encoder at a time: always as many, so that --batch-size does not change the bytes
 VERSIONS = ("torch", "torchvision", "open_clip_torch", "pillow")  # what the embeddings' last bits depend on
 
@@ -60,8 +61,8 @@ def parse(argv):
     parser.add_argument("--batch-size", type=positive, default=256, help="pictures that a worker hands over at a time")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that decode pictures; 0: none")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
-    parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of the stored embeddings")
+    parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
+    parser.add_argument("--dtype", default="float16", choices=DTYPES, help="of the stored embeddings")
     parser.add_argument("--texts", help="embed these texts with the CLIP of an existing cache: a text a line, or a .csv with a column 'captions'")
     args = parser.parse_args(argv)
     if args.workers < 0:
@@ -111,20 +112,28 @@ def encode_images(clip, files, device, precision, batch_size, workers):
     Raises: UserError after all broken files have been found and named.
     """
     batch_size = -(-batch_size // CHUNK) * CHUNK
-    loader = DataLoader(CocoImages(files, clip.transform), batch_size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(CocoImages(files, clip.transform), batch_size, num_workers=workers, collate_fn=_collate)
     rows, broken = [], []
     with tqdm(total=len(files), desc="images", unit="image") as bar:
-        for batch in loader:
-            broken += [error for _, error in batch if error]
+        for pictures, count, errors in loader:
+            broken += errors
             if not broken:
-                pictures = torch.stack([picture for picture, _ in batch])
                 rows += _in_chunks(clip.model.encode_image, pictures, device, precision)
-            bar.update(len(batch))
+            bar.update(count)
     for error in broken[:-1]:
         logging.error(error)
     if broken:
         raise UserError(f"{broken[-1]} ({len(broken)} broken image files in all; mend them or take them out of the captions file)")
     return torch.cat(rows)
+
+
+def _collate(batch):
+    """What CocoImages gave for some rows as (pictures (B, 3, H, W) or None if one is broken, B, reasons).
+
+    One tensor a batch: every tensor that a worker hands over takes an open file, of which there may be 1024, and without any the loader hangs.
+    """
+    errors = [error for _, error in batch if error]
+    return None if errors else torch.stack([picture for picture, _ in batch]), len(batch), errors
 
 
 @torch.inference_mode()
@@ -165,6 +174,10 @@ def cache_texts(args, device):
     if meta_file is None:
         raise UserError(f"--texts: no cache with a meta.json in {ROOT / name} to take the CLIP from; make it with cache_embeddings.py first")
     meta = load_json(meta_file)
+    known = meta if isinstance(meta, dict) else {}
+    has_clip = isinstance(known.get("model"), str) and isinstance(known.get("pretrained"), str)
+    if not has_clip or known.get("precision") not in tuple(PRECISIONS) or known.get("dtype") not in DTYPES:
+        raise UserError(f"{meta_file}: does not tell with which CLIP, precision and dtype the cache was made; make it anew")
     texts, chains = read_texts(Path(args.texts))
     precision = pick_precision(meta["precision"] if args.precision == "auto" else args.precision, device)
     clip = load_clip(args.model or meta["model"], args.pretrained or meta["pretrained"], device)
@@ -181,7 +194,7 @@ def read_texts(path):
     if not path.is_file():
         raise UserError(f"--texts {path}: no such file")
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix != ".csv":
                 texts = [line.strip() for line in file if line.strip()]
                 chains = None

@@ -49,14 +49,13 @@ def main(argv=None):
         save(result, answers, args, method, seed, folder / str(seed) / method)
         results.setdefault(method, []).append(result)
     tables = compare(results)
-    with written_aside(folder / "comparison.md") as file:
-        file.write(markdown(tables).encode())
-    with written_aside(folder / "comparison.csv") as file:
-        file.write(comma_separated(tables).encode())
     seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
-    print(f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}\n")
-    print(screen(results))
-    logging.info("\nwritten to %s: a .json and .npz for every method and seed; comparison.md and comparison.csv", folder)
+    report = f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}\n\n{screen(results)}\n"
+    for name, text in (("comparison.md", markdown(tables)), ("comparison.csv", comma_separated(tables)), ("report.txt", report)):
+        with written_aside(folder / name) as file:
+            file.write(text.encode())
+    logging.info("written to %s: a .json and .npz for every method and seed, comparison.md, comparison.csv and what follows, report.txt\n", folder)
+    print(report, end="")
 
 
 def parse(argv):
@@ -142,11 +141,10 @@ def gallery_entropy(image, text, scale):
 def rank(score, cache, uncertainty):
     """`rank_queries` over a cache, with scores from torch."""
 
-    def as_array(images, captions):
-        rows = (torch.from_numpy(x).to(cache.text.device) for x in (images, captions))
-        return score(*rows).cpu().numpy()
+    def on_device(images, captions):
+        return score(images.to(cache.text.device), captions.to(cache.text.device))
 
-    return rank_queries(as_array, cache.image_of_caption.cpu().numpy(), len(cache.image), uncertainty)
+    return rank_queries(on_device, cache.image_of_caption.cpu().numpy(), len(cache.image), uncertainty)
 
 
 def figures(answers, cache, levels):

@@ -67,9 +67,8 @@ def train(method, seed, args, cache, ladder, device, precision):
     adaptor = METHODS[method](cache.embed_dim).to(device)
     flags = {key: getattr(args, key) for key in ("epochs", "batch_size", "optimizer", "lr", "weight_decay")}
     recipe = replace(adaptor.recipes[args.recipe], **{key: value for key, value in flags.items() if value is not None})
-    optimizer = OPTIMIZERS[recipe.optimizer](adaptor.parameters(), recipe)
     steps = -(-len(cache.text) // recipe.batch_size)  # an epoch; the last batch may be smaller
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * recipe.epochs, recipe.min_lr)
+    optimizer, schedule = make_optimizer(adaptor, recipe, steps * recipe.epochs)
     order = torch.Generator().manual_seed(seed)
     path = checkpoint_path(args.dataset, seed, method)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +93,12 @@ def train(method, seed, args, cache, ladder, device, precision):
     config |= {"captions": len(cache.text), "images": len(cache.image), "clip": {key: cache.meta.get(key) for key in ("model", "pretrained")}}
     save_adaptor(adaptor, method, recipe, config, path)
     logging.info("%s: %s", path, json.dumps(asdict(recipe)))
+
+
+def make_optimizer(adaptor, recipe, steps):
+    """The optimiser of a recipe, and the cosine from lr to min_lr over so many steps."""
+    optimizer = OPTIMIZERS[recipe.optimizer](adaptor.parameters(), recipe)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, recipe.min_lr)
 
 
 def step(adaptor, pairs, optimizer, schedule, precision, bar):

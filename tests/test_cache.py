@@ -449,7 +449,7 @@ def direct_texts(model, texts):
 
 
 def test_every_row_is_its_own_picture_or_text_encoded(call, data, tiny):
-    assert call("--precision", "fp32", "--dtype", "float32") == (0, "", "embeddings/shapes/val: 70 images, 140 captions, 16 wide, in 0 s") or True
+    assert call("--precision", "fp32", "--dtype", "float32")[:2] == (0, "")
     for split, count in (("train", 3), ("val", 70)):
         cache = EmbeddingCache("shapes", split)
         images, annotations, image_of_caption = plain_split(data, split)
@@ -667,7 +667,7 @@ def test_long_captions_and_unknown_words_are_told_once(call, capsys, tmp_path, t
     status, err = stderr_of(call, capsys, "--data-root", root, "--split", "val", "--pretrained", tmp_path / "w.safetensors")
     assert status == 0
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 2
+    assert len(notes) == 3  # the third is on the ladder, whose last prompt is too long for this CLIP
     assert notes[0].startswith("note: 1 texts are longer than the model reads (16 tokens)")
     assert notes[1].startswith("note: 1 texts have words that this CLIP has never seen, such as 'a zebra")
 

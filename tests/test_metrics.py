@@ -4,6 +4,7 @@ import doctest
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import utils.metrics
@@ -42,7 +43,7 @@ def test_ranks_equal_those_of_a_full_sort(tile, ties, monkeypatch):
     image_of_caption[image_of_caption == 4] = 5  # an image without captions stays in the gallery
     similarity = rng.integers(0, 4, size=(20, 61)).astype(np.float32) if ties else rng.normal(size=(20, 61)).astype(np.float32)
     uncertainty = rng.random(61)
-    answers = rank_queries(lambda i, j: similarity[np.ix_(i, j)], image_of_caption, 20, uncertainty)
+    answers = rank_queries(lambda i, j: torch.from_numpy(similarity)[i][:, j], image_of_caption, 20, uncertainty)
     t2i_rank, t2i_top, i2t_rank, i2t_top = slow_answers(similarity, image_of_caption)
     assert answers["t2i"]["rank"].tolist() == t2i_rank
     assert answers["t2i"]["top1"].tolist() == t2i_top
@@ -60,8 +61,8 @@ def test_permuting_captions_permutes_their_answers():
     rng = np.random.default_rng(0)
     image_of_caption, similarity, uncertainty = rng.permutation(np.repeat(np.arange(10), 3)), rng.normal(size=(10, 30)), rng.random(30)
     order = rng.permutation(30)
-    one = rank_queries(lambda i, j: similarity[np.ix_(i, j)], image_of_caption, 10, uncertainty)
-    two = rank_queries(lambda i, j: similarity[:, order][np.ix_(i, j)], image_of_caption[order], 10, uncertainty[order])
+    one = rank_queries(lambda i, j: torch.from_numpy(similarity)[i][:, j], image_of_caption, 10, uncertainty)
+    two = rank_queries(lambda i, j: torch.from_numpy(similarity[:, order])[i][:, j], image_of_caption[order], 10, uncertainty[order])
     assert (one["t2i"]["rank"][order] == two["t2i"]["rank"]).all()
     assert (one["i2t"]["top1"] == order[two["i2t"]["top1"]]).all()
     for first, second in zip(retrieval_metrics(one["t2i"], 5), retrieval_metrics(two["t2i"], 5), strict=True):
@@ -71,7 +72,7 @@ def test_permuting_captions_permutes_their_answers():
 def test_similarity_that_is_not_a_number_is_refused():
     similarity = np.full((3, 3), np.nan)
     with pytest.raises(ValueError, match="not a number"):
-        rank_queries(lambda i, j: similarity[np.ix_(i, j)], np.arange(3), 3, np.arange(3))
+        rank_queries(lambda i, j: torch.from_numpy(similarity)[i][:, j], np.arange(3), 3, np.arange(3))
 
 
 @pytest.mark.parametrize("queries", [10, 11, 19, 100])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -53,7 +54,9 @@ def load_tensors(path):
     with open(path, "rb"):  # a missing or forbidden file says so itself
         pass
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on odd files
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # noqa: BLE001  junk raises nearly anything here, and nothing but the reading stands in this block
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a file of tensors that can be read safely ({reason})") from None

@@ -4,98 +4,95 @@ Conventions. Similarities are (N images, M captions), larger = better match. Of 
 Uncertainty is one number a query, larger = less certain. A query is answered right if its first answer is.
 """
 
-import itertools
-
 import numpy as np
+import torch
 from scipy import stats
 
-TILE = 512  # images a tile; the captions of a tile are as many as these images have
+TILE = 512  # images of a tile; its captions are as many as so many images have
 
 
 def rank_queries(score, image_of_caption, images, uncertainty):
     """Answer every query of both directions, without ever holding more than a tile of the similarity matrix.
 
-    Captions are grouped by their image, so that all pairs that belong together lie in the tiles on the diagonal. These come first: from
-    then on it is known what every competitor has to beat, and each tile is computed exactly once.
+    A tile is the images of one block against the captions of the images of another, so that all pairs that belong together lie in the tiles
+    on the diagonal. These come first: from then on it is known what every competitor has to beat, and each tile is computed exactly once.
 
-    Args: score: function of (image rows, caption rows), two int64 arrays of n and m rows, that returns the (n, m) similarities as an
-    array. image_of_caption (M,): image rows. images: N. uncertainty (M,): of the captions.
+    Args: score: function of (image rows, caption rows), two int64 tensors of n and m rows, that returns the (n, m) similarities as a tensor.
+    image_of_caption (M,): image rows. images: N. uncertainty (M,): of the captions.
     Returns: dict of two dicts of arrays with one entry a query, "t2i" (M captions) and "i2t" (the images that have a caption):
         query: the caption's or image's row. top1: row of the first answer. rank: of the first right answer, 1 = best.
         uncertainty: of the caption itself (t2i), of the caption retrieved (i2t).
     Raises: ValueError if a similarity is not a number.
 
     Example: two images, two captions each; caption 1 prefers the wrong image, and image 1 prefers a caption of image 0.
-    >>> s = np.array([[0.9, 0.4, 0.1, 0.2], [0.3, 0.8, 0.7, 0.6]])
-    >>> answers = rank_queries(lambda i, j: s[np.ix_(i, j)], np.array([0, 0, 1, 1]), 2, np.array([1.0, 4.0, 2.0, 3.0]))
+    >>> s = torch.tensor([[0.9, 0.4, 0.1, 0.2], [0.3, 0.8, 0.7, 0.6]])
+    >>> answers = rank_queries(lambda i, j: s[i][:, j], np.array([0, 0, 1, 1]), 2, np.array([1.0, 4.0, 2.0, 3.0]))
     >>> answers["t2i"]["rank"].tolist(), answers["t2i"]["top1"].tolist()
     ([1, 2, 1, 1], [0, 1, 1, 1])
     >>> answers["i2t"]["rank"].tolist(), answers["i2t"]["top1"].tolist(), answers["i2t"]["uncertainty"].tolist()
     ([1, 2], [0, 1], [1.0, 4.0])
     """
-    image_of_caption = np.asarray(image_of_caption)
-    captions = len(image_of_caption)
-    grouped = np.argsort(image_of_caption, kind="stable")  # caption rows, those of an image together and in ascending order
-    blocks = [np.arange(start, min(start + TILE, images)) for start in range(0, images, TILE)]
-    borders = np.searchsorted(image_of_caption[grouped], [block[0] for block in blocks] + [images])
-    caption_blocks = [grouped[a:b] for a, b in itertools.pairwise(borders)]
-
-    t2i, i2t = _Race(captions), _Race(images)
-    diagonal = [(k, k) for k in range(len(blocks))]
-    others = [(a, b) for a in range(len(blocks)) for b in range(len(blocks)) if a != b]
-    for a, b in diagonal + others:
-        rows, columns = blocks[a], caption_blocks[b]
+    owner = torch.as_tensor(np.asarray(image_of_caption), dtype=torch.int64)
+    image_blocks = list(torch.arange(images).split(TILE))
+    by_block = torch.argsort(owner // TILE, stable=True)  # captions by the block of their image, in ascending order within it
+    caption_blocks = by_block.split(torch.bincount(owner // TILE, minlength=len(image_blocks)).tolist())
+    t2i, i2t = _Race(len(owner)), _Race(images)
+    blocks = range(len(image_blocks))
+    for a, b in [(k, k) for k in blocks] + [(a, b) for b in blocks for a in blocks if a != b]:
+        rows, columns = image_blocks[a], caption_blocks[b]
         if not len(columns):
             continue
-        tile = np.asarray(score(rows, columns))
+        tile = score(rows, columns)  # (n, m)
         if a == b:
-            own = image_of_caption[columns]
-            t2i.set_target(columns, tile[own - rows[0], np.arange(len(columns))], own)
-            starts = np.flatnonzero(np.diff(own, prepend=-1))  # the first caption of every image that has one
-            for start, stop in zip(starts, [*starts[1:], len(own)], strict=True):
-                scores = tile[own[start] - rows[0], start:stop]
-                best = int(scores.argmax())
-                i2t.set_target(own[start : start + 1], scores[best : best + 1], columns[start + best : start + best + 1])
-        t2i.run(columns, tile.T, rows)
-        i2t.run(rows, tile, columns)
-    asked = np.unique(image_of_caption)
-    result = {
-        "t2i": {"query": np.arange(captions), "top1": t2i.top1, "rank": t2i.rank},
-        "i2t": {"query": asked, "top1": i2t.top1[asked], "rank": i2t.rank[asked]},
+            own = owner[columns]
+            right = tile[own - rows[0], torch.arange(len(columns))].cpu()  # (m,), what each caption's own image has
+            t2i.aim(columns, right, own)
+            order = np.lexsort((columns.numpy(), -right.double().numpy(), own.numpy()))  # an image's best own caption comes first
+            best = order[np.unique(own.numpy()[order], return_index=True)[1]]
+            i2t.aim(own[best], right[best], columns[best])
+        t2i.run(columns, tile, 0, rows, a == b)
+        i2t.run(rows, tile, 1, columns, a == b)
+    uncertainty, asked = np.asarray(uncertainty), owner.unique().numpy()
+    answers = {
+        "t2i": {"query": np.arange(len(owner)), "top1": t2i.top1.numpy(), "rank": t2i.rank.numpy(), "uncertainty": uncertainty},
+        "i2t": {"query": asked, "top1": i2t.top1.numpy()[asked], "rank": i2t.rank.numpy()[asked]},
     }
-    uncertainty = np.asarray(uncertainty)
-    result["t2i"]["uncertainty"] = uncertainty
-    result["i2t"]["uncertainty"] = uncertainty[result["i2t"]["top1"]]
-    return result
+    answers["i2t"]["uncertainty"] = uncertainty[answers["i2t"]["top1"]]
+    return answers
 
 
 class _Race:
-    """For every query, the best answer so far and how many answers beat the right one."""
+    """For every query of one direction, the best answer so far and how many answers beat the best right one."""
 
     def __init__(self, queries):
-        self.target = np.full(queries, np.inf, dtype=np.float64)  # similarity of the best right answer; nothing beats infinity
-        self.target_row = np.zeros(queries, dtype=np.int64)
-        self.rank = np.ones(queries, dtype=np.int64)
-        self.best = np.full(queries, -np.inf, dtype=np.float64)
-        self.top1 = np.full(queries, -1, dtype=np.int64)
+        self.target = torch.full((queries,), torch.inf, dtype=torch.float64)  # similarity of the best right answer; nothing beats infinity
+        self.target_row = torch.zeros(queries, dtype=torch.int64)
+        self.rank = torch.ones(queries, dtype=torch.int64)
+        self.best = torch.full((queries,), -torch.inf, dtype=torch.float64)
+        self.top1 = torch.full((queries,), -1, dtype=torch.int64)
 
-    def set_target(self, queries, similarity, row):
-        self.target[queries], self.target_row[queries] = similarity, row
+    def aim(self, queries, similarity, row):
+        """Set the best right answer of some queries: its similarity and row."""
+        self.target[queries], self.target_row[queries] = similarity.double(), row
 
-    def run(self, queries, similarity, answers):
-        """similarity (queries, answers); answers: their rows."""
-        target = self.target[queries].astype(similarity.dtype)[:, None]
-        beaten = (similarity > target).sum(axis=1)
-        tied = similarity == target
-        if tied.any():
-            beaten += (tied & (answers[None] < self.target_row[queries][:, None])).sum(axis=1)
-        self.rank[queries] += beaten
-        highest = similarity.max(axis=1)
-        if np.isnan(highest).any():
+    def run(self, queries, tile, dim, answers, diagonal):
+        """Take in a tile (n, m).
+
+        dim: the axis of the answers. queries, answers: the rows that the two axes stand for, answers ascending. diagonal: whether the
+        queries' right answers are in it.
+        """
+        target = self.target[queries].to(tile.device, tile.dtype).unsqueeze(dim)
+        above, level = (tile > target).sum(dim).cpu(), (tile == target).sum(dim).cpu()
+        highest, where = (x.cpu() for x in tile.max(dim))  # the first of equal ones
+        if highest.isnan().any():
             raise ValueError("a similarity is not a number")
-        column = np.where(similarity == highest[:, None], answers[None], np.iinfo(np.int64).max).min(axis=1)
-        better = (highest > self.best[queries]) | ((highest == self.best[queries]) & (column < self.top1[queries]))
-        self.best[queries[better]], self.top1[queries[better]] = highest[better], column[better]
+        for q in (level > int(diagonal)).nonzero().flatten().tolist():  # ties: few, but for captions of the same text
+            line = tile.select(1 - dim, q).cpu() == target.flatten()[q].cpu()
+            above[q] += (answers[line] < self.target_row[queries[q]]).sum()
+        self.rank[queries] += above
+        highest, where = highest.double(), answers[where]
+        better = (highest > self.best[queries]) | ((highest == self.best[queries]) & (where < self.top1[queries]))
+        self.best[queries[better]], self.top1[queries[better]] = highest[better], where[better]
 
 
 def recall_at(rank, k):

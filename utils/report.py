@@ -1,7 +1,16 @@
-"""Results in, tables that a person can read out: on the screen, as markdown and as CSV."""
+"""Results in, tables that a person can read out: on the screen, as markdown and as CSV.
+
+    python -m utils.report README.md
+
+renews the tables in a markdown file: what stands between <!-- FILE --> and <!-- end of FILE --> becomes the content of FILE, a path relative to
+the current folder.
+"""
 
 import csv
 import io
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -108,3 +117,19 @@ def text_table(header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines)
+
+
+def insert_files(document):
+    """A markdown text with its <!-- FILE --> sections renewed; a .txt file is set as code. Raises: FileNotFoundError if one is missing."""
+
+    def renew(match):
+        content = Path(match[1]).read_text(encoding="utf-8").rstrip("\n")
+        content = f"```\n{content}\n```" if match[1].endswith(".txt") else content
+        return f"<!-- {match[1]} -->\n{content}\n<!-- end of {match[1]} -->"
+
+    return re.sub(r"<!-- (\S+) -->\n.*?<!-- end of \1 -->", renew, document, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(insert_files(Path(name).read_text(encoding="utf-8")), encoding="utf-8")
