@@ -4,7 +4,7 @@ CONSTRAINTS ?= -c tests/constraints.txt
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
@@ -26,6 +26,11 @@ lint: .venv/installed-tests
 .venv/installed-tests: .venv/installed tests/requirements.txt
 	$(BIN)/pip install -q $(CONSTRAINTS) -r tests/requirements.txt
 	touch $@
+
+bench: .venv/installed
+	$(RUN) -m tests.benchmarks.train_step
+	$(RUN) -m tests.benchmarks.evaluation
+	$(RUN) -m tests.benchmarks.caching
 
 clean:
 	rm -rf .venv data/shapes embeddings/shapes checkpoints/shapes results/shapes

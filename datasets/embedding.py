@@ -153,7 +153,8 @@ def _check_relevance(path, relevance, images):
 def _missing(name, split, root):
     there = sorted(path.parent.name for path in (root / name).glob("*/image.pt"))
     if there:
-        return f"--dataset {name}: no {split} split in {root / name} (found {', '.join(there)}); run python cache_embeddings.py --dataset {name} --split {split}"
+        found = f"no {split} split in {root / name} (found {', '.join(there)})"
+        return f"--dataset {name}: {found}; run python cache_embeddings.py --dataset {name} --split {split}"
     caches = sorted({path.parent.parent.name for path in root.glob("*/*/image.pt")})
     found = f" (found caches: {', '.join(caches)})" if caches else ""
     hint = "" if name == "shapes" else ", or start with --dataset shapes, which needs no download: python cache_embeddings.py --dataset shapes"

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -498,13 +499,41 @@ def test_bytes_depend_on_neither_batch_size_nor_workers(call, workdir):
     assert len(caches[0]) == 6 + 7 + 2  # train, val with its relevance, the ladder
 
 
+def test_the_encoders_see_the_same_chunks_of_one_size_whatever_the_batch_size(call, monkeypatch):
+    """Where a row's last bits depend on the rows beside it, equal chunks are what keeps the bytes equal."""
+    seen = []
+    load = cache_embeddings.load_clip
+
+    def load_and_record(*args):
+        clip = load(*args)
+        for name in ("encode_image", "encode_text"):
+            encode = getattr(clip.model, name)
+            setattr(clip.model, name, lambda inputs, encode=encode: (seen[-1].append(inputs.clone()), encode(inputs))[1])
+        return clip
+
+    monkeypatch.setattr(cache_embeddings, "load_clip", load_and_record)
+    for batch_size in (1, 64, 65, 1000):
+        seen.append([])
+        assert call("--split", "val", "--batch-size", batch_size)[0] == 0
+        assert [len(inputs) for inputs in seen[-1]] == [64, 64, 64, 64, 64]  # 70 pictures, 71 distinct captions, the ladder
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the open files of the process in /proc")
 def test_a_batch_takes_a_worker_no_open_file_a_picture(call):
+    def give_up(*_):
+        raise TimeoutError("the loader hangs")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
     try:
         status, _, last = call("--split", "val", "--batch-size", 64, "--workers", 1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert status == 0, last
     assert len(EmbeddingCache("shapes", "val").image) == 70
 
@@ -630,6 +659,18 @@ def test_what_the_user_can_put_right_ends_in_one_line_and_status_2(call, capsys,
     for part in expected:
         assert part in line
     assert list(workdir.iterdir()) == []
+
+
+def test_a_tag_without_a_network_ends_in_one_line(call, capsys, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    status, err = stderr_of(call, capsys, "--model", "ViT-B-32-quickgelu", "--pretrained", "openai")
+    assert status == 2
+    (line,) = err.splitlines()
+    assert "cannot be downloaded" in line
+    assert "local weights file" in line
 
 
 def test_pretrained_given_as_nothing_is_the_data_sets_own(call, monkeypatch):

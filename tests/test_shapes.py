@@ -20,7 +20,7 @@ from datasets.coco import CocoCaptions, read_rgb
 from datasets.shapes import world
 from datasets.shapes.world import Caption, describes, draw_scene, make, make_split, paint, relevant_images, write_caption, write_full_description
 
-SMALL_SPLIT_SHA256 = "f873d81e40da83c16f20eddeb3aa68c7fb18fbeaa1a31c2c85142c65037fcf57"  # changes with what is drawn or said, and then the built-in CLIP must be made anew
+SMALL_SPLIT_SHA256 = "f873d81e40da83c16f20eddeb3aa68c7fb18fbeaa1a31c2c85142c65037fcf57"  # where it changes, the CLIP is outdated
 ATTRIBUTES = ("shape", "colour", "size", "cell")
 TIP = 2  # pixels by which the tip of a big star, triangle or heart may reach over the border of its cell
 
@@ -54,9 +54,9 @@ def described_by_search(mentions, objects):
     if not mentions:
         return True
     for k in range(len(objects)):
-        if all(objects[k][name] in mentions[0].get(name, [objects[k][name]]) for name in ATTRIBUTES):
-            if described_by_search(mentions[1:], objects[:k] + objects[k + 1 :]):
-                return True
+        fits = all(objects[k][name] in mentions[0].get(name, [objects[k][name]]) for name in ATTRIBUTES)
+        if fits and described_by_search(mentions[1:], objects[:k] + objects[k + 1 :]):
+            return True
     return False
 
 

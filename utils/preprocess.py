@@ -47,7 +47,7 @@ def load_clip(name, pretrained, device="cpu"):
         _check_tag(open_clip, model_name, pretrained)
     quiet = logging.getLogger()
     level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    quiet.setLevel(logging.CRITICAL)  # what open_clip logs as an error it also raises
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,0 +1,75 @@
+"""How much of the encoder's own rate cache_embeddings.py reaches, with a randomly initialised ViT-B/32 and pictures of COCO's size.
+
+    COCO_ROOT=<a COCO folder> python -m tests.benchmarks.caching
+
+The pictures are COCO's, scaled to 640 x 480 (drawn ones without COCO_ROOT). "Bare" is a loop of encode_image over tensors that are ready, in the
+same precision; "float32" the same loop in float32.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import cache_embeddings
+from datasets.shapes import world
+from tests.benchmarks.machine import describe, in_turn, markdown_table
+from utils.device import pick_device, pick_precision, precision_name
+from utils.preprocess import load_clip
+
+MODEL, PICTURES = "ViT-B-32-quickgelu", 256
+
+
+def make_pictures(folder, count):
+    """Write JPEG files of 640 x 480 pixels. Returns: their paths."""
+    import random
+
+    from PIL import Image
+
+    sources = sorted(Path(os.environ["COCO_ROOT"]).glob("*2017/*.jpg"))[:count] if os.environ.get("COCO_ROOT") else []
+    files = []
+    for i in range(count):
+        picture = Image.open(sources[i]).convert("RGB") if i < len(sources) else world.paint(world.draw_scene(random.Random(i)))
+        files.append(folder / f"{i:04d}.jpg")
+        picture.resize((640, 480), Image.Resampling.BICUBIC).save(files[-1], quality=90)
+    return files
+
+
+def main(repeats=3):
+    device = pick_device("auto")
+    precision = pick_precision("auto", device)
+    print(describe(), "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        import open_clip
+        from safetensors.torch import save_file
+
+        weights = Path(folder) / "random.safetensors"
+        save_file(open_clip.create_model(MODEL, pretrained=None).state_dict(), weights)
+        files = make_pictures(Path(folder), PICTURES)
+        clip, wide = (load_clip(MODEL, str(weights), device, dtype) for dtype in (precision, torch.float32))
+        ready = torch.randn(cache_embeddings.CHUNK, 3, 224, 224)
+
+        def bare(some_clip, dtype, chunks):
+            with torch.inference_mode():
+                for _ in range(chunks):
+                    some_clip.model.encode_image(ready.to(device, dtype))
+
+        chunks = PICTURES // cache_embeddings.CHUNK
+        workers = os.cpu_count()
+        times = in_turn(
+            {
+                "cache": lambda: cache_embeddings.encode_images(clip, files, device, 256, workers),
+                "bare": lambda: bare(clip, precision, chunks),
+                "float32": lambda: bare(wide, torch.float32, chunks),
+            },
+            repeats,
+        )
+    rates = {name: PICTURES / median for name, (median, _, _) in times.items()}
+    rows = [[name, f"{rate:.1f}", f"{rates['cache'] / rate:.2f}"] for name, rate in rates.items()]
+    print(markdown_table([f"{MODEL}, {precision_name(precision)}", "images/s", "cache_embeddings.py over this"], rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Seconds and memory of an evaluation of both directions, at 1x, 2x and 4x the images and captions, beside the textbook's full matrix.
+
+    python -m tests.benchmarks.evaluation
+
+Random embeddings; asymvlm-psd. "Ours" is eval.py's evaluate: encoding, both directions, all figures. The textbook holds the full matrix in float32
+and sorts it both ways. Memory is above the interpreter and the loaded embeddings.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+
+import eval as eval_script
+from models import METHODS
+from tests.benchmarks.machine import describe, in_turn, markdown_table, peak_memory
+from utils.metrics import aurc, recall_by_level
+
+METHOD, DIM = "asymvlm-psd", 512
+
+
+def random_cache(images, captions, dim=DIM):
+    """What evaluate needs of an EmbeddingCache, with random embeddings."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(rows, dim, generator=generator).half() for rows in (images, captions))
+    owner = torch.arange(captions)[torch.randperm(captions, generator=generator)] % images
+    return SimpleNamespace(image=image, text=text, image_of_caption=owner, relevance=None, captions=None, meta={})
+
+
+def ours(cache):
+    """eval.py's evaluation."""
+    torch.manual_seed(0)
+    return eval_script.evaluate(METHODS[METHOD](DIM).eval(), cache, 10)
+
+
+@torch.no_grad()
+def textbook(cache):
+    """The full matrix in float32, sorted for the best ten both ways; the figures as eval.py's."""
+    torch.manual_seed(0)
+    adaptor = METHODS[METHOD](DIM).eval()
+    similarity = adaptor.similarity(cache.image, cache.text)
+    uncertainty = adaptor.adapt_text(cache.text)[1].numpy()
+    best_image = similarity.argsort(dim=0, descending=True)[:10].T
+    best_caption = similarity.argsort(dim=1, descending=True)[:, :10]
+    t2i = (best_image[:, 0] == cache.image_of_caption).numpy()
+    i2t = (cache.image_of_caption[best_caption[:, 0]] == torch.arange(len(cache.image))).numpy()
+    retrieved = uncertainty[best_caption[:, 0].numpy()]
+    return [(recall_by_level(right, u, 10), aurc(right, u)) for right, u in ((t2i, uncertainty), (i2t, retrieved))]
+
+
+def memory(function, images, captions):
+    """Peak MB above the embeddings."""
+    code = f"from tests.benchmarks import evaluation\ncache = evaluation.random_cache({images}, {captions})\nbefore = memory('VmRSS')\n"
+    return peak_memory(f"{code}evaluation.{function}(cache)")
+
+
+def main(repeats=3):
+    print(describe(), "\n")
+    rows = []
+    for images in (1250, 2500, 5000):
+        captions = 5 * images
+        cache = random_cache(images, captions)
+        times = in_turn({"ours": lambda: ours(cache), "textbook": lambda: textbook(cache)}, repeats)  # noqa: B023  called at once
+        median, low, high = times["ours"]
+        rows.append(
+            [
+                f"{images} x {captions}",
+                f"{median:.2f} ({low:.2f}-{high:.2f})",
+                f"{memory('ours', images, captions):.0f}",
+                f"{times['textbook'][0]:.2f}",
+                f"{memory('textbook', images, captions):.0f}",
+                f"{times['textbook'][0] / median:.1f}",
+            ]
+        )
+    print(markdown_table(["images x captions", "seconds: median (range)", "peak MB", "textbook, s", "textbook, MB", "times as fast"], rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
