@@ -23,7 +23,7 @@ from datasets import DATASETS
 from datasets.coco import CocoCaptions, CocoImages
 from datasets.embedding import LADDER, ROOT, write_split, write_texts
 from utils.cli import Parser, UserError, positive, run
-from utils.device import PRECISIONS, lowered, pick_device, pick_precision, precision_name
+from utils.device import PRECISIONS, pick_device, pick_precision
 from utils.files import load_json
 from utils.preprocess import load_clip, tokenize
 
@@ -43,11 +43,10 @@ def main(argv=None):
         source.make(root)
     splits = {split: CocoCaptions(root, split, source.layout) for split in args.split}  # every file is checked before CLIP is loaded
     precision = pick_precision(args.precision, device)
-    clip = load_clip(args.model or source.model, args.pretrained or source.pretrained, device)
+    clip = load_clip(args.model or source.model, args.pretrained or source.pretrained, device, precision)
     for split, data in splits.items():
-        cache_split(args, split, data, clip, device, precision)
-    meta = clip.info | {"precision": precision_name(precision)}
-    write_texts(args.name or args.dataset, LADDER, encode_texts(clip, source.ladder, device, precision).half(), list(source.ladder), meta)
+        cache_split(args, split, data, clip)
+    write_texts(args.name or args.dataset, LADDER, encode_texts(clip, source.ladder).half(), list(source.ladder), clip.info)
 
 
 def parse(argv):
@@ -70,12 +69,12 @@ def parse(argv):
     return args
 
 
-def cache_split(args, split, data, clip, device, precision):
+def cache_split(args, split, data, clip):
     """Embed one split and write it."""
     start = time.perf_counter()
     dtype = getattr(torch, args.dtype)
-    image = stored(encode_images(clip, data.image_files, device, precision, args.batch_size, args.workers), dtype, "image")
-    text = stored(encode_texts(clip, data.captions, device, precision), dtype, "text")
+    image = stored(encode_images(clip, data.image_files, args.batch_size, args.workers), dtype, "image")
+    text = stored(encode_texts(clip, data.captions), dtype, "text")
     if image.shape[1] != text.shape[1]:
         raise UserError(f"--model {clip.info['model']}: image embeddings are {image.shape[1]} wide, text embeddings {text.shape[1]}; choose a CLIP")
     meta = {
@@ -83,7 +82,6 @@ def cache_split(args, split, data, clip, device, precision):
         "split": split,
         **clip.info,
         "embed_dim": image.shape[1],
-        "precision": precision_name(precision),
         "dtype": args.dtype,
         "image_count": len(image),
         "caption_count": len(text),
@@ -106,7 +104,7 @@ def stored(z, dtype, kind):
 
 
 @torch.inference_mode()
-def encode_images(clip, files, device, precision, batch_size, workers):
+def encode_images(clip, files, batch_size, workers):
     """Decode and embed pictures. Args: files: N paths. Returns: (N, D) float32 on the CPU.
 
     Raises: UserError after all broken files have been found and named.
@@ -118,7 +116,7 @@ def encode_images(clip, files, device, precision, batch_size, workers):
         for pictures, count, errors in loader:
             broken += errors
             if not broken:
-                rows += _in_chunks(clip.model.encode_image, pictures, device, precision)
+                rows += _in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device)
             bar.update(count)
     for error in broken[:-1]:
         logging.error(error)
@@ -137,7 +135,7 @@ def _collate(batch):
 
 
 @torch.inference_mode()
-def encode_texts(clip, texts, device, precision):
+def encode_texts(clip, texts):
     """Embed texts, each distinct one once. Args: texts: M strings. Returns: (M, D) float32 on the CPU."""
     distinct = list(dict.fromkeys(texts))
     row_of = {text: row for row, text in enumerate(distinct)}
@@ -147,7 +145,7 @@ def encode_texts(clip, texts, device, precision):
         tokens, part_cut, part_unknown = tokenize(clip, part)
         cut += sum(part_cut)
         unknown += [text for text, is_unknown in zip(part, part_unknown, strict=True) if is_unknown]
-        rows += _in_chunks(clip.model.encode_text, tokens, device, precision)
+        rows += _in_chunks(clip.model.encode_text, tokens, clip.device)
     if cut:
         logging.warning("note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, tokens.shape[1])
     if unknown:
@@ -157,13 +155,12 @@ def encode_texts(clip, texts, device, precision):
     return torch.cat(rows)[[row_of[text] for text in texts]]
 
 
-def _in_chunks(encode, inputs, device, precision):
+def _in_chunks(encode, inputs, device):
     """Encode rows CHUNK at a time, the last chunk filled up: a row's last bits depend on the size of its chunk. Returns: list of (n, D)."""
     outputs = []
     for part in inputs.split(CHUNK):
         full = torch.cat([part, part[-1:].expand(CHUNK - len(part), *part.shape[1:])]) if len(part) < CHUNK else part
-        with lowered(device, precision):
-            outputs.append(encode(full.to(device))[: len(part)].float().cpu())
+        outputs.append(encode(full.to(device))[: len(part)].float().cpu())
     return outputs
 
 
@@ -180,9 +177,9 @@ def cache_texts(args, device):
         raise UserError(f"{meta_file}: does not tell with which CLIP, precision and dtype the cache was made; make it anew")
     texts, chains = read_texts(Path(args.texts))
     precision = pick_precision(meta["precision"] if args.precision == "auto" else args.precision, device)
-    clip = load_clip(args.model or meta["model"], args.pretrained or meta["pretrained"], device)
-    z = stored(encode_texts(clip, texts, device, precision), getattr(torch, meta["dtype"]), "text")
-    write_texts(name, Path(args.texts).stem, z, texts, clip.info | {"precision": precision_name(precision)}, chains)
+    clip = load_clip(args.model or meta["model"], args.pretrained or meta["pretrained"], device, precision)
+    z = stored(encode_texts(clip, texts), getattr(torch, meta["dtype"]), "text")
+    write_texts(name, Path(args.texts).stem, z, texts, clip.info, chains)
     logging.info("%s: %d texts", ROOT / name / "texts" / Path(args.texts).stem, len(texts))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import UserError
+from utils.device import precision_name
 from utils.files import load_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,20 +22,23 @@ TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in 
 @dataclass
 class Clip:
     """A frozen CLIP. model: open_clip model in eval mode. transform: PIL image -> (3, H, W). tokenizer: list of texts -> (N, L).
-    info: plain types: model, pretrained, image_size, mean, std, context_length, logit_scale."""
+    device, dtype: where it is, and of what type the pictures that it takes.
+    info: plain types: model, pretrained, precision, image_size, mean, std, context_length, logit_scale."""
 
     model: torch.nn.Module
     transform: object
     tokenizer: object
+    device: object
+    dtype: torch.dtype
     info: dict
 
 
-def load_clip(name, pretrained, device="cpu"):
+def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
     """Load a CLIP.
 
     Args: name: an open_clip model, or the path of a model configuration (.json). pretrained: an open_clip tag, or the path of weights: a
     state dict (.safetensors, .pt) or OpenAI's TorchScript archive. device: where it is to run. Relative paths are also looked for in the
-    repository itself.
+    repository itself. dtype: of the weights of its matrix products; sums and norms stay in float32.
     Returns: Clip. Raises: UserError where the name, the tag or the file is not there or they do not belong together.
     """
     weights = _local_file(pretrained)
@@ -51,7 +55,7 @@ def load_clip(name, pretrained, device="cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = _create(open_clip, model_name, pretrained, weights)
+            model = _create(open_clip, model_name, pretrained, weights, precision_name(dtype))
             tokenizer = _tokenizer(open_clip, model_name)
     finally:
         quiet.setLevel(level)
@@ -64,13 +68,14 @@ def load_clip(name, pretrained, device="cpu"):
     info = {
         "model": str(name),
         "pretrained": str(pretrained),
+        "precision": precision_name(dtype),
         "image_size": list(size) if isinstance(size, tuple | list) else [size, size],
         "mean": [float(value) for value in settings["mean"]],
         "std": [float(value) for value in settings["std"]],
         "context_length": int(getattr(tokenizer, "context_length", 0) or 0),
         "logit_scale": float(model.logit_scale.detach().float().exp()) if hasattr(model, "logit_scale") else None,
     }
-    return Clip(model, transform, tokenizer, info)
+    return Clip(model, transform, tokenizer, device, dtype, info)
 
 
 def tokenize(clip, texts):
@@ -149,11 +154,11 @@ def _quick_gelu(open_clip, name):
     return bool(open_clip.get_model_config(name).get("quick_gelu"))
 
 
-def _create(open_clip, name, pretrained, weights):
-    """The model with its weights, in float32 on the CPU."""
+def _create(open_clip, name, pretrained, weights, precision):
+    """The model with its weights, in this precision, on the CPU."""
     if weights is None:
         try:
-            return open_clip.create_model(name, pretrained=pretrained, precision="fp32")
+            return open_clip.create_model(name, pretrained=pretrained, precision=precision)
         except Exception as error:  # noqa: BLE001  the hub's libraries raise many things
             raise UserError(
                 f"--pretrained {pretrained}: cannot be downloaded ({str(error).splitlines()[0][:90]}); "
@@ -167,8 +172,8 @@ def _create(open_clip, name, pretrained, weights):
         raise UserError(f"--model {name}: {weights.name} is OpenAI's archive, whose weights need QuickGELU: --model {name}-quickgelu")
     try:
         if archive is None:
-            return open_clip.create_model(name, pretrained=str(weights), precision="fp32")
-        model = open_clip.create_model(name, pretrained=None, precision="fp32")
+            return open_clip.create_model(name, pretrained=str(weights), precision=precision)
+        model = open_clip.create_model(name, pretrained=None, precision=precision)
         state = {key: value.float() for key, value in archive.state_dict().items() if key not in TORCHSCRIPT_EXTRAS}
         model.load_state_dict(state)
         return model
