@@ -47,6 +47,7 @@ def main(argv=None):
     for split, data in splits.items():
         cache_split(args, split, data, clip)
     write_texts(args.name or args.dataset, LADDER, encode_texts(clip, source.ladder).half(), list(source.ladder), clip.info)
+    logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name or args.dataset)
 
 
 def parse(argv):

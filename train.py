@@ -25,6 +25,8 @@ OPTIMIZERS = {
     "adamw": lambda parameters, recipe: torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True),
 }
 
+SMALL_CACHE = 100_000  # captions, under which --recipe small is the better choice
+
 
 def main(argv=None):
     args = parse(argv)
@@ -32,6 +34,8 @@ def main(argv=None):
     precision = pick_precision(args.precision, device)
     cache = EmbeddingCache(args.dataset, "train").to(device)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim)
+    if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
+        logging.warning("note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small", len(cache.text))
     for seed in args.seed:
         for method in args.method:
             train(method, seed, args, cache, ladder, device, precision)

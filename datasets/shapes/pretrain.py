@@ -4,6 +4,11 @@ The model, tokenizer and loss are open_clip's. A patch of the vision transformer
 program as the data set's, with other seeds; half of their captions are full descriptions, half are of random detail.
 
     python -m datasets.shapes.pretrain
+
+The shipped weights come from this command with OMP_NUM_THREADS=1 (another thread count gives others, about as good). Its last line of figures, with
+R@1 between the data set's 1,000 val pictures and their full descriptions:
+
+    {"step": 2000, "loss": 1.8492, "R@1 t2i": 0.87, "R@1 i2t": 0.861, "seconds": 1736.6908}
 """
 
 import argparse
