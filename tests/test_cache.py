@@ -676,7 +676,7 @@ def test_a_tag_without_a_network_ends_in_one_line(call, capsys, monkeypatch, tmp
 def test_pretrained_given_as_nothing_is_the_data_sets_own(call, monkeypatch):
     """--pretrained '' falls back to the data set's weights; random weights are never used."""
     asked = []
-    monkeypatch.setattr(cache_embeddings, "load_clip", lambda model, pretrained, device: asked.append((model, pretrained)) or 1 / 0)
+    monkeypatch.setattr(cache_embeddings, "load_clip", lambda model, pretrained, device, dtype: asked.append((model, pretrained)) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("--pretrained", "", "--model", "")
     assert asked == [("datasets/shapes/clip.json", "datasets/shapes/clip.safetensors")]
