@@ -14,7 +14,7 @@ TEMPERATURE = 1.0  # initial value, as in the paper's code
 
 
 class AsymVLM(Adaptor):
-    """What both distributions share; a subclass names its `log_prob`: (x (N, D), eta (M, D)) -> (N, M)."""
+    """What both distributions share; a subclass names its `log_prob`: (x (N, D), eta (M, D), temperature) -> (N, M)."""
 
     recipes = {"paper": Recipe("sgd", lr=1e-2, weight_decay=5e-4), "small": SMALL}
     log_prob = None
@@ -43,7 +43,7 @@ class AsymVLM(Adaptor):
 
     def loss(self, x, eta):
         """Mean of the two cross-entropies, over rows and over columns, of temperature * log p(x_i | text_j) against the diagonal."""
-        return symmetric_cross_entropy(self.temperature * self.log_prob(x, eta))
+        return symmetric_cross_entropy(self.log_prob(x, eta, self.temperature))
 
 
 class PowerSphericalAdaptor(AsymVLM):
