@@ -47,6 +47,9 @@ def main(argv=None):
     for split, data in splits.items():
         cache_split(args, split, data, clip)
     write_texts(args.name or args.dataset, LADDER, encode_texts(clip, source.ladder).half(), list(source.ladder), clip.info)
+    if source.chains is not None:
+        texts, chains = flatten(source.chains())
+        write_texts(args.name or args.dataset, "chains", encode_texts(clip, texts).half(), texts, clip.info, chains)
     logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name or args.dataset)
 
 
@@ -168,20 +171,28 @@ def _in_chunks(encode, inputs, device):
 def cache_texts(args, device):
     """Embed the texts of a file with the CLIP that made the cache, in the precision that it was made in."""
     name = args.name or args.dataset
+    texts, chains = read_texts(Path(args.texts))
+    clip, dtype = clip_of_cache(name, device, args.model, args.pretrained, args.precision)
+    write_texts(name, Path(args.texts).stem, stored(encode_texts(clip, texts), dtype, "text"), texts, clip.info, chains)
+    logging.info("%s: %d texts", ROOT / name / "texts" / Path(args.texts).stem, len(texts))
+
+
+def clip_of_cache(name, device, model=None, pretrained=None, precision="auto"):
+    """The CLIP that made a cache, as its meta.json names it.
+
+    Args: name: folder under embeddings/. device. model, pretrained, precision: what is to be used instead.
+    Returns: (Clip, dtype that the cache stores). Raises: UserError if the cache does not tell, or its CLIP cannot be loaded.
+    """
     meta_file = next(iter(sorted((ROOT / name).glob("*/meta.json"))), None)
     if meta_file is None:
-        raise UserError(f"--texts: no cache with a meta.json in {ROOT / name} to take the CLIP from; make it with cache_embeddings.py first")
+        raise UserError(f"no cache with a meta.json in {ROOT / name} to take the CLIP from; make it with cache_embeddings.py first")
     meta = load_json(meta_file)
     known = meta if isinstance(meta, dict) else {}
     has_clip = isinstance(known.get("model"), str) and isinstance(known.get("pretrained"), str)
     if not has_clip or known.get("precision") not in tuple(PRECISIONS) or known.get("dtype") not in DTYPES:
         raise UserError(f"{meta_file}: does not tell with which CLIP, precision and dtype the cache was made; make it anew")
-    texts, chains = read_texts(Path(args.texts))
-    precision = pick_precision(meta["precision"] if args.precision == "auto" else args.precision, device)
-    clip = load_clip(args.model or meta["model"], args.pretrained or meta["pretrained"], device, precision)
-    z = stored(encode_texts(clip, texts), getattr(torch, meta["dtype"]), "text")
-    write_texts(name, Path(args.texts).stem, z, texts, clip.info, chains)
-    logging.info("%s: %d texts", ROOT / name / "texts" / Path(args.texts).stem, len(texts))
+    chosen = pick_precision(meta["precision"] if precision == "auto" else precision, device)
+    return load_clip(model or meta["model"], pretrained or meta["pretrained"], device, chosen), getattr(torch, meta["dtype"])
 
 
 def read_texts(path):
@@ -200,18 +211,26 @@ def read_texts(path):
                 reader = csv.DictReader(file)
                 if "captions" not in (reader.fieldnames or ()):
                     raise UserError(f"--texts {path}: no column 'captions' (found: {', '.join(reader.fieldnames or ('nothing',))})")
-                texts, chains = [], []
+                found = []
                 for row in reader:
-                    chain = [text.strip() for text in (row["captions"] or "").split("=>")]
-                    if not all(chain):
+                    found.append([text.strip() for text in (row["captions"] or "").split("=>")])
+                    if not all(found[-1]):
                         raise UserError(f"--texts {path}: line {reader.line_num} has an empty caption in its chain")
-                    chains.append(list(range(len(texts), len(texts) + len(chain))))
-                    texts += chain
+                texts, chains = flatten(found)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--texts {path}: not readable as UTF-8 text ({error})") from None
     if not texts:
         raise UserError(f"--texts {path}: holds no text")
     return texts, chains
+
+
+def flatten(chains):
+    """Chains of texts as one list of texts, and each chain's rows in it. Args: chains: lists of strings. Returns: (texts, lists of rows)."""
+    texts, rows = [], []
+    for chain in chains:
+        rows.append(list(range(len(texts), len(texts) + len(chain))))
+        texts += chain
+    return texts, rows
 
 
 if __name__ == "__main__":

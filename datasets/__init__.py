@@ -11,7 +11,8 @@ class Source:
     """A data set that cache_embeddings.py can read.
 
     layout: where the files lie. model, pretrained: the CLIP used by default. ladder: prompts, each with one detail more than the one before.
-    make: function of the data root that makes the files where there are none, or None.
+    make: function of the data root that makes the files where there are none, or None. chains: function that gives lists of texts, each from
+    general to specific, or None.
     """
 
     layout: Layout
@@ -19,6 +20,7 @@ class Source:
     pretrained: str
     ladder: tuple
     make: object = None
+    chains: object = None
 
 
 PHOTO_LADDER = (
@@ -42,5 +44,6 @@ DATASETS = {
         pretrained="datasets/shapes/clip.safetensors",
         ladder=world.LADDER,
         make=world.make,
+        chains=world.write_chains,
     ),
 }

@@ -10,8 +10,10 @@
 The first three files are the paper repository's; a cache that has only these is accepted.
 """
 
+import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.cli import UserError
@@ -65,6 +67,18 @@ class EmbeddingCache:
         """The pairs of some captions. Args: captions (B,) int64 caption rows. Returns: (z_image (B, D), z_text (B, D))."""
         return self.image[self.image_of_caption[captions]], self.text[captions]
 
+    @functools.cached_property
+    def right_images(self):
+        """The images that are right for each caption, its own among them, where more than one may be: M ascending arrays of image rows."""
+        return [np.unique([*rows, own]) for rows, own in zip(self.relevance, self.image_of_caption.tolist(), strict=True)]
+
+    @functools.cached_property
+    def right_captions(self):
+        """The captions that are right for each image: N ascending arrays of caption rows, empty for an image that no caption describes."""
+        captions = np.repeat(np.arange(len(self.right_images)), [len(rows) for rows in self.right_images])
+        images = np.concatenate(self.right_images)
+        return np.split(captions[np.argsort(images, kind="stable")], np.cumsum(np.bincount(images, minlength=len(self.image)))[:-1])
+
     def _optional_list(self, file, length, kind):
         path = self.folder / file
         if not path.exists():
@@ -112,7 +126,17 @@ def load_texts(name, stem, embed_dim, root=ROOT):
         raise UserError(f"{path.with_suffix('.json')}: expected {len(z)} texts; run cache_embeddings.py again")
     if z.shape[1] != embed_dim:
         raise UserError(f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; run cache_embeddings.py again")
-    return texts, z, document.get("chains")
+    chains = document.get("chains")
+    whole = isinstance(chains, list) and all(isinstance(c, list) and all(type(row) is int and 0 <= row < len(z) for row in c) for c in chains)
+    if chains is not None and not whole:
+        raise UserError(f"{path.with_suffix('.json')}: its chains are not lists of rows from 0 to {len(z) - 1}; run cache_embeddings.py again")
+    return texts, z, chains
+
+
+def load_chains(name, embed_dim, root=ROOT):
+    """All texts of a cache that form chains from general to specific. Returns: {stem: what `load_texts` returns}. Raises: as `load_texts`."""
+    loaded = {path.stem: load_texts(name, path.stem, embed_dim, root) for path in sorted((Path(root) / name / "texts").glob("*.pt"))}
+    return {stem: content for stem, content in loaded.items() if content is not None and content[2]}
 
 
 def _load_embeddings(path):

@@ -20,12 +20,17 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text):
     """An argparse type: a whole number of at least 1."""
+    return whole(text, least=1)
+
+
+def whole(text, least=0):
+    """An argparse type: a whole number of at least 0."""
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return value
 
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.cli import UserError
@@ -65,6 +66,17 @@ def load_tensors(path):
         if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise UserError(f"{path}: holds a tensor of shape {tuple(tensor.shape)} that is not stored in full; write it again with torch.save")
     return content
+
+
+def load_arrays(path):
+    """Read an .npz of plain arrays. Returns: {name: array}. Raises: UserError if it is none. FileNotFoundError if there is none."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001  as above
+        raise UserError(f"{path}: not a file of arrays that can be read safely ({' '.join(str(error).split())[:120]}); evaluate again") from None
 
 
 def _is_zip(path):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+RELEVANT_BLOCK = 128  # queries whose answers are sorted at a time
 TILE = 512  # images of a tile; its captions are as many as so many images have
 
 
@@ -95,6 +96,37 @@ class _Race:
         self.best[queries[better]], self.top1[queries[better]] = highest[better], where[better]
 
 
+def rank_relevant(score, relevance, answers):
+    """How well all right answers are found, where a query has several of them.
+
+    Args: score: function of (query rows (q,), answer rows (n,)), two int64 tensors, that returns the (q, n) similarities as a tensor.
+    relevance: Q lists of right answers, each once, at least one. answers: N, how many there are to choose from.
+    Returns: dict of arrays with one entry a query:
+        relevant: R, how many answers are right. relevant_rank: rank of the first right answer, 1 = best.
+        ap_at_r: average precision at R in [0, 1]: sum over the right ones among the best R of (precision at its rank) / R.
+    Memory is linear in N. Source: Musgrave et al., "A metric learning reality check", arXiv 2003.08505, sec. 3.2.
+
+    Example: answers 0 and 2 are right, and the order is 2, 1, 0: AP@R = (1/1 + 0) / 2.
+    >>> found = rank_relevant(lambda q, a: torch.tensor([[0.1, 0.5, 0.9]]), [[0, 2]], 3)
+    >>> found["relevant"].tolist(), found["relevant_rank"].tolist(), found["ap_at_r"].tolist()
+    ([2], [1], [0.5])
+    """
+    everything, found = torch.arange(answers), []
+    for start in range(0, len(relevance), RELEVANT_BLOCK):
+        part = [np.asarray(rows, dtype=np.int64) for rows in relevance[start : start + RELEVANT_BLOCK]]
+        count = np.array([len(rows) for rows in part])
+        query = np.repeat(np.arange(len(part)), count)  # of every right answer
+        order = score(torch.arange(start, start + len(part)), everything).argsort(dim=1, descending=True, stable=True)  # (q, N), best first
+        place = torch.empty_like(order).scatter_(1, order, everything.to(order.device).expand_as(order)).cpu().numpy()
+        rank = place[query, np.concatenate(part)] + 1  # of every right answer, 1 = best
+        rank = rank[np.lexsort((rank, query))]
+        first = np.cumsum(count) - count  # where a query's right answers begin
+        precision = (np.arange(1, len(rank) + 1) - first[query]) / rank
+        ap_at_r = np.bincount(query, weights=precision * (rank <= count[query]), minlength=len(part)) / count
+        found.append((count, rank[first], ap_at_r))
+    return dict(zip(("relevant", "relevant_rank", "ap_at_r"), map(np.concatenate, zip(*found, strict=True)), strict=True))
+
+
 def recall_at(rank, k):
     """Share of queries whose first right answer is among the best k. Args: rank (Q,), 1 = best. Returns: float in [0, 1].
 
@@ -160,6 +192,68 @@ def _area(error):
     return float(np.mean(np.cumsum(error) / np.arange(1, len(error) + 1)))
 
 
+def auroc(correct, uncertainty):
+    """How well uncertainty tells wrong answers from right ones: the probability that a wrong one is the less certain, ties counting half.
+
+    Args: correct (Q,) bool, uncertainty (Q,). Returns: float in [0, 1], 0.5 = no information; None where all are right or all wrong.
+
+    >>> auroc(np.array([True, False, True]), np.array([0.1, 0.2, 0.3]))
+    0.5
+    """
+    correct = np.asarray(correct, dtype=bool)
+    right, wrong = int(correct.sum()), int((~correct).sum())
+    if not right or not wrong:
+        return None
+    ranks = stats.rankdata(uncertainty)
+    return float((ranks[~correct].sum() - wrong * (wrong + 1) / 2) / (right * wrong))
+
+
+def hierarchy_metrics(uncertainty, chains):
+    """How steadily uncertainty falls along chains of texts from general to specific.
+
+    Args: uncertainty (T,). chains: lists of rows, general first; those of one text are left out.
+    Returns: dict: "falling": share of the adjacent steps whose uncertainty falls, in [0, 1]; "tau": mean over the chains of Kendall's tau-b of
+    depth and certainty, in [-1, 1], 1 = always falls; a chain whose uncertainty is constant counts 0.
+
+    >>> hierarchy_metrics(np.array([0.9, 0.5, 0.7]), [[0, 1, 2]])
+    {'falling': 0.5, 'tau': 0.33333333333333337}
+    """
+    steps, taus = [], []
+    for chain in chains:
+        values = np.asarray(uncertainty)[chain]
+        if len(values) < 2:
+            continue
+        steps.append(values[1:] < values[:-1])
+        taus.append(0.0 if np.ptp(values) == 0 else float(stats.kendalltau(np.arange(len(values)), -values).statistic))
+    if not taus:
+        return {"falling": None, "tau": None}
+    return {"falling": float(np.concatenate(steps).mean()), "tau": float(np.mean(taus))}
+
+
+def uncertainty_by_depth(uncertainty, chains):
+    """How uncertainty falls with depth, in ranks, so that methods can be compared.
+
+    Args: as for `hierarchy_metrics`. Returns: list of floats, one a depth that a chain reaches, general first: the mean percentile, in
+    [0, 100], of its texts among all T.
+
+    >>> uncertainty_by_depth(np.array([0.9, 0.5, 0.7]), [[0, 1], [0, 2]])
+    [100.0, 50.0]
+    """
+    percentile = 100 * stats.rankdata(uncertainty) / len(uncertainty)
+    depths = range(max(map(len, chains), default=0))
+    return [float(np.mean([percentile[chain[depth]] for chain in chains if len(chain) > depth])) for depth in depths]
+
+
+def share_of_ties(uncertainty):
+    """The share of queries whose uncertainty another query has too. Args: uncertainty (Q,). Returns: float in [0, 1].
+
+    >>> share_of_ties(np.array([0.1, 0.1, 0.2, 0.3]))
+    0.5
+    """
+    _, group, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
+    return float((count[group] > 1).mean())
+
+
 def spearman(x, y):
     """Spearman rank correlation, in [-1, 1], or None if one of them is constant. Args: x, y (Q,)."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -178,28 +272,72 @@ def partial_spearman(x, y, given):
     return float((xy - xg * yg) / np.sqrt((1 - xg**2) * (1 - yg**2)))
 
 
-def retrieval_metrics(answers, levels):
-    """All figures of one direction. Args: answers: "t2i" or "i2t" of `rank_queries`. levels: K.
+def retrieval_metrics(answers, levels, by="uncertainty"):
+    """All figures of one direction. Args: answers: "t2i" or "i2t" of `rank_queries`. levels: K. by: the field that ranks the queries.
 
-    Returns: (recall: list of K floats by level, dict of "R@1", "R@5", "R@10", "S", "R2", "-S*R2", "AURC", "E-AURC").
+    Returns: (recall: list of K floats by level, dict of "R@1", "R@5", "R@10", "S", "R2", "-S*R2", "AURC", "E-AURC", "ties").
     """
     correct = answers["rank"] == 1
-    recall = recall_by_level(correct, answers["uncertainty"], levels)
+    recall = recall_by_level(correct, answers[by], levels)
     overall = {f"R@{k}": recall_at(answers["rank"], k) for k in (1, 5, 10)}
-    return recall, overall | level_statistics(recall) | aurc(correct, answers["uncertainty"])
+    return recall, overall | level_statistics(recall) | aurc(correct, answers[by]) | {"ties": share_of_ties(answers[by])}
 
 
-def ambiguity_metrics(answers, relevance, lengths):
+def recall_metrics(t2i_rank, i2t_rank):
+    """Recall both ways, in [0, 1], and their sum in per cent. Args: ranks of the first right answer, 1 = best.
+
+    >>> recall_metrics(np.array([1, 9]), np.array([1]))["RSUM"]
+    500.0
+    """
+    found = {f"{name} R@{k}": recall_at(rank, k) for name, rank in (("t2i", t2i_rank), ("i2t", i2t_rank)) for k in (1, 5, 10)}
+    return found | {"RSUM": 100 * sum(found.values())}
+
+
+def level_sweep(answers, levels=(5, 10, 20, 50)):
+    """S and -S*R2 for several numbers of levels, since S is easily had at 10. Args: answers: as above. levels: those above the number of
+    queries are left out. Returns: dict of "S@5", "-S*R2@5", "S@10", ..."""
+    correct = answers["rank"] == 1
+    swept = {}
+    for k in levels:
+        if k <= len(correct):
+            found = level_statistics(recall_by_level(correct, answers["uncertainty"], k))
+            swept |= {f"S@{k}": found["S"], f"-S*R2@{k}": found["-S*R2"]}
+    return swept
+
+
+def asymmetry_metrics(answers):
+    """Which modality's uncertainty predicts the errors of retrieval.
+
+    Args: answers: what `rank_queries` returned; "image_uncertainty" where images have one: of the image retrieved (t2i), of the query (i2t).
+    Returns: dict of "t2i AURC by text", "t2i AURC by image", "i2t ..." and the same for AUROC; the image's only where there is one.
+    """
+    found = {}
+    for figure, function in (("AURC", lambda right, u: aurc(right, u)["AURC"]), ("AUROC", auroc)):
+        for direction in ("t2i", "i2t"):
+            for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty")):
+                if field in answers[direction]:
+                    found[f"{direction} {figure} by {modality}"] = function(answers[direction]["rank"] == 1, answers[direction][field])
+    return found
+
+
+def relevance_metrics(answers):
+    """Retrieval where several answers are right. Args: answers: "t2i" or "i2t", with what `rank_relevant` returned.
+
+    Returns: dict of "R@1", "R@5", "R@10", the shares of queries with a right answer among the best k, and "mAP@R".
+    """
+    return {f"R@{k}": recall_at(answers["relevant_rank"], k) for k in (1, 5, 10)} | {"mAP@R": float(np.mean(answers["ap_at_r"]))}
+
+
+def ambiguity_metrics(answers):
     """Uncertainty against exact ambiguity, where it is known which images each caption describes.
 
-    Args: answers: "t2i" of `rank_queries`. relevance: M lists of image rows; their number is the ambiguity. lengths (M,): words a caption.
-    Returns: dict: "spearman" of uncertainty and ambiguity; "partial_spearman_given_length"; "R@1_described": share of captions whose first
-    image is one that the caption describes.
+    Args: answers: "t2i" of `rank_queries`, with what `rank_relevant` returned and "words", the captions' lengths.
+    Returns: dict: "spearman" of uncertainty and ambiguity, the number of images described; "partial_spearman_given_length";
+    "R@1_described": share of captions whose first image is one that the caption describes.
     """
-    ambiguity = np.array([len(rows) for rows in relevance])
-    described = [top1 in set(rows) for top1, rows in zip(answers["top1"].tolist(), relevance, strict=True)]
+    uncertainty, ambiguity = answers["uncertainty"], answers["relevant"]
     return {
-        "spearman": spearman(answers["uncertainty"], ambiguity),
-        "partial_spearman_given_length": partial_spearman(answers["uncertainty"], ambiguity, np.asarray(lengths)),
-        "R@1_described": float(np.mean(described)),
+        "spearman": spearman(uncertainty, ambiguity),
+        "partial_spearman_given_length": partial_spearman(uncertainty, ambiguity, answers["words"]) if "words" in answers else None,
+        "R@1_described": recall_at(answers["relevant_rank"], 1),
     }

@@ -267,6 +267,35 @@ def write_full_description(scene, rng):
     return _compose(scene, things, [{"shape", "colour", "size", "cell"}] * len(things), True, 0.0, rng)
 
 
+def write_chain(scene, rng):
+    """Captions of one scene from general to specific: each says what the one before says and one thing more.
+
+    Args: scene: dict; rng: random.Random. Returns: list of 6 Captions: of an object's shape, colour, size, place and of the background, in a
+    random order.
+    """
+    thing, said, chain = rng.choice(scene["objects"]), {}, [Caption("a picture", (), tuple(BACKGROUNDS))]
+    for name in rng.sample(["shape", "colour", "size", "cell", "background"], 5):
+        said[name] = scene["background"] if name == "background" else thing[name]
+        mention = {key: (value,) for key, value in said.items() if key != "background"}
+        words = [table[said[key]][0] for key, table in (("size", SIZE_WORDS), ("colour", COLOUR_WORDS)) if key in said]
+        text = "a picture"
+        if mention:
+            text += " of " + _article(" ".join([*words, SHAPE_NOUNS[said["shape"]][0] if "shape" in said else "shape"]))
+        if "cell" in said:
+            text += " " + CELL_PHRASES[said["cell"]][0]
+        if "background" in said:
+            text += f"{',' if 'cell' in said else ''} on {_article(said['background'])} background"
+        backgrounds = (said["background"],) if "background" in said else tuple(BACKGROUNDS)
+        chain.append(Caption(text, (mention,) if mention else (), backgrounds))
+    return chain
+
+
+def write_chains(seed=0, count=500):
+    """The texts of many chains, of scenes that are in neither split. Returns: list of lists of 6 strings, each from general to specific."""
+    rngs = [random.Random(f"shapes/{seed}/chains/{i}") for i in range(count)]
+    return [[caption.text for caption in write_chain(draw_scene(rng), rng)] for rng in rngs]
+
+
 def _compose(scene, things, said, say_background, vagueness, rng):
     """Put a caption together. said: a set of attribute names for each thing; vagueness: how often a hypernym stands for the word itself."""
     rng.shuffle(things)
