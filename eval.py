@@ -93,6 +93,8 @@ def parse(argv):
     for method in args.compare or ():
         if method not in (*METHODS, *BASELINES):
             parser.error(f"--compare {method}: choose from {names}, {', '.join(BASELINES)}")
+    if args.compare and args.compare[0] == args.compare[1]:
+        parser.error(f"--compare {args.compare[0]} {args.compare[1]}: give two different methods")
     return args
 
 

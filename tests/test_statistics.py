@@ -1,0 +1,205 @@
+"""Bootstrap, right answers, hierarchies and error prediction, against plain loops, scipy and scikit-learn."""
+
+import doctest
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+import utils.bootstrap
+import utils.metrics
+from utils.bootstrap import bootstrap_ambiguity, bootstrap_relevance, bootstrap_retrieval, interval, p_value, resample
+from utils.metrics import (
+    ambiguity_metrics,
+    asymmetry_metrics,
+    auroc,
+    hierarchy_metrics,
+    level_sweep,
+    rank_relevant,
+    recall_by_level,
+    recall_metrics,
+    relevance_metrics,
+    retrieval_metrics,
+    share_of_ties,
+    uncertainty_by_depth,
+)
+
+
+def random_answers(queries=60, ties=True, seed=0):
+    """Answers of one direction with everything that a query may have."""
+    rng = np.random.default_rng(seed)
+    uncertainty = rng.integers(0, 12, queries) / 10 if ties else rng.random(queries)
+    return {
+        "rank": rng.integers(1, 12, queries),
+        "uncertainty": uncertainty,
+        "image_uncertainty": rng.random(queries),
+        "words": rng.integers(1, 9, queries).astype(float),
+        "relevant": rng.integers(1, 30, queries),
+        "relevant_rank": rng.integers(1, 12, queries),
+        "ap_at_r": rng.random(queries),
+    }
+
+
+# All right answers.
+
+
+def slow_relevant(similarity, relevance):
+    """First right rank and AP@R of every query, by sorting and counting."""
+    ranks, precisions = [], []
+    for values, right in zip(similarity, relevance, strict=True):
+        order = sorted(range(len(values)), key=lambda a: (-values[a], a))
+        hits = [answer in right for answer in order]
+        ranks.append(hits.index(True) + 1)
+        top = hits[: len(right)]
+        precisions.append(sum(sum(top[: k + 1]) / (k + 1) for k in range(len(top)) if top[k]) / len(right))
+    return ranks, precisions
+
+
+@pytest.mark.parametrize("block", [1, 7, 128])
+@pytest.mark.parametrize("ties", [False, True])
+def test_right_answers_equal_a_plain_loop(block, ties, monkeypatch):
+    monkeypatch.setattr(utils.metrics, "RELEVANT_BLOCK", block)
+    rng = np.random.default_rng(block)
+    similarity = rng.integers(0, 5, (23, 17)).astype(np.float32) if ties else rng.normal(size=(23, 17)).astype(np.float32)
+    relevance = [sorted(rng.choice(17, size=rng.integers(1, 17), replace=False).tolist()) for _ in range(23)]
+    found = rank_relevant(lambda q, a: torch.from_numpy(similarity)[q][:, a], relevance, 17)
+    ranks, precisions = slow_relevant(similarity, relevance)
+    assert found["relevant"].tolist() == [len(rows) for rows in relevance]
+    assert found["relevant_rank"].tolist() == ranks
+    np.testing.assert_allclose(found["ap_at_r"], precisions, rtol=1e-12)
+
+
+def test_a_perfect_order_has_an_average_precision_of_one():
+    similarity = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    found = rank_relevant(lambda q, a: similarity[q][:, a], [[0, 1], [3]], 4)
+    assert relevance_metrics(found) == {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@R": 1.0}
+
+
+# Errors, levels, hierarchies.
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_equals_scikit_learns(ties):
+    answers = random_answers(ties=ties)
+    assert auroc(answers["rank"] == 1, answers["uncertainty"]) == pytest.approx(roc_auc_score(answers["rank"] > 1, answers["uncertainty"]))
+
+
+def test_auroc_without_errors_is_undefined():
+    assert auroc(np.array([True, True]), np.array([0.1, 0.2])) is None
+
+
+def test_asymmetry_reports_each_modality_that_has_an_uncertainty():
+    text_only = {"rank": np.array([1, 2]), "uncertainty": np.array([0.1, 0.2])}
+    both = text_only | {"image_uncertainty": np.array([0.2, 0.1])}
+    found = asymmetry_metrics({"t2i": text_only, "i2t": both})
+    assert found["t2i AUROC by text"] == found["i2t AUROC by text"] == 1.0
+    assert found["i2t AUROC by image"] == 0.0
+    assert "t2i AUROC by image" not in found
+
+
+def test_the_sweep_equals_each_number_of_levels_by_itself_and_leaves_out_too_many():
+    answers = random_answers(queries=30)
+    found = level_sweep(answers)
+    assert set(found) == {"S@5", "-S*R2@5", "S@10", "-S*R2@10", "S@20", "-S*R2@20"}
+    recall = recall_by_level(answers["rank"] == 1, answers["uncertainty"], 20)
+    assert found["S@20"] == pytest.approx(stats.spearmanr(range(20), recall).statistic)
+
+
+def test_ties_are_the_queries_that_share_their_uncertainty():
+    values = [3, 1, 3, 2, 3, 1, 5]
+    assert share_of_ties(np.array(values)) == pytest.approx(sum(values.count(v) > 1 for v in values) / len(values))
+
+
+def test_hierarchy_metrics_equal_counted_pairs():
+    rng = np.random.default_rng(0)
+    uncertainty = rng.permutation(40).astype(float)
+    chains = [list(range(i, i + 4)) for i in range(0, 40, 4)] + [[3], [7, 2]]
+    taus, steps = [], []
+    for chain in (chain for chain in chains if len(chain) > 1):
+        pairs = [np.sign(uncertainty[chain[a]] - uncertainty[chain[b]]) for a, b in itertools.combinations(range(len(chain)), 2)]
+        taus.append(np.mean(pairs))
+        steps += [uncertainty[b] < uncertainty[a] for a, b in itertools.pairwise(chain)]
+    found = hierarchy_metrics(uncertainty, chains)
+    assert found["tau"] == pytest.approx(np.mean(taus))
+    assert found["falling"] == pytest.approx(np.mean(steps))
+
+
+def test_a_chain_of_constant_uncertainty_neither_falls_nor_counts_for_tau():
+    assert hierarchy_metrics(np.array([0.5, 0.5, 0.5]), [[0, 1, 2]]) == {"falling": 0.0, "tau": 0.0}
+    assert hierarchy_metrics(np.array([0.5]), [[0]]) == {"falling": None, "tau": None}
+
+
+def test_depth_is_averaged_over_the_chains_that_reach_it():
+    uncertainty = np.array([0.4, 0.3, 0.2, 0.1])
+    assert uncertainty_by_depth(uncertainty, [[0, 1, 3], [1, 2]]) == [87.5, 62.5, 25.0]
+
+
+def test_rsum_is_the_sum_of_all_recalls_in_per_cent():
+    t2i, i2t = np.array([1, 3, 20]), np.array([7, 1])
+    expected = 100 * (1 / 3 + 2 / 3 + 2 / 3 + 1 / 2 + 1 / 2 + 1)
+    assert recall_metrics(t2i, i2t)["RSUM"] == pytest.approx(expected)
+
+
+# Bootstrap.
+
+
+def test_a_resample_has_as_many_queries_and_is_the_same_at_every_call():
+    counts = list(resample(50, 20))
+    assert all(count.sum() == 50 for count in counts)
+    assert all((a == b).all() for a, b in zip(counts, resample(50, 20), strict=True))
+    assert len({tuple(count) for count in counts}) == 20
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
+    answers = random_answers(queries=97, ties=ties)
+    retrieval, ambiguity, relevance = bootstrap_retrieval(answers, 10, 25), bootstrap_ambiguity(answers, 25), bootstrap_relevance(answers, 25)
+    for i, count in enumerate(resample(97, 25)):
+        drawn = {key: np.repeat(values, count) for key, values in answers.items()}
+        expected = retrieval_metrics(drawn, 10)[1]
+        for figure, values in retrieval.items():
+            assert values[i] == pytest.approx(expected[figure], abs=1e-12), figure
+        for figure, values in ambiguity.items():
+            assert values[i] == pytest.approx(ambiguity_metrics(drawn)[figure], abs=1e-12), figure
+        for figure, values in relevance.items():
+            assert values[i] == pytest.approx(relevance_metrics(drawn)[figure], abs=1e-12), figure
+
+
+def test_what_is_undefined_in_a_resample_has_no_interval():
+    answers = random_answers() | {"rank": np.ones(60, dtype=int), "words": np.ones(60)}
+    assert interval(bootstrap_retrieval(answers, 10, 10)["S"]) is None
+    assert interval(bootstrap_ambiguity(answers, 10)["partial_spearman_given_length"]) is None
+    assert p_value(np.array([0.1, np.nan])) is None
+    assert interval(np.array([])) is None
+
+
+def test_the_interval_of_recall_is_about_the_binomial_one():
+    rng = np.random.default_rng(1)
+    answers = random_answers(queries=2000) | {"rank": 1 + (rng.random(2000) > 0.3)}
+    low, high = interval(bootstrap_retrieval(answers, 10, 1000)["R@1"])
+    mean = np.mean(answers["rank"] == 1)
+    half = 1.96 * np.sqrt(mean * (1 - mean) / 2000)
+    assert low == pytest.approx(mean - half, abs=0.15 * half)
+    assert high == pytest.approx(mean + half, abs=0.15 * half)
+
+
+def test_p_values_count_the_rarer_sign_twice():
+    assert p_value(np.array([0.1, 0.2, 0.3, -0.1])) == 0.5
+    assert p_value(np.zeros(4)) == 1.0
+    assert p_value(np.array([1.0, 2.0])) == 0.0
+
+
+def test_a_paired_difference_is_tighter_than_two_intervals():
+    answers = random_answers(queries=500)
+    better = answers | {"rank": np.where(np.arange(500) % 10 == 0, 1, answers["rank"])}
+    a, b = (bootstrap_retrieval(x, 10, 300)["R@1"] for x in (better, answers))
+    low, high = interval(a - b)
+    assert low > 0
+    assert high - low < np.diff(interval(a))[0]
+
+
+def test_docstring_examples_hold():
+    assert doctest.testmod(utils.bootstrap).failed == 0
