@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import DATASETS
-from datasets.coco import CocoCaptions, CocoImages
+from datasets.coco import CocoImages
 from datasets.embedding import LADDER, ROOT, write_split, write_texts
 from utils.cli import Parser, UserError, positive, run
 from utils.device import PRECISIONS, pick_device, pick_precision
@@ -41,7 +41,8 @@ def main(argv=None):
     root = Path(args.data_root or Path("data") / args.dataset)
     if source.make and not root.exists():
         source.make(root)
-    splits = {split: CocoCaptions(root, split, source.layout) for split in args.split}  # every file is checked before CLIP is loaded
+    flags = {flag: getattr(args, flag) for flag in source.flags}
+    splits = {split: source.reader(root, split, source.layout, **flags) for split in args.split}  # every file is checked before CLIP is loaded
     precision = pick_precision(args.precision, device)
     clip = load_clip(args.model or source.model, args.pretrained or source.pretrained, device, precision)
     for split, data in splits.items():
