@@ -65,6 +65,9 @@ def parse(argv):
     parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     parser.add_argument("--dtype", default="float16", choices=DTYPES, help="of the stored embeddings")
     parser.add_argument("--texts", help="embed these texts with the CLIP of an existing cache: a text a line, or a .csv with a column 'captions'")
+    parser.add_argument("--csv-img-key", default="filepath", help="--dataset csv: the column of the image files (default: filepath)")
+    parser.add_argument("--csv-caption-key", default="title", help="--dataset csv: the column of the captions (default: title)")
+    parser.add_argument("--csv-separator", help="--dataset csv: what parts the columns (default: a comma in .csv, a tab in .tsv)")
     args = parser.parse_args(argv)
     if args.workers < 0:
         parser.error("--workers: give a whole number of at least 0")
@@ -89,6 +92,7 @@ def cache_split(args, split, data, clip):
         "caption_count": len(text),
         "image_ids": data.image_ids,
         "caption_ids": data.caption_ids,
+        **({"annotated": data.annotated} if data.annotated else {}),  # caption rows
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
     }
     folder = ROOT / (args.name or args.dataset) / split

@@ -3,8 +3,11 @@ and their prompt ladder."""
 
 from dataclasses import dataclass
 
+from datasets import karpathy
 from datasets.coco import CocoCaptions, Layout
+from datasets.karpathy import KarpathyCaptions
 from datasets.shapes import world
+from datasets.table import TableCaptions
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ DATASETS = {
         pretrained="openai",
         ladder=PHOTO_LADDER,
     ),
+    "coco-karpathy": Source(KarpathyCaptions, karpathy.COCO, "ViT-B-32-quickgelu", "openai", PHOTO_LADDER),
+    "csv": Source(
+        reader=TableCaptions,
+        layout=("{split}.csv", "{split}.tsv"),
+        model="ViT-B-32-quickgelu",
+        pretrained="openai",
+        ladder=PHOTO_LADDER,
+        flags=("csv_img_key", "csv_caption_key", "csv_separator"),
+    ),
+    "flickr30k": Source(KarpathyCaptions, karpathy.FLICKR30K, "ViT-B-32-quickgelu", "openai", PHOTO_LADDER),
     "shapes": Source(
         reader=CocoCaptions,
         layout=Layout(images="{split}", captions="annotations/captions_{split}.json", relevance="annotations/relevance_{split}.json"),
