@@ -154,7 +154,7 @@ def figures(answers, cache, levels):
         result[direction], result["metrics"][direction] = retrieval_metrics(answers[direction], levels)
     if cache.relevance is not None:
         lengths = [len(caption.split()) for caption in cache.captions]
-        result["metrics"]["ambiguity"] = ambiguity_metrics(answers["t2i"], cache.relevance, lengths)
+        result["metrics"]["ambiguity"] = ambiguity_metrics(answers["t2i"], cache.relevance, lengths, cache.annotated)
     return result
 
 

@@ -189,17 +189,20 @@ def retrieval_metrics(answers, levels):
     return recall, overall | level_statistics(recall) | aurc(correct, answers["uncertainty"])
 
 
-def ambiguity_metrics(answers, relevance, lengths):
+def ambiguity_metrics(answers, relevance, lengths, annotated=None):
     """Uncertainty against exact ambiguity, where it is known which images each caption describes.
 
     Args: answers: "t2i" of `rank_queries`. relevance: M lists of image rows; their number is the ambiguity. lengths (M,): words a caption.
+    annotated: the caption rows for which that is known, over which all figures are; None: all.
     Returns: dict: "spearman" of uncertainty and ambiguity; "partial_spearman_given_length"; "R@1_described": share of captions whose first
     image is one that the caption describes.
     """
-    ambiguity = np.array([len(rows) for rows in relevance])
-    described = [top1 in set(rows) for top1, rows in zip(answers["top1"].tolist(), relevance, strict=True)]
+    known = slice(None) if annotated is None else np.asarray(annotated)
+    ambiguity = np.array([len(rows) for rows in relevance])[known]
+    described = np.array([top1 in set(rows) for top1, rows in zip(answers["top1"].tolist(), relevance, strict=True)])[known]
+    uncertainty = answers["uncertainty"][known]
     return {
-        "spearman": spearman(answers["uncertainty"], ambiguity),
-        "partial_spearman_given_length": partial_spearman(answers["uncertainty"], ambiguity, np.asarray(lengths)),
+        "spearman": spearman(uncertainty, ambiguity),
+        "partial_spearman_given_length": partial_spearman(uncertainty, ambiguity, np.asarray(lengths)[known]),
         "R@1_described": float(np.mean(described)),
     }
