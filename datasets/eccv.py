@@ -2,7 +2,8 @@
 
 The judgements are those of the package eccv_caption (Chun et al., "ECCV Caption", arXiv 2204.03359), which is optional: pip install eccv-caption.
 It looks into 1,332 of the split's captions. Its ids are COCO's own: its captions are called by annotation id, which is the sentid of
-dataset_coco.json, its images by image id, the cocoid. So no further file is needed; that both name the same pairs is checked on every caption.
+dataset_coco.json, its images by image id, the cocoid. So no further file is needed; for every caption that the package knows, it is checked that
+both name the same image.
 """
 
 import warnings
@@ -14,8 +15,8 @@ def relevance(image_ids, caption_ids, image_of_caption, path):
     """Which images are right for each caption.
 
     Args: image_ids, caption_ids: N cocoids and M sentids. image_of_caption: M image rows. path: the file they are from, for messages.
-    Returns: (relevance, annotated). relevance: M lists of image rows, ascending, the caption's own among them; for a caption that nobody
-    looked into, its own alone, which says nothing about how many are right. annotated: the rows of the captions that were looked into,
+    Returns: (relevance, annotated). relevance: M lists of rows of these images, ascending, the caption's own among them; for a caption that
+    nobody looked into, its own alone, which says nothing about how many are right. annotated: the rows of the captions that were looked into,
     ascending: figures about relevance are to be taken over these. Both are None if there is no such caption, or no such package.
     Raises: UserError if a caption belongs to another image than the package has it, or the package is not as expected.
     """

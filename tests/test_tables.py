@@ -188,4 +188,4 @@ def test_each_coco_caption_has_the_embedding_of_its_own_picture(coco_root, scrip
     assert script(cache_embeddings.main, "--dataset", "csv", "--data-root", "mine", "--split", "val", *keys, *flags, *SHAPES_CLIP)[0] == 0
     cache = EmbeddingCache("csv", "val")
     assert cache.images == [f"pictures/{file.name}" for _, file, _ in sample]
-    check_rows(cache, rows)
+    check_rows(cache, [(text, file) for file, text in rows])
