@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import DATASETS
-from datasets.coco import CocoCaptions, CocoImages
+from datasets.coco import CocoImages
 from datasets.embedding import LADDER, ROOT, write_split, write_texts
 from utils.cli import Parser, UserError, positive, run
 from utils.device import PRECISIONS, pick_device, pick_precision
@@ -41,7 +41,8 @@ def main(argv=None):
     root = Path(args.data_root or Path("data") / args.dataset)
     if source.make and not root.exists():
         source.make(root)
-    splits = {split: CocoCaptions(root, split, source.layout) for split in args.split}  # every file is checked before CLIP is loaded
+    flags = {flag: getattr(args, flag) for flag in source.flags}
+    splits = {split: source.reader(root, split, source.layout, **flags) for split in args.split}  # every file is checked before CLIP is loaded
     precision = pick_precision(args.precision, device)
     clip = load_clip(args.model or source.model, args.pretrained or source.pretrained, device, precision)
     for split, data in splits.items():
@@ -67,6 +68,9 @@ def parse(argv):
     parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     parser.add_argument("--dtype", default="float16", choices=DTYPES, help="of the stored embeddings")
     parser.add_argument("--texts", help="embed these texts with the CLIP of an existing cache: a text a line, or a .csv with a column 'captions'")
+    parser.add_argument("--csv-img-key", default="filepath", help="--dataset csv: the column of the image files (default: filepath)")
+    parser.add_argument("--csv-caption-key", default="title", help="--dataset csv: the column of the captions (default: title)")
+    parser.add_argument("--csv-separator", help="--dataset csv: what parts the columns (default: a comma in .csv, a tab in .tsv)")
     args = parser.parse_args(argv)
     if args.workers < 0:
         parser.error("--workers: give a whole number of at least 0")
@@ -91,6 +95,7 @@ def cache_split(args, split, data, clip):
         "caption_count": len(text),
         "image_ids": data.image_ids,
         "caption_ids": data.caption_ids,
+        **({"annotated": data.annotated} if data.annotated else {}),  # caption rows
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
     }
     folder = ROOT / (args.name or args.dataset) / split

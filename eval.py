@@ -30,6 +30,7 @@ from utils.metrics import (
     asymmetry_metrics,
     hierarchy_metrics,
     level_sweep,
+    only_annotated,
     rank_queries,
     rank_relevant,
     recall_metrics,
@@ -217,6 +218,9 @@ def answer(score, cache, uncertainty, image_uncertainty=None):
         t2i |= rank_relevant(lambda q, images: score(images.to(device), q.to(device)).T, cache.right_images, len(cache.image))
         right_captions = [cache.right_captions[row] for row in asked]
         i2t |= rank_relevant(lambda q, captions: score(asked[q].to(device), captions.to(device)), right_captions, len(cache.text))
+        if cache.annotated is not None:
+            t2i["annotated"] = np.isin(t2i["query"], cache.annotated)
+            i2t["annotated"] = np.isin(i2t["query"], cache.image_of_caption.cpu().numpy()[cache.annotated])
     return answers
 
 
@@ -236,11 +240,11 @@ def figures(answers, levels):
                 answers[direction], levels, "image_uncertainty"
             )
         if "relevant" in answers[direction]:
-            result["metrics"][f"relevance_{direction}"] = relevance_metrics(answers[direction])
+            result["metrics"][f"relevance_{direction}"] = relevance_metrics(only_annotated(answers[direction]))
     result["metrics"]["recall"] = recall_metrics(answers["t2i"]["rank"], answers["i2t"]["rank"])
     result["metrics"]["asymmetry"] = asymmetry_metrics(answers)
     if "relevant" in answers["t2i"]:
-        result["metrics"]["ambiguity"] = ambiguity_metrics(answers["t2i"])
+        result["metrics"]["ambiguity"] = ambiguity_metrics(only_annotated(answers["t2i"]))
     return result
 
 
@@ -294,8 +298,9 @@ def bootstrap(answers, levels, resamples):
         return {}
     draws = {direction: bootstrap_retrieval(answers[direction], levels, resamples) for direction in DIRECTIONS}
     if "relevant" in answers["t2i"]:
-        draws["ambiguity"] = bootstrap_ambiguity(answers["t2i"], resamples)
-        draws |= {f"relevance_{direction}": bootstrap_relevance(answers[direction], resamples) for direction in DIRECTIONS}
+        known = {direction: only_annotated(answers[direction]) for direction in DIRECTIONS}
+        draws["ambiguity"] = bootstrap_ambiguity(known["t2i"], resamples)
+        draws |= {f"relevance_{direction}": bootstrap_relevance(known[direction], resamples) for direction in DIRECTIONS}
     return draws
 
 

@@ -7,7 +7,6 @@ Any captions file in COCO's format is read, so also the built-in data set's. The
 
 import contextlib
 import io
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 
 from utils.cli import UserError
-from utils.files import load_json
+from utils.files import check_fields, inside, listing, load_json
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,11 @@ class CocoCaptions:
         image_ids, caption_ids: lists of N and M ints, ascending.
         image_files: N paths. image_names: N file names as the captions file gives them.
         captions: M texts, as they stand in the file. image_of_caption: M image rows.
-        relevance: M lists of image rows, ascending, or None.
+        relevance: M lists of image rows, ascending, or None. annotated: the caption rows for which relevance was looked into, or None: for all.
     Raises: UserError that says what was expected and what was found.
     """
+
+    annotated = None
 
     def __init__(self, root, split, layout):
         root = Path(root)
@@ -48,7 +49,7 @@ class CocoCaptions:
         self.captions_file = root / layout.captions.format(split=split)
         for path in (self.captions_file, self.folder):
             if not path.exists():
-                raise UserError(f"--data-root {root}: expected {path.relative_to(root)}, found {_listing(root)}")
+                raise UserError(f"--data-root {root}: expected {path.relative_to(root)}, found {listing(root)}")
         document = load_json(self.captions_file)
         _check(document, self.captions_file)
         coco = COCO()
@@ -62,19 +63,8 @@ class CocoCaptions:
         self.captions = [annotation["caption"] for annotation in annotations]
         self.image_of_caption = [row_of_image[annotation["image_id"]] for annotation in annotations]
         self.image_names = [image["file_name"] for image in coco.loadImgs(self.image_ids)]
-        self.image_files = [self._inside(name) for name in self.image_names]
+        self.image_files = [inside(self.folder, name, self.captions_file) for name in self.image_names]
         self.relevance = self._load_relevance(root, split, layout, row_of_image)
-
-    def _inside(self, name):
-        """The path of an image. Raises: UserError if it leads out of the images' folder, over a link too, or nowhere."""
-        path = self.folder / name
-        try:
-            inside = path.resolve().is_relative_to(self.folder.resolve())
-        except (ValueError, RuntimeError):  # a character that no file name can have; a link that leads to itself
-            raise UserError(f"{self.captions_file}: the image file {name!r} cannot be the name of a file; mend it") from None
-        if not inside:
-            raise UserError(f"{self.captions_file}: the image file {name!r} lies outside {self.folder}; give names inside it")
-        return path
 
     def _load_relevance(self, root, split, layout, row_of_image):
         path = root / (layout.relevance or "").format(split=split)
@@ -153,23 +143,10 @@ def _check(document, path):
         need(isinstance(entries, list) and entries, f"'{section}' is missing or empty; expected a list with at least one entry")
         seen = set()
         for row, entry in enumerate(entries):
-            need(isinstance(entry, dict), f"{section}[{row}] is not an object")
-            for field, kind in fields.items():
-                value = entry.get(field)
-                right = isinstance(value, kind) and not isinstance(value, bool) and (kind is int or value.strip())
-                wanted = "a whole number" if kind is int else "a text that is not blank"
-                need(right, f"{section}[{row}] (id {entry.get('id')}): '{field}' is {json.dumps(value)[:80]}, expected {wanted}")
+            check_fields(entry, fields, f"{path}: {section}[{row}]")
             need(entry["id"] not in seen, f"{section}[{row}]: the id {entry['id']} comes twice; ids must be unique")
             seen.add(entry["id"])
         if section == "images":
             known = seen
     for row, entry in enumerate(document["annotations"]):
         need(entry["image_id"] in known, f"annotations[{row}] (id {entry['id']}) belongs to image {entry['image_id']}, which is not among 'images'")
-
-
-def _listing(root):
-    """What is in a folder, for an error message."""
-    if not root.is_dir():
-        return "no such folder"
-    names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-    return f"only {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "an empty folder"

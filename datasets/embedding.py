@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets import DATASETS
 from utils.cli import UserError
 from utils.files import load_json, load_tensors, save_json, save_tensors
 
@@ -31,6 +32,7 @@ class EmbeddingCache:
     Attributes:
         image (N, D), text (M, D): raw embeddings. image_of_caption (M,) int64: image rows.
         captions: M texts or None. images: N file names or None. relevance: M lists of image rows or None. meta: dict, empty if unknown.
+        annotated: the caption rows for which relevance was looked into, as meta.json has them, or None: for all.
     Raises: UserError that names the file and what is wrong with it, or the command that makes a missing cache.
     """
 
@@ -52,6 +54,9 @@ class EmbeddingCache:
         self.meta = load_json(self.folder / "meta.json") if (self.folder / "meta.json").exists() else {}
         if not isinstance(self.meta, dict):
             raise UserError(f"{self.folder / 'meta.json'}: not an object; make the cache anew")
+        self.annotated = self.meta.get("annotated")
+        if self.annotated is not None:
+            _check_annotated(self.folder / "meta.json", self.annotated, len(self.text))
 
     @property
     def embed_dim(self):
@@ -174,12 +179,19 @@ def _check_relevance(path, relevance, images):
             raise UserError(f"{path}: entry {caption} is not a list of image rows from 0 to {images - 1} with at least one entry")
 
 
+def _check_annotated(path, annotated, captions):
+    is_list = isinstance(annotated, list) and annotated
+    if not is_list or not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < captions for row in annotated):
+        raise UserError(f"{path}: 'annotated' is not a list of caption rows from 0 to {captions - 1}; make the cache anew")
+
+
 def _missing(name, split, root):
+    made_by = f"--dataset {name}" if name in DATASETS else f"--dataset {{{','.join(sorted(DATASETS))}}} --name {name}"
     there = sorted(path.parent.name for path in (root / name).glob("*/image.pt"))
     if there:
         found = f"no {split} split in {root / name} (found {', '.join(there)})"
-        return f"--dataset {name}: {found}; run python cache_embeddings.py --dataset {name} --split {split}"
+        return f"--dataset {name}: {found}; run python cache_embeddings.py {made_by} --split {split}"
     caches = sorted({path.parent.parent.name for path in root.glob("*/*/image.pt")})
     found = f" (found caches: {', '.join(caches)})" if caches else ""
     hint = "" if name == "shapes" else ", or start with --dataset shapes, which needs no download: python cache_embeddings.py --dataset shapes"
-    return f"--dataset {name}: no cache in {root / name}{found}; make it with python cache_embeddings.py --dataset {name}{hint}"
+    return f"--dataset {name}: no cache in {root / name}{found}; make it with python cache_embeddings.py {made_by}{hint}"

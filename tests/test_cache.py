@@ -293,7 +293,7 @@ def test_a_missing_cache_lists_those_that_are_there(cache):
 
 
 def test_a_missing_split_names_the_command_that_makes_it(cache):
-    with pytest.raises(UserError, match=r"found val\); run python cache_embeddings.py --dataset it --split train"):
+    with pytest.raises(UserError, match=r"found val\); run python cache_embeddings.py --dataset \{coco,.*\} --name it --split train"):
         EmbeddingCache("it", "train")
 
 

@@ -320,6 +320,11 @@ def asymmetry_metrics(answers):
     return found
 
 
+def only_annotated(answers):
+    """The answers to the queries whose right answers were looked into; all where it is not said which. Args: "t2i" or "i2t"."""
+    return {key: values[answers["annotated"]] for key, values in answers.items()} if "annotated" in answers else answers
+
+
 def relevance_metrics(answers):
     """Retrieval where several answers are right. Args: answers: "t2i" or "i2t", with what `rank_relevant` returned.
 

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from utils.files import written_aside
+from utils.metrics import only_annotated
 from utils.report import DIRECTIONS
 
 # Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell lines apart in grey too.
@@ -170,7 +171,8 @@ def risk_coverage(correct, uncertainty):
 def draw_against(runs, field, label, logarithmic):
     """The percentile of a caption's uncertainty against something known about the caption, a panel a method: the median, and a band for the
     middle half of the captions. Returns: figure, or None where it is not known."""
-    runs = {name: of_method for name, of_method in runs.items() if all(field in run["t2i"] for run in of_method)}
+    known_in = {name: [only_annotated(run["t2i"]) if field == "relevant" else run["t2i"] for run in of_method] for name, of_method in runs.items()}
+    runs = {name: of_method for name, of_method in known_in.items() if all(field in run for run in of_method)}
     if not runs:
         return None
     columns = min(4, len(runs))
@@ -180,11 +182,11 @@ def draw_against(runs, field, label, logarithmic):
         for axis in axes.flat[len(runs) :]:
             axis.set_visible(False)
         for axis, (name, of_method) in zip(axes.flat, runs.items(), strict=False):
-            known = of_method[0]["t2i"][field].astype(np.float64)
+            known = of_method[0][field].astype(np.float64)
             edges = _edges(known, logarithmic)
             bins = np.clip(np.searchsorted(edges, known, side="right") - 1, 0, len(edges) - 2)
             filled = [b for b in range(len(edges) - 1) if (bins == b).any()]
-            percentile = np.mean([100 * stats.rankdata(run["t2i"]["uncertainty"]) / len(known) for run in of_method], axis=0)
+            percentile = np.mean([100 * stats.rankdata(run["uncertainty"]) / len(known) for run in of_method], axis=0)
             low, median, high = np.array([np.percentile(percentile[bins == b], [25, 50, 75]) for b in filled]).T
             x = [known[bins == b].mean() for b in filled]
             axis.plot(x, median, **_line_style(name))

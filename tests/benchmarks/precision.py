@@ -40,7 +40,7 @@ def main():
         for arm, (cache, precision) in ARMS.items():
             names = ["--dataset", cache, "--method", *args.method, "--seed", *args.seed]
             train.main([*names, "--recipe", "small", "--precision", precision])
-            eval_script.main(names)
+            eval_script.main([*names, "--no-plots", "--resamples", "0"])
             for method in args.method:
                 runs = [json.loads(Path(f"results/{cache}/{seed}/{method}.json").read_text())["metrics"] for seed in args.seed]
                 figures[arm, method] = {name: [run[section][key] for run in runs] for name, (section, key) in FIGURES.items()}

@@ -1,0 +1,90 @@
+"""A table of image files and captions in; checked images and captions, in the table's order, out.
+
+A .csv or .tsv a split, with a header, as open_clip trains from. The expected layout:
+
+    <root>/train.csv  <root>/val.csv (or .tsv)  and the image files, which the tables name by their paths from <root>
+"""
+
+import csv
+from pathlib import Path
+
+from utils.cli import UserError
+from utils.files import inside, listing
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}  # unless --csv-separator says otherwise
+
+
+class TableCaptions:
+    """The captions of a split, in the order of the table, and the images they belong to, in the order in which they first appear there.
+
+    Rows that name the same file are one image with several captions.
+
+    Args: root: folder. split: "train", "val", ... layout: the names that the table may have, "{split}" standing for the split's.
+    csv_img_key, csv_caption_key: the columns. csv_separator: one character, or None: by the table's suffix.
+    Attributes: as CocoCaptions. image_ids, caption_ids: the rows themselves, 0 to N - 1 and 0 to M - 1.
+    Raises: UserError that says what was expected and what was found.
+    """
+
+    def __init__(self, root, split, layout, csv_img_key="filepath", csv_caption_key="title", csv_separator=None):
+        root = Path(root)
+        path = _table(root, [name.format(split=split) for name in layout])
+        rows = list(_rows(path, csv_img_key, csv_caption_key, _separator(csv_separator, path)))
+        if not rows:
+            raise UserError(f"{path}: holds no row; give a row for every caption, or choose another --split")
+        row_of_image = {}
+        self.image_names, self.image_files, self.captions, self.image_of_caption = [], [], [], []
+        for line, name, caption in rows:
+            if Path(name) not in row_of_image:  # a Path, so that ./a.png is a.png
+                row_of_image[Path(name)] = len(row_of_image)
+                self.image_names.append(name)
+                self.image_files.append(inside(root, name, f"{path}: line {line}"))
+            self.captions.append(caption)
+            self.image_of_caption.append(row_of_image[Path(name)])
+        self.image_ids, self.caption_ids = list(range(len(self.image_names))), list(range(len(self.captions)))
+        self.relevance = self.annotated = None
+
+
+def _table(root, names):
+    """The one table of some names that is there."""
+    there = [name for name in names if (root / name).is_file()]
+    if len(there) > 1:
+        raise UserError(f"--data-root {root}: found {' and '.join(there)}; keep one of them")
+    if not there:
+        raise UserError(f"--data-root {root}: expected {' or '.join(names)}, found {listing(root)}")
+    return root / there[0]
+
+
+def _separator(given, path):
+    """The separator of a table; what the shell passes as \\t is a tab."""
+    separator = SEPARATORS[path.suffix] if given is None else given.replace("\\t", "\t")
+    if len(separator) != 1 or separator in '"\r\n':
+        raise UserError(f"--csv-separator {given!r}: give one character that is no quotation mark, or \\t for a tab")
+    return separator
+
+
+def _rows(path, img_key, caption_key, separator):
+    """Yield (line, image file, caption) for every row of a table."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            columns = reader.fieldnames or []
+            for key, flag in ((img_key, "--csv-img-key"), (caption_key, "--csv-caption-key")):
+                if columns.count(key) != 1:
+                    found = ", ".join(map(repr, columns)) or "nothing"
+                    what = "more than one column" if key in columns else "no column"
+                    cure = f"name the right one with {flag}, and what parts the columns with --csv-separator"
+                    raise UserError(f"{path}: {what} {key!r}, parted by {separator!r} (found: {found}); {cure}")
+            for row in reader:
+                where = f"{path}: line {reader.line_num}"
+                if None in row or None in row.values():
+                    fields = len(columns) + len(row.get(None, ())) - sum(value is None for value in row.values())
+                    cure = "quote a text that holds the separator"
+                    raise UserError(f"{where} has {fields} fields, the header {len(columns)}; {cure}")
+                for key in (img_key, caption_key):
+                    if not row[key].strip():
+                        raise UserError(f"{where} has a blank {key!r}; fill it in or take the row out")
+                yield reader.line_num, row[img_key], row[caption_key]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.reader.line_num}: not readable as a table ({error}); mend the quotation marks") from None
