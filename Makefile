@@ -1,15 +1,23 @@
 # make demo: everything, on the built-in data set. make test: the tests. Both make their own environment in .venv first.
+# make tables DATASET=coco: six methods, three seeds, tables and plots of a data set that is cached; results/coco/README.md shows them together.
 PYTHON ?= python3
 CONSTRAINTS ?= -c tests/constraints.txt
+DATASET ?= shapes
+SEEDS ?= 0 1 2
+RECIPE ?= $(if $(filter shapes,$(DATASET)),small,paper)
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test tables lint bench clean
 
 demo: .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
 	$(RUN) train.py --dataset shapes --method all --recipe small
 	$(RUN) eval.py --dataset shapes --method all
+
+tables: .venv/installed
+	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE)
+	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
 
 test: .venv/installed-tests
 	$(RUN) -m pytest -q
@@ -27,10 +35,12 @@ lint: .venv/installed-tests
 	$(BIN)/pip install -q $(CONSTRAINTS) -r tests/requirements.txt
 	touch $@
 
-bench: .venv/installed
-	$(RUN) -m tests.benchmarks.train_step
-	$(RUN) -m tests.benchmarks.evaluation
-	$(RUN) -m tests.benchmarks.caching
+bench: .venv/installed-tests
+	mkdir -p results/benchmarks
+	$(RUN) -m tests.benchmarks.train_step > results/benchmarks/train_step.md
+	$(RUN) -m tests.benchmarks.evaluation > results/benchmarks/evaluation.md
+	$(RUN) -m tests.benchmarks.caching > results/benchmarks/caching.md
+	cat results/benchmarks/*.md
 
 clean:
 	rm -rf .venv data/shapes embeddings/shapes checkpoints/shapes results/shapes

@@ -3,8 +3,11 @@
     python -m tests.benchmarks.train_step
 
 A step is what train.py does: forward, backward, optimiser, schedule, with the method's own paper recipe. The share of the bound is the time that
-the step's necessary matrix products would take at this machine's measured rate, over the time that the step takes.
+the step's necessary matrix products would take at this machine's measured rate, over the time that the step takes. Then: where the time goes, on
+the CPU; and what a GPU should take, by calculation.
 """
+
+import math
 
 import torch
 from tqdm import tqdm
@@ -50,17 +53,77 @@ def make_textbook_step(method, batch, embed_dim):
     return step
 
 
-def necessary_flops(method, batch, embed_dim):
-    """FLOPs of the matrix products that a step cannot do without: forward, and two products backward but for the first layers' inputs.
-
-    Products of (B, D) by (D, B) of the pairwise terms: forward, and backward only towards what is trained.
-    """
+def trunk_flops(method, batch, embed_dim):
+    """FLOPs of the products with the weights in a step: forward, and two products backward but for the first layers' inputs."""
     weights = [p for p in METHODS[method](embed_dim).parameters() if p.ndim == 2]
     first = sum(p.numel() for p in weights if p.shape == (1024, embed_dim))  # no gradient towards the embeddings
-    trunks = 2 * batch * (3 * sum(p.numel() for p in weights) - first)
+    return 2 * batch * (3 * sum(p.numel() for p in weights) - first)
+
+
+def necessary_flops(method, batch, embed_dim):
+    """FLOPs of the matrix products that a step cannot do without: those with the weights, and (B, D) by (D, B) of the pairs, forward, and backward
+    only towards what is trained."""
     pair = 2 * batch * batch * embed_dim
     pairwise = {"asymvlm-psd": 2 * pair, "asymvlm-vmf": 2 * pair, "pcmepp": pair, "prolip": pair}  # means of pcmepp and prolip are frozen
-    return trunks + pairwise.get(method, 0)
+    return trunk_flops(method, batch, embed_dim) + pairwise.get(method, 0)
+
+
+# For the calculation: an H100 SXM's data sheet, and what is usually reached of it.
+GPU_FLOPS = {torch.bfloat16: 989e12, torch.float32: 67e12}
+GPU_SHARE = 0.5  # of the matrix products' rate
+GPU_BYTES = 3.35e12  # memory, a second
+GPU_LAUNCH = 5e-6  # seconds that the host takes for one operation
+COCO_STEPS = 200 * 289
+# What the profiler names but no kernel computes: views, allocations, and names for several others.
+NO_KERNEL = {
+    f"aten::{name}"
+    for name in "_to_copy as_strided detach diagonal diagonal_backward dropout empty empty_like empty_strided expand expand_as item linear "
+    "log_sigmoid logsumexp matmul numpy_T ones_like permute real resize_ resolve_conj result_type select squeeze t to transpose unsqueeze view "
+    "zeros zeros_like _local_scalar_dense".split()
+}
+
+
+def profile_step(method, batch, embed_dim=512, steps=5):
+    """Where a step's time goes on the CPU, and how many operations it has.
+
+    Returns: ({kind: share of the time}, operations a step, passes over (B, B) a step).
+    """
+    step = make_step(method, batch, embed_dim)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
+        for _ in range(steps):
+            step()
+    times, operations, passes = {}, 0, 0
+    for event in recorded.key_averages(group_by_input_shape=True):
+        if not event.key.startswith("aten::") or event.key in NO_KERNEL:
+            continue
+        elements = max([math.prod(shape) for shape in event.input_shapes if shape and all(isinstance(n, int) for n in shape)] or [0])
+        if event.key in ("aten::mm", "aten::addmm"):
+            kind = "matrix products"
+        elif "fused" in event.key:
+            kind = "optimiser"
+        elif event.key == "aten::copy_":
+            kind = "conversion to bfloat16 and back"
+        elif elements >= batch**2:
+            kind = "passes over (B, B) or (B, 1024)"
+            passes += event.count
+        else:
+            kind = "the rest"
+        times[kind] = times.get(kind, 0) + event.self_cpu_time_total
+        operations += event.count
+    total = sum(times.values())
+    return {kind: time / total for kind, time in sorted(times.items(), key=lambda item: -item[1])}, operations / steps, passes / steps
+
+
+def gpu_seconds(method, batch, embed_dim, operations, passes):
+    """What a step should take on an H100, by calculation: products and memory, or the launches where they take longer.
+
+    The products of AsymVLM's, PCME++'s and ProLIP's pairs are in float32, the others in bfloat16.
+    """
+    pairwise = necessary_flops(method, batch, embed_dim) - trunk_flops(method, batch, embed_dim)
+    products = trunk_flops(method, batch, embed_dim) / GPU_FLOPS[torch.bfloat16] + pairwise / GPU_FLOPS[torch.float32]
+    memory = passes * 2 * 4 * batch**2 / GPU_BYTES  # each pass reads and writes
+    return max(products / GPU_SHARE + memory, operations * GPU_LAUNCH)
 
 
 def main():
@@ -92,6 +155,19 @@ def main():
         )
     header = ["step", "seconds: median (range)", "peak MB", "pairs/s", "share of bound", "textbook, s", "textbook, MB", "times as fast"]
     print(markdown_table([f"{header[0]} in {precision_name(dtype)}", *header[1:]], rows))
+    if device.type != "cpu":
+        return
+    shares, rows = {}, []
+    for method in METHODS:
+        shares[method], operations, passes = profile_step(method, 2048)
+        step = gpu_seconds(method, 2048, 512, operations, passes)
+        flops = necessary_flops(method, 2048, 512)
+        rows.append([method, f"{flops / 1e9:.1f}", f"{operations:.0f}", f"{1000 * step:.2f}", f"{COCO_STEPS * step / 60:.1f}"])
+    kinds = dict.fromkeys(kind for share in shares.values() for kind in share)
+    print("\nWhere the time of a step goes here, B = 2048:\n")
+    print(markdown_table(["", *shares], [[kind, *(f"{share.get(kind, 0):.0%}" for share in shares.values())] for kind in kinds]))
+    print("\nWhat an H100 should take, calculated from its data sheet, not measured:\n")
+    print(markdown_table(["B = 2048", "GFLOP a step", "operations", "ms a step", "minutes for COCO, 200 epochs"], rows))
 
 
 if __name__ == "__main__":
