@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import eval as eval_script
 import train as train_script
 from datasets.embedding import EmbeddingCache, write_texts
 from datasets.shapes import world
-from tests.conftest import load_result, make_cache
+from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
 from utils.metrics import hierarchy_metrics
 
@@ -209,6 +210,10 @@ def test_prompts_are_placed_among_the_captions(script, workdir):
     printed = script(eval_script.main, "--dataset", "shapes", "--prompts", caption, "--json")[1]
     assert json.loads(printed)["asymvlm-psd, seed 0"][0]["uncertainty"] == pytest.approx(uncertainty[7], rel=1e-2)
     assert "percentile" in script(eval_script.main, "--dataset", "shapes", "--prompts", caption)[1]
+    example = next(block for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL) if "adapt_text" in block)
+    shared = {"print": lambda found: rows.append(found)}
+    exec(example, shared)
+    assert rows[-1]["a picture"] == pytest.approx(next(row["uncertainty"] for row in rows[:-1] if row["prompt"] == "a picture"), rel=1e-2)
     assert script(eval_script.main, "--dataset", "shapes", *PLAIN)[0] == 0
     assert "hierarchy chains" in load_result("shapes", 0, "asymvlm-psd")[0]["metrics"]
 

@@ -224,9 +224,12 @@ def text_table(header, rows):
 
 
 def insert_files(document):
-    """A markdown text with its <!-- FILE --> sections renewed; a .txt file is set as code. Raises: FileNotFoundError if one is missing."""
+    """A markdown text with its <!-- FILE --> sections renewed; a .txt file is set as code. A section whose file is not there stays as it is."""
 
     def renew(match):
+        if not Path(match[1]).exists():
+            print(f"{match[1]}: no such file; its section stays as it is", file=sys.stderr)
+            return match[0]
         content = Path(match[1]).read_text(encoding="utf-8").rstrip("\n")
         content = f"```\n{content}\n```" if match[1].endswith(".txt") else content
         return f"<!-- {match[1]} -->\n{content}\n<!-- end of {match[1]} -->"
