@@ -17,6 +17,7 @@ from utils.files import load_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
+MOST_LAYERS, LARGEST = 1000, 2**20  # in a configuration: beyond, a model takes hours to build, or more memory than there is
 TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, and no weights
 
 
@@ -149,8 +150,19 @@ def _register(open_clip, name):
     config = load_json(path)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
         raise UserError(f"--model {name}: not an open_clip model configuration (embed_dim, vision_cfg, text_cfg)")
+    for key, value in _numbers(config):
+        if abs(value) > (MOST_LAYERS if key == "layers" else LARGEST):
+            raise UserError(f"--model {name}: {key} is {value}, which no model has; mend the configuration")
     open_clip.add_model_config(path)
     return path.stem
+
+
+def _numbers(tree, key=None):
+    """The numbers in a configuration, each with the key that it stands under."""
+    if isinstance(tree, int | float):
+        yield key, tree
+    for inner, value in tree.items() if isinstance(tree, dict) else ((key, value) for value in tree) if isinstance(tree, list) else ():
+        yield from _numbers(value, inner)
 
 
 def _config_file(name):
