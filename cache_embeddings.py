@@ -7,10 +7,12 @@
 The embeddings are raw, not normalised. This is the only script that loads CLIP, but for eval.py --prompts.
 """
 
+import contextlib
 import csv
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,12 +22,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import DATASETS
-from datasets.coco import CocoImages
-from datasets.embedding import LADDER, ROOT, write_split, write_texts
+from datasets.coco import CocoImages, without
+from datasets.embedding import LADDER, ROOT, EmbeddingCache, load_texts, write_split, write_texts
+from datasets.parts import PART, Parts, part_rows
 from utils.cli import Parser, UserError, positive, run
-from utils.device import PRECISIONS, pick_device, pick_precision
-from utils.files import load_json
-from utils.preprocess import load_clip, tokenize
+from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
+from utils.files import differences, digest, load_json, locked
+from utils.preprocess import identity, known_as, load_clip, tokenize
 
 DTYPES = ("float16", "float32")
 CHUNK = 64  # rows that go through the encoder at a time: always as many, so that --batch-size does not change the bytes
@@ -37,21 +40,27 @@ def main(argv=None):
     device = pick_device(args.device)
     if args.texts:
         return cache_texts(args, device)
-    source = DATASETS[args.dataset]
+    source, name = DATASETS[args.dataset], args.name or args.dataset
     root = Path(args.data_root or Path("data") / args.dataset)
     if source.make and not root.exists():
         source.make(root)
     flags = {flag: getattr(args, flag) for flag in source.flags}
     splits = {split: source.reader(root, split, source.layout, **flags) for split in args.split}  # every file is checked before CLIP is loaded
-    precision = pick_precision(args.precision, device)
-    clip = load_clip(args.model or source.model, args.pretrained or source.pretrained, device, precision)
-    for split, data in splits.items():
-        cache_split(args, split, data, clip)
-    write_texts(args.name or args.dataset, LADDER, encode_texts(clip, source.ladder).half(), list(source.ladder), clip.info)
-    if source.chains is not None:
-        texts, chains = flatten(source.chains())
-        write_texts(args.name or args.dataset, "chains", encode_texts(clip, texts).half(), texts, clip.info, chains)
-    logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name or args.dataset)
+    texts = {LADDER: (list(source.ladder), None)} | ({"chains": flatten(source.chains())} if source.chains else {})
+    model, pretrained, precision = args.model or source.model, args.pretrained or source.pretrained, pick_precision(args.precision, device)
+    clip_settings = known_as(identity(model, pretrained)) | {"precision": precision_name(precision)}
+    check_other_splits(name, args.split, clip_settings)
+    settings = {split: split_settings(args, data, clip_settings) for split, data in splits.items()}
+    waiting = [split for split in splits if args.overwrite or not is_whole(name, split, settings[split], args.skip_broken)]
+    waiting_texts = [stem for stem in texts if waiting or not texts_are_whole(name, stem, *texts[stem], clip_settings)]
+    if waiting or waiting_texts:
+        clip = load_clip(model, pretrained, device, precision)
+        for split in waiting:
+            cache_split(args, split, splits[split], clip, settings[split])
+        for stem in waiting_texts:
+            lines, chains = texts[stem]
+            write_texts(name, stem, stored(encode_texts(clip, lines), getattr(torch, args.dtype), lines), lines, clip.info, chains)
+    logging.info("next: python train.py --dataset %s --method asymvlm-psd", name)
 
 
 def parse(argv):
@@ -67,6 +76,8 @@ def parse(argv):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     parser.add_argument("--dtype", default="float16", choices=DTYPES, help="of the stored embeddings")
+    parser.add_argument("--overwrite", action="store_true", help="make a cache anew; the old one stays until the new one is complete")
+    parser.add_argument("--skip-broken", action="store_true", help="leave broken image files and their captions out, and record them in meta.json")
     parser.add_argument("--texts", help="embed these texts with the CLIP of an existing cache: a text a line, or a .csv with a column 'captions'")
     parser.add_argument("--csv-img-key", default="filepath", help="--dataset csv: the column of the image files (default: filepath)")
     parser.add_argument("--csv-caption-key", default="title", help="--dataset csv: the column of the captions (default: title)")
@@ -77,91 +88,208 @@ def parse(argv):
     return args
 
 
-def cache_split(args, split, data, clip):
-    """Embed one split and write it."""
+def split_settings(args, data, clip_settings):
+    """What the embeddings of a split are made with and from, readable; with other settings they are others. Returns: dict of plain types."""
+    images = digest([data.image_ids, data.image_names])
+    captions = digest([data.caption_ids, data.captions, data.image_of_caption, data.relevance])
+    image_list, caption_list = f"{len(data.image_ids)} images, {images}", f"{len(data.captions)} captions, {captions}"
+    return {"dataset": args.dataset, **clip_settings, "dtype": args.dtype, "image_list": image_list, "caption_list": caption_list}
+
+
+def is_whole(name, split, settings, skip_broken):
+    """Whether a split is there already, made with these settings. Raises: UserError that names the difference if it was made with others."""
+    folder = ROOT / name / split
+    if not (folder / "meta.json").exists():
+        if (folder / "image.pt").exists() and not (folder / ".parts").exists():
+            raise UserError(f"{folder}: holds a cache without a meta.json, so nothing tells what it is; give another --name, or --overwrite it")
+        return False
+    meta = EmbeddingCache(name, split).meta
+    changed = differences(meta | known_as(meta), settings)
+    if not changed and meta.get("skipped") and not skip_broken:
+        changed = f"{len(meta['skipped'])} broken images were left out; --skip-broken leaves it so"
+    if changed:
+        raise UserError(f"{folder}: was made with other settings: {changed}; give another --name, or --overwrite it")
+    if (folder / ".parts").exists():  # of a run that was killed at its very end
+        with contextlib.suppress(UserError), locked(_lock(folder), folder):
+            Parts(folder, settings).remove()
+    logging.info("%s: whole already; --overwrite makes it anew", folder)
+    return True
+
+
+def check_other_splits(name, splits, clip_settings):
+    """Raise a UserError if a split that is not to be made now was made with another CLIP: a cache has only one."""
+    for file in sorted((ROOT / name).glob("*/meta.json")):
+        meta = load_json(file)
+        known = {key: value for key, value in clip_settings.items() if key != "precision"}
+        changed = differences(known_as(meta), known) if isinstance(meta, dict) else "its meta.json is not an object"
+        if changed and file.parent.name not in splits:
+            raise UserError(f"{file.parent}: was made with another CLIP: {changed}; give another --name, or all of its splits and --overwrite")
+
+
+def texts_are_whole(name, stem, texts, chains, clip_settings):
+    """Whether further texts, such as the prompt ladder, are there, the same ones and by this CLIP."""
+    try:
+        found = load_texts(name, stem)
+        made_by = load_json(ROOT / name / "texts" / f"{stem}.json")["clip"] if found and (found[0], found[2]) == (texts, chains) else {}
+        return not differences(known_as(made_by) | {"precision": made_by.get("precision")}, clip_settings)
+    except (UserError, KeyError, TypeError, AttributeError):  # they are made again: that takes a moment
+        return False
+
+
+def _lock(folder):
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def cache_split(args, split, data, clip, settings):
+    """Embed one split part by part, and write it when all its parts are there: a run that is killed goes on with the part it was at."""
     start = time.perf_counter()
-    dtype = getattr(torch, args.dtype)
-    image = stored(encode_images(clip, data.image_files, args.batch_size, args.workers), dtype, "image")
-    text = stored(encode_texts(clip, data.captions), dtype, "text")
-    if image.shape[1] != text.shape[1]:
-        raise UserError(f"--model {clip.info['model']}: image embeddings are {image.shape[1]} wide, text embeddings {text.shape[1]}; choose a CLIP")
-    meta = {
-        "dataset": args.dataset,
-        "split": split,
-        **clip.info,
-        "embed_dim": image.shape[1],
-        "dtype": args.dtype,
-        "image_count": len(image),
-        "caption_count": len(text),
-        "image_ids": data.image_ids,
-        "caption_ids": data.caption_ids,
-        **({"annotated": data.annotated} if data.annotated else {}),  # caption rows
-        "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
-    }
     folder = ROOT / (args.name or args.dataset) / split
-    write_split(folder, image, text, data.image_of_caption, data.captions, data.image_names, data.relevance, meta)
+    versions = {package: importlib.metadata.version(package) for package in VERSIONS}
+    with locked(_lock(folder), folder):
+        parts = Parts(folder, settings | {"device": torch.device(clip.device).type, "versions": versions}, args.overwrite)
+        make_image_parts(parts, clip, data.image_files, args)
+        texts = list(dict.fromkeys(data.captions))  # each distinct one once
+        make_text_parts(parts, clip, texts, getattr(torch, args.dtype))
+        image, left_out = parts.join("image", len(data.image_files))
+        text, notes = parts.join("text", len(texts))
+        note_texts(notes, clip)
+        broken = {row: reason for part in left_out for row, reason in part["left_out"].items()}
+        skipped = [[data.image_names[row], reason.removeprefix(f"{data.image_files[row]}: ")] for row, reason in broken.items()]
+        row_of = {text: row for row, text in enumerate(texts)}
+        data = without(data, broken)
+        if not data.captions:
+            raise UserError(f"{folder}: without the {len(broken)} broken image files no caption is left; mend them")
+        text = text[[row_of[caption] for caption in data.captions]]
+        if image.shape[1] != text.shape[1]:
+            widths = f"image embeddings are {image.shape[1]} wide, text embeddings {text.shape[1]}"
+            raise UserError(f"--model {clip.info['model']}: {widths}; choose a CLIP")
+        meta = {
+            "split": split,
+            **settings,
+            **clip.info,
+            "embed_dim": image.shape[1],
+            "image_count": len(image),
+            "caption_count": len(text),
+            "image_ids": data.image_ids,
+            "caption_ids": data.caption_ids,
+            **({"annotated": data.annotated} if data.annotated else {}),  # caption rows
+            "skipped": skipped,
+            "versions": versions,
+        }
+        write_split(folder, image, text, data.image_of_caption, data.captions, data.image_names, data.relevance, meta)
+        parts.remove()
+    if skipped:
+        logging.warning("note: %d broken image files and their captions are left out; meta.json lists them under 'skipped'", len(skipped))
     logging.info("%s: %d images, %d captions, %d wide, in %.0f s", folder, len(image), len(text), image.shape[1], time.perf_counter() - start)
 
 
-def stored(z, dtype, kind):
-    """Embeddings (N, D) as they are stored. Raises: UserError if that leaves something that is not finite."""
+def make_image_parts(parts, clip, files, args):
+    """Embed the pictures of the parts that are missing."""
+    missing = parts.missing("image", len(files), strict=not args.skip_broken)
+    for part, rows, left_out in encode_images(clip, files, missing, args.batch_size, args.workers, args.skip_broken):
+        names = [files[row] for row in part_rows(part, len(files)) if row not in left_out]
+        parts.write("image", part, {"rows": stored(rows, getattr(torch, args.dtype), names), "left_out": left_out})
+
+
+def make_text_parts(parts, clip, texts, dtype):
+    """Embed the distinct texts of the parts that are missing."""
+    missing = parts.missing("text", len(texts))
+    with tqdm(total=sum(len(part_rows(part, len(texts))) for part in missing), desc="texts", unit="text") as bar:
+        for part in missing:
+            rows = part_rows(part, len(texts))
+            names = texts[rows.start : rows.stop]
+            content = encode_distinct(clip, names, bar)
+            parts.write("text", part, content | {"rows": stored(content["rows"], dtype, names)})
+
+
+def stored(z, dtype, names):
+    """Embeddings (N, D) as they are stored. Args: names: of the N images or texts. Raises: UserError if one of them is not finite then."""
     z = z.to(dtype)
-    bad = (~torch.isfinite(z).all(dim=1)).nonzero()
+    bad = (~torch.isfinite(z.flatten(1)).all(dim=1)).nonzero() if len(z) else ()
     if len(bad):
-        raise UserError(f"the {kind} embedding in row {int(bad[0])} is not finite; try --precision fp32 --dtype float32")
+        raise UserError(f"the embedding of {str(names[int(bad[0])])[:200]!r} is not finite; try --precision fp32 --dtype float32")
     return z
 
 
 @torch.inference_mode()
-def encode_images(clip, files, batch_size, workers):
-    """Decode and embed pictures. Args: files: N paths. Returns: (N, D) float32 on the CPU.
+def encode_images(clip, files, parts, batch_size, workers, skip_broken=False):
+    """Decode and embed pictures, part by part. Args: files: N paths. parts: the numbers of some parts of them, ascending.
 
-    Raises: UserError after all broken files have been found and named.
+    Yields: (part, (n, D) float32 on the CPU, {row: reason} of the broken files among them, which have no embedding).
+    Raises: UserError after all broken files have been found and named, unless skip_broken. Nothing is encoded after the first.
     """
     batch_size = -(-batch_size // CHUNK) * CHUNK
-    loader = DataLoader(CocoImages(files, clip.transform), batch_size, num_workers=workers, collate_fn=_collate)
-    rows, broken = [], []
-    with tqdm(total=len(files), desc="images", unit="image") as bar:
-        for pictures, count, errors in loader:
-            broken += errors
-            if not broken:
-                rows += _in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device)
-            bar.update(count)
-    for error in broken[:-1]:
+    ranges = [part_rows(part, len(files)) for part in parts]
+    batches = [rows[start : start + batch_size] for rows in ranges for start in range(0, len(rows), batch_size)]
+    images = CocoImages(files, clip.transform)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=_leave_interrupts)
+    encoded, broken, failed = [], {}, []
+    with tqdm(total=sum(map(len, ranges)), desc="images", unit="image") as bar:
+        for batch, (pictures, errors) in zip(batches, loader, strict=True):
+            broken |= {row: error for row, error in zip(batch, errors, strict=True) if error}
+            failed += [error for error in errors if error and not skip_broken]
+            if pictures is not None and not failed:
+                whole = torch.tensor([not error for error in errors])
+                encoded.append(torch.cat(_in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device))[whole])
+            bar.update(len(batch))
+            part = batch.start // PART
+            if batch.stop == part_rows(part, len(files)).stop and not failed:
+                yield part, torch.cat(encoded) if encoded else torch.empty(0), broken
+                encoded, broken = [], {}
+    for error in failed[:-1]:
         logging.error(error)
-    if broken:
-        raise UserError(f"{broken[-1]} ({len(broken)} broken image files in all; mend them or take them out of the captions file)")
-    return torch.cat(rows)
+    if failed:
+        raise UserError(f"{failed[-1]} ({len(failed)} broken image files in all; mend them, or leave them out with --skip-broken)")
+
+
+def _leave_interrupts(worker):
+    """Ctrl-C is the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(batch):
-    """What CocoImages gave for some rows as (pictures (B, 3, H, W) or None if one is broken, B, reasons).
+    """What CocoImages gave for some rows as (pictures (B, 3, H, W), black where one is broken, or None if all are; B reasons or None).
 
     One tensor a batch: every tensor that a worker hands over takes an open file, of which there may be 1024, and without any the loader hangs.
     """
-    errors = [error for _, error in batch if error]
-    return None if errors else torch.stack([picture for picture, _ in batch]), len(batch), errors
+    whole = next((picture for picture, _ in batch if picture is not None), None)
+    pictures = None if whole is None else torch.stack([torch.zeros_like(whole) if picture is None else picture for picture, _ in batch])
+    return pictures, [error for _, error in batch]
 
 
-@torch.inference_mode()
 def encode_texts(clip, texts):
     """Embed texts, each distinct one once. Args: texts: M strings. Returns: (M, D) float32 on the CPU."""
     distinct = list(dict.fromkeys(texts))
     row_of = {text: row for row, text in enumerate(distinct)}
+    with tqdm(total=len(distinct), desc="texts", unit="text") as bar:
+        content = encode_distinct(clip, distinct, bar)
+    note_texts([content], clip)
+    return content["rows"][[row_of[text] for text in texts]]
+
+
+@torch.inference_mode()
+def encode_distinct(clip, texts, bar):
+    """Embed texts. Returns: {"rows": (M, D) float32 on the CPU, "cut", "unknown": how many are too long or have unknown words, "example"}."""
     rows, cut, unknown = [], 0, []
-    for start in tqdm(range(0, len(distinct), CHUNK), desc="texts", unit_scale=CHUNK, unit="text"):
-        part = distinct[start : start + CHUNK]
+    for start in range(0, len(texts), CHUNK):
+        part = texts[start : start + CHUNK]
         tokens, part_cut, part_unknown = tokenize(clip, part)
         cut += sum(part_cut)
         unknown += [text for text, is_unknown in zip(part, part_unknown, strict=True) if is_unknown]
         rows += _in_chunks(clip.model.encode_text, tokens, clip.device)
+        bar.update(len(part))
+    return {"rows": torch.cat(rows), "cut": cut, "unknown": len(unknown), "example": (unknown or [""])[0]}
+
+
+def note_texts(contents, clip):
+    """Say how many texts the CLIP cannot read to the end, or has no words for. Args: contents: what `encode_distinct` returned."""
+    cut, unknown = (sum(content[key] for content in contents) for key in ("cut", "unknown"))
     if cut:
-        logging.warning("note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, tokens.shape[1])
+        length = clip.info["context_length"]
+        logging.warning("note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, length)
     if unknown:
-        logging.warning(
-            "note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings", len(unknown), unknown[0]
-        )
-    return torch.cat(rows)[[row_of[text] for text in texts]]
+        example = next(content["example"] for content in contents if content["unknown"])
+        logging.warning("note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings", unknown, example)
 
 
 def _in_chunks(encode, inputs, device):
@@ -175,11 +303,13 @@ def _in_chunks(encode, inputs, device):
 
 def cache_texts(args, device):
     """Embed the texts of a file with the CLIP that made the cache, in the precision that it was made in."""
-    name = args.name or args.dataset
+    name, stem = args.name or args.dataset, Path(args.texts).stem
     texts, chains = read_texts(Path(args.texts))
     clip, dtype = clip_of_cache(name, device, args.model, args.pretrained, args.precision)
-    write_texts(name, Path(args.texts).stem, stored(encode_texts(clip, texts), dtype, "text"), texts, clip.info, chains)
-    logging.info("%s: %d texts", ROOT / name / "texts" / Path(args.texts).stem, len(texts))
+    z = stored(encode_texts(clip, texts), dtype, texts)
+    with locked(ROOT / name / "texts" / f".{stem}.lock", f"--texts {args.texts}"):
+        write_texts(name, stem, z, texts, clip.info, chains)
+    logging.info("%s: %d texts", ROOT / name / "texts" / stem, len(texts))
 
 
 def clip_of_cache(name, device, model=None, pretrained=None, precision="auto"):
@@ -197,7 +327,11 @@ def clip_of_cache(name, device, model=None, pretrained=None, precision="auto"):
     if not has_clip or known.get("precision") not in tuple(PRECISIONS) or known.get("dtype") not in DTYPES:
         raise UserError(f"{meta_file}: does not tell with which CLIP, precision and dtype the cache was made; make it anew")
     chosen = pick_precision(meta["precision"] if precision == "auto" else precision, device)
-    return load_clip(model or meta["model"], pretrained or meta["pretrained"], device, chosen), getattr(torch, meta["dtype"])
+    clip = load_clip(model or meta["model"], pretrained or meta["pretrained"], device, chosen)
+    changed = differences(known_as(meta), known_as(clip.info))
+    if changed:
+        raise UserError(f"{meta_file.parent}: was made with another CLIP: {changed}; embed texts with the CLIP of their cache")
+    return clip, getattr(torch, meta["dtype"])
 
 
 def read_texts(path):

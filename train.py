@@ -1,23 +1,26 @@
-"""Embeddings in, checkpoint out: checkpoints/<name>/<seed>/<method>.pt, with its log beside it.
+"""Embeddings in, checkpoint out: checkpoints/<name>/<seed>/<method>.pt, with its log beside it; while a run is unfinished, <method>.resume.pt.
 
 python train.py --method asymvlm-psd
 python train.py --dataset shapes --method all --seed 0 1 2 --recipe small
 """
 
+import contextlib
 import json
 import logging
 import sys
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from datasets.embedding import LADDER, EmbeddingCache, load_texts
 from models import METHODS
-from utils.checkpoint import checkpoint_path, save_adaptor
+from utils.checkpoint import checkpoint_path, describe, describe_progress, load_run, restore_progress, save_adaptor
 from utils.cli import Parser, UserError, non_negative, positive, run
 from utils.device import lowered, pick_device, pick_precision, precision_name
+from utils.files import locked, save_tensors
 from utils.seed import seed_everything
 
 OPTIMIZERS = {
@@ -53,6 +56,8 @@ def parse(argv):
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS))
     parser.add_argument("--lr", type=non_negative)
     parser.add_argument("--weight-decay", type=non_negative)
+    parser.add_argument("--save-every", type=positive, default=10, help="epochs after which the state of the run is saved (default: 10)")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved; the result is that of an unbroken run")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the matrix products")
     args = parser.parse_args(argv)
@@ -66,37 +71,72 @@ def parse(argv):
 
 
 def train(method, seed, args, cache, ladder, device, precision):
-    """Train one adaptor and save it."""
+    """Train one adaptor and save it; with --resume, go on where an interrupted run was saved."""
     seed_everything(seed)
     adaptor = METHODS[method](cache.embed_dim).to(device)
     flags = {key: getattr(args, key) for key in ("epochs", "batch_size", "optimizer", "lr", "weight_decay")}
     recipe = replace(adaptor.recipes[args.recipe], **{key: value for key, value in flags.items() if value is not None})
-    steps = -(-len(cache.text) // recipe.batch_size)  # an epoch; the last batch may be smaller
-    optimizer, schedule = make_optimizer(adaptor, recipe, steps * recipe.epochs)
-    order = torch.Generator().manual_seed(seed)
-    path = checkpoint_path(args.dataset, seed, method)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as log,
-        tqdm(total=recipe.epochs * len(cache.text), desc=f"{method}, seed {seed}", unit="pair", unit_scale=True) as bar,
-    ):
-        for epoch in range(1, recipe.epochs + 1):
-            start = time.perf_counter()
-            captions = torch.randperm(len(cache.text), generator=order).to(device)
-            losses = torch.stack(
-                [step(adaptor, cache.pairs(batch), optimizer, schedule, precision, bar) for batch in captions.split(recipe.batch_size)]
-            )
-            check_finite(losses, method, epoch)
-            record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
-            record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}
-            record["ladder"] = ladder_uncertainty(adaptor, ladder, device)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            bar.set_postfix(epoch=f"{epoch}/{recipe.epochs}", loss=f"{record['loss']:.4f}")
     config = {"dataset": args.dataset, "seed": seed, "recipe": args.recipe, "precision": precision_name(precision), "device": device.type}
     config |= {"captions": len(cache.text), "images": len(cache.image), "clip": {key: cache.meta.get(key) for key in ("model", "pretrained")}}
-    save_adaptor(adaptor, method, recipe, config, path)
+    config |= {"cache": cache.digest}
+    path = checkpoint_path(args.dataset, seed, method)
+    state_path = path.with_suffix(".resume.pt")
+    with locked(path.with_name(f".{method}.lock"), path), saved_when_stopped(state_path) as stopped:
+        state = load_run(state_path, recipe, config) if args.resume else None
+        if args.resume and state is None and load_run(path, recipe, config):
+            logging.info("%s: finished already; without --resume it is trained anew", path)
+            return
+        steps = -(-len(cache.text) // recipe.batch_size)  # an epoch; the last batch may be smaller
+        optimizer, schedule = make_optimizer(adaptor, recipe, steps * recipe.epochs)
+        order = torch.Generator().manual_seed(seed)
+        log = restore_progress(state, state_path, adaptor, optimizer, schedule, order) if state else []
+        with (
+            open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file,
+            tqdm(total=recipe.epochs * len(cache.text), desc=f"{method}, seed {seed}", unit="pair", unit_scale=True) as bar,
+        ):
+            bar.update(len(log) * len(cache.text))
+            file.writelines(json.dumps(record) + "\n" for record in log)
+            for epoch in range(len(log) + 1, recipe.epochs + 1):
+                start = time.perf_counter()
+                captions = torch.randperm(len(cache.text), generator=order).to(device)
+                batches = captions.split(recipe.batch_size)
+                losses = torch.stack([step(adaptor, cache.pairs(batch), optimizer, schedule, precision, bar) for batch in batches])
+                check_finite(losses, adaptor, method, epoch)
+                log.append(describe_epoch(adaptor, epoch, losses, optimizer, ladder, time.perf_counter() - start))
+                file.write(json.dumps(log[-1]) + "\n")
+                file.flush()
+                stopped.state = describe(adaptor, method, recipe, config) | describe_progress(optimizer, schedule, order, log)
+                if epoch % args.save_every == 0:
+                    save_tensors(stopped.state, state_path)
+                bar.set_postfix(epoch=f"{epoch}/{recipe.epochs}", loss=f"{log[-1]['loss']:.4f}")
+        save_adaptor(adaptor, method, recipe, config, path)
+        state_path.unlink(missing_ok=True)
     logging.info("%s: %s", path, json.dumps(asdict(recipe)))
+
+
+def describe_epoch(adaptor, epoch, losses, optimizer, ladder, seconds):
+    """What the log says of an epoch. Returns: dict of plain types."""
+    record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
+    record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}
+    return record | {"ladder": ladder_uncertainty(adaptor, ladder, losses.device)}
+
+
+@contextlib.contextmanager
+def saved_when_stopped(path):
+    """Save the state of the last good epoch when the block is stopped by Ctrl-C or by a loss that is not finite.
+
+    Yields: an object whose attribute `state` the block sets after every good epoch.
+    """
+    kept = SimpleNamespace(state=None)
+    try:
+        yield kept
+    except (KeyboardInterrupt, UserError) as stop:
+        if kept.state is not None:
+            save_tensors(kept.state, path)
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        done = f"no epoch is done since; {path} is as it was" if kept.state is None else f"saved after epoch {len(kept.state['log'])}"
+        raise KeyboardInterrupt(f"{done}; the same command with --resume goes on from there") from None
 
 
 def make_optimizer(adaptor, recipe, steps):
@@ -118,14 +158,14 @@ def step(adaptor, pairs, optimizer, schedule, precision, bar):
     return loss.detach()
 
 
-def check_finite(losses, method, epoch):
-    """Raise a UserError that names the first step of the epoch whose loss is not finite."""
+def check_finite(losses, adaptor, method, epoch):
+    """Raise a UserError that names the first step of the epoch whose loss is not finite, or the last if it left weights that are not."""
     bad = (~torch.isfinite(losses)).nonzero()
+    cause = "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
     if len(bad):
-        where = f"{method}, epoch {epoch}, step {int(bad[0]) + 1}"
-        raise UserError(
-            f"{where}: the loss is {losses[bad[0]].item()}; the learning rate is the likely cause: try a smaller --lr or --precision fp32"
-        )
+        raise UserError(f"{method}, epoch {epoch}, step {int(bad[0]) + 1}: the loss is {losses[bad[0]].item()}; {cause}")
+    if not all(torch.isfinite(value).all() for value in adaptor.parameters()):
+        raise UserError(f"{method}, epoch {epoch}, step {len(losses)}: it leaves weights that are not finite; {cause}")
 
 
 @torch.no_grad()

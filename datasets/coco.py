@@ -6,6 +6,7 @@ Any captions file in COCO's format is read, so also the built-in data set's. The
 """
 
 import contextlib
+import copy
 import io
 import warnings
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class CocoCaptions:
         document = load_json(self.captions_file)
         _check(document, self.captions_file)
         coco = COCO()
-        coco.dataset = document
+        coco.dataset = {section: document[section] for section in ("images", "annotations")}  # others are not ours, and not checked
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
             coco.createIndex()
         self.image_ids = sorted(coco.getImgIds())
@@ -78,6 +79,23 @@ class CocoCaptions:
         if not all(rows):
             raise UserError(f"{path}: caption {self.caption_ids[rows.index([])]} has no image; make it anew with its captions file")
         return rows
+
+
+def without(data, rows):
+    """The same split without some images and their captions. Args: data: CocoCaptions or its like. rows: set of image rows. Returns: a copy."""
+    images = [row for row in range(len(data.image_ids)) if row not in rows]
+    captions = [caption for caption, row in enumerate(data.image_of_caption) if row not in rows]
+    new_row = {row: new for new, row in enumerate(images)}
+    left = copy.copy(data)
+    left.image_ids, left.image_files, left.image_names = ([of[row] for row in images] for of in (data.image_ids, data.image_files, data.image_names))
+    left.caption_ids, left.captions = ([of[caption] for caption in captions] for of in (data.caption_ids, data.captions))
+    left.image_of_caption = [new_row[data.image_of_caption[caption]] for caption in captions]
+    if data.relevance is not None:
+        kept = [[new_row[row] for row in data.relevance[caption] if row in new_row] for caption in captions]
+        left.relevance = [rows or [own] for rows, own in zip(kept, left.image_of_caption, strict=True)]
+    if data.annotated is not None:
+        left.annotated = [new for new, caption in enumerate(captions) if caption in set(data.annotated)]
+    return left
 
 
 class CocoImages(Dataset):

@@ -5,12 +5,14 @@
                               captions.json  images.json    texts and file names, in row order
                               relevance.json                a list of image rows for every caption, where more than one is right
                               meta.json                     how they were made; written last
+                              .parts/                       while they are unfinished (datasets/parts.py)
     embeddings/<name>/texts/<stem>.{pt,json}                further texts, the prompt ladder among them
 
 The first three files are the paper repository's; a cache that has only these is accepted.
 """
 
 import functools
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,8 @@ class EmbeddingCache:
 
     def __init__(self, name, split, root=ROOT):
         self.name, self.split, self.folder = name, split, Path(root) / name / split
+        if (self.folder / ".parts").exists() and not (self.folder / "meta.json").exists():
+            raise UserError(f"{self.folder}: unfinished; run cache_embeddings.py again with the same flags, and it goes on where it stopped")
         if not (self.folder / "image.pt").exists():
             raise UserError(_missing(name, split, Path(root)))
         self.image = _load_embeddings(self.folder / "image.pt")
@@ -51,17 +55,31 @@ class EmbeddingCache:
         self.relevance = self._optional_list("relevance.json", len(self.text), list)
         if self.relevance is not None:
             _check_relevance(self.folder / "relevance.json", self.relevance, len(self.image))
+            if self.captions is None:
+                raise UserError(f"{self.folder / 'captions.json'}: no such file, and relevance.json is of use only with it; make the cache anew")
         self.meta = load_json(self.folder / "meta.json") if (self.folder / "meta.json").exists() else {}
         if not isinstance(self.meta, dict):
             raise UserError(f"{self.folder / 'meta.json'}: not an object; make the cache anew")
         self.annotated = self.meta.get("annotated")
         if self.annotated is not None:
             _check_annotated(self.folder / "meta.json", self.annotated, len(self.text))
+        scale = self.meta.get("logit_scale")
+        if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
+            raise UserError(f"{self.folder / 'meta.json'}: logit_scale is {scale!r}, expected a positive number; make the cache anew")
 
     @property
     def embed_dim(self):
         """D."""
         return self.image.shape[1]
+
+    @functools.cached_property
+    def digest(self):
+        """A name for what training reads, the same for the same embeddings and map. Returns: 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for tensor in (self.image, self.text, self.image_of_caption):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     def to(self, device):
         """Move embeddings and map to a device. Returns: self."""
@@ -111,14 +129,18 @@ def write_split(folder, image, text, image_of_caption, captions, images, relevan
 
 
 def write_texts(name, stem, embeddings, texts, meta, chains=None, root=ROOT):
-    """Write further texts: (T, D) embeddings, T texts; chains: lists of rows from general to specific, or None."""
+    """Write further texts: (T, D) embeddings, T texts; chains: lists of rows from general to specific, or None. The .json comes last."""
     folder = Path(root) / name / "texts"
+    (folder / f"{stem}.json").unlink(missing_ok=True)
     save_tensors(embeddings, folder / f"{stem}.pt")
     save_json({"texts": texts, "chains": chains, "clip": meta}, folder / f"{stem}.json", indent=1)
 
 
-def load_texts(name, stem, embed_dim, root=ROOT):
-    """Further texts of a cache. Returns: (texts, (T, D) embeddings, chains or None), or None where there are none.
+def load_texts(name, stem, embed_dim=None, root=ROOT):
+    """Further texts of a cache.
+
+    Args: embed_dim: the width that they must have, if any.
+    Returns: (texts, (T, D) embeddings, chains or None), or None where there are none.
 
     Raises: UserError if the files do not fit each other or the cache.
     """
@@ -129,7 +151,7 @@ def load_texts(name, stem, embed_dim, root=ROOT):
     texts = document.get("texts") if isinstance(document, dict) else None
     if not isinstance(texts, list) or len(texts) != len(z) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{path.with_suffix('.json')}: expected {len(z)} texts; run cache_embeddings.py again")
-    if z.shape[1] != embed_dim:
+    if embed_dim is not None and z.shape[1] != embed_dim:
         raise UserError(f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; run cache_embeddings.py again")
     chains = document.get("chains")
     whole = isinstance(chains, list) and all(isinstance(c, list) and all(type(row) is int and 0 <= row < len(z) for row in c) for c in chains)

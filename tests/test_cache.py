@@ -1,6 +1,7 @@
 """The embeddings on disk: written, read back, refused when broken; and cache_embeddings.py as a whole, on a tiny data set and a tiny CLIP."""
 
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -514,7 +515,7 @@ def test_the_encoders_see_the_same_chunks_of_one_size_whatever_the_batch_size(ca
     monkeypatch.setattr(cache_embeddings, "load_clip", load_and_record)
     for batch_size in (1, 64, 65, 1000):
         seen.append([])
-        assert call("--split", "val", "--batch-size", batch_size)[0] == 0
+        assert call("--split", "val", "--batch-size", batch_size, "--overwrite")[0] == 0
         assert [len(inputs) for inputs in seen[-1]] == [64, 64, 64, 64, 64]  # 70 pictures, 71 distinct captions, the ladder
         assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True))
 
@@ -566,7 +567,12 @@ def test_meta_tells_all_that_the_embeddings_depend_on(call, data, tiny):
             "dataset": "shapes",
             "split": split,
             "model": str(tiny[0]),
+            "model_sha256": hashlib.sha256(tiny[0].read_bytes()).hexdigest(),
             "pretrained": str(tiny[1]),
+            "pretrained_sha256": hashlib.sha256(tiny[1].read_bytes()).hexdigest(),
+            "image_list": meta["image_list"],
+            "caption_list": meta["caption_list"],
+            "skipped": [],
             "embed_dim": 16,
             "image_size": [32, 32],
             "mean": [0.48145466, 0.4578275, 0.40821073],

@@ -1,4 +1,7 @@
-"""A trained adaptor in, a file that a stranger can load safely out; and the way back, also from the paper repository's files."""
+"""A trained adaptor in, a file that a stranger can load safely out; and the way back, also from the paper repository's files.
+
+The state of an unfinished run is such a file too, <method>.resume.pt: what `save_adaptor` writes, and what the next epoch depends on.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +10,7 @@ import torch
 
 from models import METHODS
 from utils.cli import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import differences, load_tensors, save_tensors
 
 ROOT = Path("checkpoints")
 
@@ -39,8 +42,65 @@ def save_adaptor(adaptor, method, recipe, config, path):
 
     Args: adaptor: Adaptor. method: its name in METHODS. recipe: Recipe as it was used. config: dict of plain types. path: file.
     """
-    weights = {key: value.detach().cpu().clone() for key, value in adaptor.state_dict().items()}  # a view would drag its whole storage along
-    save_tensors({"state_dict": weights, "method": method, "embed_dim": adaptor.embed_dim, "recipe": asdict(recipe), "config": config}, path)
+    save_tensors(describe(adaptor, method, recipe, config), path)
+
+
+def describe(adaptor, method, recipe, config):
+    """What `save_adaptor` writes, a copy on the CPU."""
+    weights = _copy(adaptor.state_dict())
+    return {"state_dict": weights, "method": method, "embed_dim": adaptor.embed_dim, "recipe": asdict(recipe), "config": config}
+
+
+def describe_progress(optimizer, schedule, order, log):
+    """What the next epoch depends on beside the weights, a copy on the CPU; it does not depend on the number of processes.
+
+    Args: order: the generator of the permutations. log: one record for every epoch that is done.
+    """
+    progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "order": order.get_state(), "random": torch.get_rng_state()}
+    return {"progress": _copy(progress), "log": list(log)}
+
+
+def restore_progress(content, path, adaptor, optimizer, schedule, order):
+    """Put a run where it was. Args: content: what `describe` and `describe_progress` returned, read from path. Returns: its log.
+
+    Raises: UserError if it is not of this run.
+    """
+    try:
+        adaptor.load_state_dict(content["state_dict"])
+        optimizer.load_state_dict(content["progress"]["optimizer"])
+        schedule.load_state_dict(content["progress"]["schedule"])
+        order.set_state(content["progress"]["order"])
+        torch.set_rng_state(content["progress"]["random"])
+        return [{"epoch": epoch, **record} for epoch, record in enumerate(content["log"], start=1)]
+    except Exception as error:  # noqa: BLE001  a file of other things raises nearly anything, and nothing but the restoring stands in this block
+        raise UserError(f"{path}: not the state of such a run ({' '.join(str(error).split())[:120]}); start anew, without --resume") from None
+
+
+def load_run(path, recipe, config):
+    """The content of a checkpoint or of an unfinished run's state, if it is of the run with this recipe and config.
+
+    Returns: dict, or None if there is no such file.
+    Raises: UserError that names the difference if it is of another run.
+    """
+    if not path.exists():
+        return None
+    content = load_tensors(path)
+    known = [content.get(key) for key in ("config", "recipe")] if isinstance(content, dict) else []
+    if not known or not all(isinstance(part, dict) for part in known):
+        raise UserError(f"{path}: does not tell of which run it is; start anew, without --resume")
+    changed = differences(known[0], config) or differences(known[1], asdict(recipe))
+    if changed:
+        raise UserError(f"{path}: of a run with other settings: {changed}; resume it with those, or start anew, without --resume")
+    return content
+
+
+def _copy(content):
+    """Plain content with its tensors copied to the CPU: a view would drag its whole storage along."""
+    if isinstance(content, dict):
+        return {key: _copy(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(_copy(value) for value in content)
+    return content.detach().cpu().clone() if isinstance(content, torch.Tensor) else content
 
 
 def load_adaptor(path, device="cpu", method=None):

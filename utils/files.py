@@ -1,9 +1,15 @@
-"""Files that appear whole or not at all, and tensors, JSON and file names that are checked before anyone believes them."""
+"""Files that appear whole or not at all, locks that die with their process, and tensors, JSON and file names that are checked before anyone
+believes them."""
 
 import contextlib
+import fcntl
+import glob
+import hashlib
 import json
 import os
+import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +27,8 @@ def written_aside(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    remove_leftovers(path)
+    aside = partial(path)
     try:
         with open(aside, "wb") as file:
             yield file
@@ -33,6 +40,88 @@ def written_aside(path):
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def partial(path):
+    """Where this process writes what is to stand at a path."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def remove_leftovers(path):
+    """Remove what processes that are no more began to write for a path: files and folders."""
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        process = aside.name.split(".")[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's
+        pass
+    return True
+
+
+_locks = set()  # open files of the locks that this process holds
+
+
+@contextlib.contextmanager
+def locked(path, what):
+    """Hold a lock while the block runs. It is the file's flock, not the file, and dies with its process, however that ends.
+
+    Args: path: the lock's file, removed at the end together with folders made for it that are still empty. what: is at work, for the message.
+    Raises: UserError if another process holds it.
+    """
+    path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
+    file = None
+    while file is None or not _stands(path, file):  # the one before us may have removed it between our open and our flock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115  open for as long as the block runs
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{what}: another process is at work on it; wait for its end") from None
+    _locks.add(file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _locks.discard(file)
+        file.close()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _stands(path, file):
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
+
+
+def _leave_locks():
+    """A worker that outlives its killed parent for a moment must not keep the parent's locks."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def differences(found, wanted):
+    """What keeps a record from being the wanted one. Args: found, wanted: dicts. Returns: "dtype was float32, now float16; ...", or ""."""
+    return "; ".join(f"{key} was {found.get(key)}, now {value}" for key, value in wanted.items() if key not in found or found[key] != value)
+
+
+def digest(content):
+    """A name for plain content, the same for the same content. Args: content: what JSON can hold. Returns: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def save_tensors(content, path):
@@ -55,9 +144,12 @@ def load_tensors(path):
     with open(path, "rb"):  # a missing or forbidden file says so itself
         pass
     try:
+        is_zip = _is_zip(path)
+        if is_zip:
+            _check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on odd files
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # noqa: BLE001  junk raises nearly anything here, and nothing but the reading stands in this block
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a file of tensors that can be read safely ({reason})") from None
@@ -82,6 +174,14 @@ def load_arrays(path):
 def _is_zip(path):
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"  # older archives cannot be memory-mapped
+
+
+def _check_sums(path):
+    """Compare every member of an archive with the checksum that stands in it, which torch writes and does not read."""
+    with zipfile.ZipFile(path) as archive:
+        changed = archive.testzip()
+    if changed is not None:
+        raise ValueError(f"{changed} is not what was written: its checksum differs")
 
 
 def _tensors_in(content):

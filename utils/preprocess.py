@@ -1,6 +1,7 @@
 """A CLIP by name and weights in; its model, image transform and tokenizer, and what is worth writing down about them, out."""
 
 import difflib
+import hashlib
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from utils.files import load_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
+MOST_LAYERS, LARGEST = 1000, 2**20  # in a configuration: beyond, a model takes hours to build, or more memory than there is
 TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, and no weights
 
 
@@ -23,7 +25,7 @@ TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in 
 class Clip:
     """A frozen CLIP. model: open_clip model in eval mode. transform: PIL image -> (3, H, W). tokenizer: list of texts -> (N, L).
     device, dtype: where it is, and of what type the pictures that it takes.
-    info: plain types: model, pretrained, precision, image_size, mean, std, context_length, logit_scale."""
+    info: plain types: model, pretrained, their SHA-256 if they are files, precision, image_size, mean, std, context_length, logit_scale."""
 
     model: torch.nn.Module
     transform: object
@@ -66,8 +68,7 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**settings), is_train=False)
     size = model.visual.image_size
     info = {
-        "model": str(name),
-        "pretrained": str(pretrained),
+        **identity(name, pretrained),
         "precision": precision_name(dtype),
         "image_size": list(size) if isinstance(size, tuple | list) else [size, size],
         "mean": [float(value) for value in settings["mean"]],
@@ -76,6 +77,28 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
         "logit_scale": float(model.logit_scale.detach().float().exp()) if hasattr(model, "logit_scale") else None,
     }
     return Clip(model, transform, tokenizer, device, dtype, info)
+
+
+def identity(name, pretrained):
+    """What a CLIP is: the model and weights as they are asked for, and the SHA-256 of those that are local files.
+
+    Args: as of load_clip. Returns: {"model", "model_sha256", "pretrained", "pretrained_sha256"}: strings, None for the sum of what is no file.
+    Raises: UserError where a file is not there.
+    """
+    files = {"model": _config_file(name) if name.endswith(".json") else None, "pretrained": _local_file(pretrained)}
+    sums = {f"{key}_sha256": _sha256(path) if path else None for key, path in files.items()}
+    return {"model": name, "model_sha256": sums["model_sha256"], "pretrained": pretrained, "pretrained_sha256": sums["pretrained_sha256"]}
+
+
+def known_as(info):
+    """What tells one CLIP from another, readable: a tag, or the name of a file and its sum. Args: info: what `identity` returned, or a meta.json."""
+    files = {key: info.get(f"{key}_sha256") for key in ("model", "pretrained")}
+    return {key: f"{Path(str(info.get(key))).name} (SHA-256 {str(found)[:16]})" if found else info.get(key) for key, found in files.items()}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenize(clip, texts):
@@ -123,14 +146,30 @@ def _register(open_clip, name):
             close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
             raise UserError(f"--model {name}: open_clip has no such model; close to it: {', '.join(close) or 'none'}")
         return name
-    path = _find(name)
-    if path is None:
-        raise UserError(f"--model {name}: no such file")
+    path = _config_file(name)
     config = load_json(path)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
         raise UserError(f"--model {name}: not an open_clip model configuration (embed_dim, vision_cfg, text_cfg)")
+    for key, value in _numbers(config):
+        if abs(value) > (MOST_LAYERS if key == "layers" else LARGEST):
+            raise UserError(f"--model {name}: {key} is {value}, which no model has; mend the configuration")
     open_clip.add_model_config(path)
     return path.stem
+
+
+def _numbers(tree, key=None):
+    """The numbers in a configuration, each with the key that it stands under."""
+    if isinstance(tree, int | float):
+        yield key, tree
+    for inner, value in tree.items() if isinstance(tree, dict) else ((key, value) for value in tree) if isinstance(tree, list) else ():
+        yield from _numbers(value, inner)
+
+
+def _config_file(name):
+    path = _find(name)
+    if path is None:
+        raise UserError(f"--model {name}: no such file")
+    return path
 
 
 def _check_tag(open_clip, name, tag):

@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from utils.files import partial, remove_leftovers
 
 PIXELS = 96  # side of a picture; a cell of the 3 x 3 grid is 32 pixels wide
 OVERSAMPLE = 3  # pictures are drawn three times as large and averaged down, which smooths the edges
@@ -425,20 +426,21 @@ def make(root, seed=0, train=10_000, val=1_000):
     Args: root: a folder that does not exist yet. seed, train, val: the seed and the numbers of images.
     """
     root = Path(root)
-    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
+    remove_leftovers(root)
+    aside = partial(root)
     try:
-        (partial / "annotations").mkdir(parents=True)
+        (aside / "annotations").mkdir(parents=True)
         for split, images in (("train", train), ("val", val)):
             document = make_split(seed, split, images)
-            (partial / split).mkdir()
+            (aside / split).mkdir()
             for image in tqdm(document["images"], desc=f"drawing {split}", unit="image"):
-                paint(image["scene"]).save(partial / split / image["file_name"])
-            _dump(document, partial / "annotations" / f"captions_{split}.json")
+                paint(image["scene"]).save(aside / split / image["file_name"])
+            _dump(document, aside / "annotations" / f"captions_{split}.json")
             if split == "val":
-                _dump(relevant_images(document), partial / "annotations" / "relevance_val.json")
-        partial.rename(root)
+                _dump(relevant_images(document), aside / "annotations" / "relevance_val.json")
+        aside.rename(root)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _dump(document, path):

@@ -60,7 +60,7 @@ def main(repeats=3):
         workers = os.cpu_count()
         times = in_turn(
             {
-                "cache": lambda: cache_embeddings.encode_images(clip, files, 256, workers),
+                "cache": lambda: list(cache_embeddings.encode_images(clip, files, [0], 256, workers)),
                 "bare": lambda: bare(clip, precision, chunks),
                 "float32": lambda: bare(wide, torch.float32, chunks),
             },
