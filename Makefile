@@ -1,10 +1,11 @@
-# make demo: everything, on the built-in data set. make test: the tests. Both make their own environment in .venv first.
+# make demo: everything, on the built-in data set. make test: the tests. make faults: many kills and broken files. All make their own environment
+# in .venv first.
 PYTHON ?= python3
 CONSTRAINTS ?= -c tests/constraints.txt
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test faults lint bench clean
 
 demo: .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
@@ -13,6 +14,9 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	$(RUN) -m pytest -q
+
+faults: .venv/installed-tests
+	$(RUN) -m tests.faults
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check --config tests/ruff.toml .

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,9 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(shop):
 
 def test_broken_files_end_in_one_line_or_in_what_they_say(tmp_path):
     with faults.workshop(tmp_path, images=(2, 8)):
-        counts, findings = faults.fuzz(random.Random(0), 40)
-    assert counts["inputs"] == 40
-    assert counts["refused"] > 10
+        counts, findings = faults.fuzz(random.Random(0), 28)
+    assert counts["inputs"] == 28
+    assert counts["refused"] > 7
     assert not findings
 
 
@@ -99,9 +100,11 @@ def test_a_folder_that_may_not_be_written_is_one_line(workdir):
     Path("checkpoints").mkdir(mode=0o755)
     Path("output.txt").touch(mode=0o666)
     Path("output.txt").chmod(0o666)
-    for folder in (workdir, *workdir.parents):
-        if folder.stat().st_uid == 0 and folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
+    before = {folder: folder.stat().st_mode for folder in (workdir, *workdir.parents) if str(folder).startswith(tempfile.gettempdir())}
+    for folder, mode in before.items():
+        folder.chmod(mode | 0o011)  # so that somebody else finds the way here
     assert faults.finish(faults.start(train_script.main, faults.TRAIN, lambda: os.setuid(65534))) == 2
     last = Path("output.txt").read_text().splitlines()[-1]
     assert "Permission denied; give yourself the right to it" in last
+    for folder, mode in before.items():
+        folder.chmod(mode)

@@ -13,7 +13,7 @@ from scipy import special, stats
 
 import eval as eval_script
 import train as train_script
-from datasets.embedding import EmbeddingCache
+from datasets.embedding import EmbeddingCache, write_split
 from models import METHODS
 from models.base import SMALL, Adaptor
 from models.layers import mlp
@@ -239,6 +239,15 @@ def test_checkpoints_that_do_not_fit_are_refused(workdir, script):
 # Stopped and resumed.
 
 
+@pytest.fixture
+def one_thread():
+    """Small steps are fastest so, above all where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def stop_in_epoch(monkeypatch, number, act):
     """Let training meet act(losses) when the losses of an epoch are looked at."""
     check = train_script.check_finite
@@ -266,7 +275,7 @@ LONG = ("--dataset", "tiny", "--recipe", "small", "--epochs", 7, "--batch-size",
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_run_equals_unbroken_run(method, script, monkeypatch):
+def test_resumed_run_equals_unbroken_run(method, script, monkeypatch, one_thread):
     make_cache("tiny")
     path = Path(f"checkpoints/tiny/0/{method}.pt")
     assert script(train_script.main, *LONG, "--method", method)[0] == 0
@@ -284,7 +293,7 @@ def test_resumed_run_equals_unbroken_run(method, script, monkeypatch):
     assert sorted(file.name for file in path.parent.iterdir()) == sorted([path.name, f"{method}.jsonl"])
 
 
-def test_ctrl_c_saves_the_last_finished_epoch_and_says_how_to_go_on(script, monkeypatch):
+def test_ctrl_c_saves_the_last_finished_epoch_and_says_how_to_go_on(script, monkeypatch, one_thread):
     make_cache("tiny")
     assert script(train_script.main, *LONG)[0] == 0
     path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
@@ -301,7 +310,7 @@ def test_ctrl_c_saves_the_last_finished_epoch_and_says_how_to_go_on(script, monk
     assert path.read_bytes() == whole
 
 
-def test_resume_without_a_saved_state_starts_fresh(script, monkeypatch):
+def test_resume_without_a_saved_state_starts_fresh(script, monkeypatch, one_thread):
     make_cache("tiny")
     assert script(train_script.main, *LONG)[0] == 0
     path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
@@ -315,7 +324,7 @@ def test_resume_without_a_saved_state_starts_fresh(script, monkeypatch):
     assert path.read_bytes() == whole
 
 
-def test_a_finished_run_is_not_trained_again_by_resume(script, capsys):
+def test_a_finished_run_is_not_trained_again_by_resume(script, one_thread):
     make_cache("tiny")
     assert script(train_script.main, *LONG)[0] == 0
     path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
@@ -341,7 +350,7 @@ def test_a_finished_run_is_not_trained_again_by_resume(script, capsys):
         ((), {"meta": {"model": "other"}}, "clip was "),
     ],
 )
-def test_a_state_of_other_settings_is_refused_with_the_difference(script, monkeypatch, flags, changes, expected):
+def test_a_state_of_other_settings_is_refused_with_the_difference(script, monkeypatch, one_thread, flags, changes, expected):
     make_cache("tiny")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in_epoch(patch, 4, die)
@@ -358,7 +367,7 @@ def test_a_state_of_other_settings_is_refused_with_the_difference(script, monkey
 @pytest.mark.parametrize(
     "change", [{"progress": {}}, {"log": 3}, {"log": [1]}, {"state_dict": {}}, {"config": 3}, {"recipe": None}, {"progress": None}]
 )
-def test_a_state_that_is_none_is_refused(script, monkeypatch, change):
+def test_a_state_that_is_none_is_refused(script, monkeypatch, one_thread, change):
     make_cache("tiny")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in_epoch(patch, 4, die)
@@ -372,7 +381,7 @@ def test_a_state_that_is_none_is_refused(script, monkeypatch, change):
 
 
 @pytest.mark.parametrize("save_every", [2, 100])
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(script, monkeypatch, save_every):
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(script, monkeypatch, one_thread, save_every):
     make_cache("tiny")
     stop_in_epoch(monkeypatch, 6, lambda losses: losses * float("nan"))
     status, _, last = script(train_script.main, *LONG, "--save-every", save_every)
@@ -385,7 +394,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(script, monkeypatch
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(script, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(script, monkeypatch, one_thread):
     make_cache("tiny")
 
     def ruin(adaptor, *_):
@@ -400,7 +409,7 @@ def test_weights_that_are_not_finite_are_not_saved(script, monkeypatch):
     assert [path.name for path in Path("checkpoints/tiny/0").iterdir()] == ["asymvlm-psd.jsonl"]
 
 
-def test_two_runs_of_one_method_and_seed_are_refused(script):
+def test_two_runs_of_one_method_and_seed_are_refused(script, one_thread):
     make_cache("tiny")
     with locked(Path("checkpoints/tiny/0/.asymvlm-psd.lock"), "it"):
         status, _, last = script(train_script.main, *QUICK)
@@ -411,11 +420,10 @@ def test_two_runs_of_one_method_and_seed_are_refused(script):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_of_one_and_a_batch_all_alike_are_trained_on(method, script):
+def test_a_batch_of_one_and_a_batch_all_alike_are_trained_on(method, script, one_thread):
     make_cache("tiny", images=3, captions_per_image=1)
     assert script(train_script.main, *QUICK, "--method", method, "--batch-size", 2)[0] == 0  # the last batch is one pair
-    alike = torch.ones(4, 64).half()
-    make_cache("tiny", image=alike, text=alike, image_of_caption=[0, 1, 2, 3], captions=None, images=None)
-    for path in Path("embeddings/tiny").glob("*/[ci]*s.json"):
-        path.unlink()
-    assert script(train_script.main, *QUICK, "--method", method)[0] == 0
+    for split in ("train", "val"):
+        alike = torch.ones(4, 64).half()
+        write_split(Path("embeddings/alike") / split, alike, alike, [0, 1, 2, 3], ["a"] * 4, ["a.png"] * 4, None, {})
+    assert script(train_script.main, *QUICK, "--method", method, "--dataset", "alike")[0] == 0
