@@ -889,7 +889,28 @@ def broken_root(tmp_path):
     return root, names
 
 
-def test_after_a_broken_picture_nothing_is_encoded_and_what_was_before_is_kept(call, small_parts, capsys, broken_root, monkeypatch):
+def test_what_was_encoded_before_a_broken_picture_is_kept(call, small_parts, broken_root, data, monkeypatch):
+    root, names = broken_root
+    (root / "val" / names[0]).write_bytes((data / "val" / names[0]).read_bytes())
+    assert call("--data-root", root, "--split", "val")[0] == 2
+    (root / "val" / names[1]).write_bytes((data / "val" / names[1]).read_bytes())
+    seen = []
+    read = cache_embeddings.CocoImages.__getitem__
+    monkeypatch.setattr(cache_embeddings.CocoImages, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
+    assert call("--data-root", root, "--split", "val")[0] == 0
+    assert seen == list(range(64, 70))
+
+
+def test_pictures_that_were_skipped_are_looked_at_again_without_the_flag(call, stopped, broken_root):
+    root, names = broken_root
+    stopped("--data-root", root, "--skip-broken")
+    status, _, last = call("--data-root", root, "--split", "val")
+    assert status == 2
+    assert names[1] in last
+    assert "2 broken image files in all" in last
+
+
+def test_after_a_broken_picture_nothing_is_encoded(call, small_parts, capsys, broken_root, monkeypatch):
     root, names = broken_root
     seen = []
     monkeypatch.setattr(cache_embeddings, "_in_chunks", lambda *_: seen.append(1))
