@@ -401,7 +401,8 @@ class CacheTarget(Target):
     flags = ()
 
     def prepare(self):
-        assert quiet(*self.commands()[0])[0] == 0
+        status, output = quiet(*self.commands()[0])
+        assert status == 0, output
         self.cache = EmbeddingCache("fuzz", "val")
         self.image = dict(zip(self.cache.images, self.cache.image.clone(), strict=True))
         self.text = dict(zip(self.cache.captions, self.cache.text.clone(), strict=True))
@@ -612,6 +613,7 @@ class Texts(CacheTarget):
     path, inputs = Path("texts.csv"), ("texts.csv", "embeddings/fuzz/val")
 
     def prepare(self):
+        shutil.rmtree("embeddings/fuzz", ignore_errors=True)  # of another target's CLIP
         Path("texts.csv").write_text("id,captions\n1,table => a red table\n2,bird => a blue bird => a big blue bird\n", encoding="utf-8")
         super().prepare()
 
