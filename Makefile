@@ -1,4 +1,5 @@
-# make demo: everything, on the built-in data set. make test: the tests. Both make their own environment in .venv first.
+# make demo: everything, on the built-in data set. make test: the tests. make faults: many kills and broken files. All make their own environment
+# in .venv first.
 # make tables DATASET=coco: six methods, three seeds, tables and plots of a data set that is cached; results/coco/README.md shows them together.
 PYTHON ?= python3
 CONSTRAINTS ?= -c tests/constraints.txt
@@ -8,7 +9,7 @@ RECIPE ?= $(if $(filter shapes,$(DATASET)),small,paper)
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test tables lint bench clean
+.PHONY: demo test faults tables lint bench clean
 
 demo: .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
@@ -21,6 +22,9 @@ tables: .venv/installed
 
 test: .venv/installed-tests
 	$(RUN) -m pytest -q
+
+faults: .venv/installed-tests
+	$(RUN) -m tests.faults
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check --config tests/ruff.toml .

@@ -96,6 +96,7 @@ def start(main, argv, sabotage=lambda: None):
         status = 99
         try:
             sys.stdout = sys.stderr = open("output.txt", "w")  # noqa: SIM115  ends with the process
+            torch.set_num_threads(1)  # the threads of this process did not come along
             sabotage()
             status = run(main, [str(word) for word in argv])
         except BaseException:  # noqa: BLE001  whatever it is, it is a finding
@@ -224,7 +225,7 @@ def check_splits(older):
 def kill_training(rng, kills):
     """Returns: (killed runs, trainings, findings)."""
     make_cache("tiny")
-    flags = (*TRAIN, "--epochs", 30, "--save-every", 3, "--resume")
+    flags = (*TRAIN, "--epochs", 12, "--save-every", 2, "--resume")
     done, trainings, findings = 0, 0, []
     while done < kills:
         method = rng.choice(("asymvlm-psd", "asymvlm-vmf", "pcmepp", "probvlm"))
@@ -400,7 +401,8 @@ class CacheTarget(Target):
     flags = ()
 
     def prepare(self):
-        assert quiet(*self.commands()[0])[0] == 0
+        status, output = quiet(*self.commands()[0])
+        assert status == 0, output
         self.cache = EmbeddingCache("fuzz", "val")
         self.image = dict(zip(self.cache.images, self.cache.image.clone(), strict=True))
         self.text = dict(zip(self.cache.captions, self.cache.text.clone(), strict=True))
@@ -611,6 +613,7 @@ class Texts(CacheTarget):
     path, inputs = Path("texts.csv"), ("texts.csv", "embeddings/fuzz/val")
 
     def prepare(self):
+        shutil.rmtree("embeddings/fuzz", ignore_errors=True)  # of another target's CLIP
         Path("texts.csv").write_text("id,captions\n1,table => a red table\n2,bird => a blue bird => a big blue bird\n", encoding="utf-8")
         super().prepare()
 

@@ -8,20 +8,25 @@ import os
 import pickle
 import resource
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import cache_embeddings
 from cache_embeddings import main, read_texts
-from datasets import DATASETS
+from datasets import DATASETS, parts
+from datasets.coco import CocoCaptions
 from datasets.embedding import EmbeddingCache, load_texts, write_split, write_texts
-from tests.test_clip import Trap, write_tiny_clip
+from datasets.parts import Parts
+from datasets.shapes import world
+from tests.test_clip import CONFIG, Trap, write_tiny_clip
 from utils.cli import UserError, run
-from utils.files import load_tensors, save_json, save_tensors, written_aside
+from utils.files import load_tensors, locked, save_json, save_tensors, written_aside
 
 IMAGES, CAPTIONS, DIM = 4, 6, 8
 FOLDER = Path("embeddings/it/val")
@@ -689,8 +694,6 @@ def test_pretrained_given_as_nothing_is_the_data_sets_own(call, monkeypatch):
 
 
 def test_embeddings_too_large_for_float16_are_refused(call, tiny, tmp_path):
-    from safetensors.torch import save_file
-
     weights = tiny[2].state_dict() | {"visual.proj": tiny[2].visual.proj.detach() * 1e7}
     save_file(weights, tmp_path / "large.safetensors")
     status, _, last = call("--pretrained", tmp_path / "large.safetensors", "--split", "train")
@@ -700,8 +703,6 @@ def test_embeddings_too_large_for_float16_are_refused(call, tiny, tmp_path):
 
 
 def test_long_captions_and_unknown_words_are_told_once(call, capsys, tmp_path, tiny):
-    from safetensors.torch import save_file
-
     root = draw_data(tmp_path / "mine", splits=(("val", TRAIN_IDS),))
     file = root / "annotations" / "captions_val.json"
     document = json.loads(file.read_text())
@@ -717,6 +718,321 @@ def test_long_captions_and_unknown_words_are_told_once(call, capsys, tmp_path, t
     assert len(notes) == 3  # the third is on the ladder, whose last prompt is too long for this CLIP
     assert notes[0].startswith("note: 1 texts are longer than the model reads (16 tokens)")
     assert notes[1].startswith("note: 1 texts have words that this CLIP has never seen, such as 'a zebra")
+
+
+# Killed and called again.
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Val has two parts of images and two of texts."""
+    monkeypatch.setattr(parts, "PART", 64)
+    monkeypatch.setattr(cache_embeddings, "PART", 64)
+
+
+@pytest.fixture
+def stopped(call, small_parts, monkeypatch):
+    """Calls cache_embeddings.py on val and stops it before its third part: both image parts are kept, no text part."""
+
+    def stop(*flags):
+        written, write = [], Parts.write
+
+        def write_two(self, *args):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(write(self, *args))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Parts, "write", write_two)
+            assert call("--split", "val", *flags)[0] == 130
+
+    return stop
+
+
+def test_parts_give_the_bytes_of_no_parts(call, workdir, monkeypatch):
+    assert call("--name", "a")[0] == 0
+    monkeypatch.setattr(parts, "PART", 64)
+    monkeypatch.setattr(cache_embeddings, "PART", 64)
+    assert call("--name", "b", "--batch-size", 7)[0] == 0
+    assert all_bytes(workdir / "embeddings" / "a") == all_bytes(workdir / "embeddings" / "b")
+
+
+def test_what_was_encoded_before_a_stop_is_not_encoded_again(call, stopped, workdir, monkeypatch):
+    assert call("--split", "val", "--name", "whole")[0] == 0
+    stopped()
+    with pytest.raises(UserError, match="unfinished; run cache_embeddings"):
+        EmbeddingCache("shapes", "val")
+    monkeypatch.setattr(cache_embeddings.CocoImages, "__getitem__", lambda *_: pytest.fail("a picture was decoded again"))
+    assert call("--split", "val")[0] == 0
+    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
+
+
+def test_a_finished_cache_is_not_made_again_and_needs_no_clip(call, capsys, workdir, monkeypatch):
+    assert call()[0] == 0
+    before = all_bytes(workdir / "embeddings")
+    monkeypatch.setattr(cache_embeddings, "load_clip", lambda *_: pytest.fail("CLIP was loaded"))
+    status, err = stderr_of(call, capsys)
+    assert status == 0
+    assert [line for line in err.splitlines() if "whole already" in line] == [
+        f"embeddings/shapes/{split}: whole already; --overwrite makes it anew" for split in ("train", "val")
+    ]
+    assert all_bytes(workdir / "embeddings") == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("dtype", "dtype was float16, now float32"),
+        ("precision", "precision was fp32, now bf16"),
+        ("weights", "pretrained was tiny-cache.safetensors (SHA-256 "),
+        ("model", "model was tiny-cache.json (SHA-256 "),
+        ("caption", "caption_list was 140 captions, "),
+        ("image", "image_list was 70 images, "),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(call, stopped, tiny, tmp_path, change, expected, finished):
+    root = draw_data(tmp_path / "mine", splits=(("val", VAL_IDS),))
+    flags = ["--data-root", root, "--split", "val", "--precision", "fp32"]
+    if finished:
+        assert call(*flags)[0] == 0
+    else:
+        stopped(*flags)
+    before = all_bytes(Path("embeddings"))
+    file = root / "annotations" / "captions_val.json"
+    document = json.loads(file.read_text())
+    if change == "dtype":
+        flags += ["--dtype", "float32"]
+    elif change == "precision":
+        flags += ["--precision", "bf16"]
+    elif change == "weights":
+        weights = tmp_path / "tiny-cache.safetensors"  # of the same name
+        save_file(tiny[2].state_dict() | {"logit_scale": torch.tensor(1.0)}, weights)
+        flags += ["--pretrained", weights]
+    elif change == "model":
+        (tmp_path / "tiny-cache.json").write_text(tiny[0].read_text() + "\n")
+        flags += ["--model", tmp_path / "tiny-cache.json"]
+    elif change == "caption":
+        document["annotations"][3]["caption"] += "!"
+    elif change == "image":
+        document["images"][3]["file_name"] = document["images"][4]["file_name"]
+    file.write_text(json.dumps(document))
+    status, _, last = call(*flags)
+    assert status == 2
+    assert expected in last
+    assert "--overwrite" in last
+    assert all_bytes(Path("embeddings")) == before
+
+
+def test_overwrite_keeps_the_old_cache_until_the_new_one_is_whole(call, stopped, workdir):
+    assert call("--split", "val", "--name", "whole", "--dtype", "float32")[0] == 0
+    assert call("--split", "val")[0] == 0
+    old = EmbeddingCache("shapes", "val").image.clone()
+    stopped("--overwrite", "--dtype", "float32")
+    assert torch.equal(EmbeddingCache("shapes", "val").image, old)
+    assert call("--split", "val", "--overwrite", "--dtype", "float32")[0] == 0
+    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
+
+
+def test_overwrite_starts_an_unfinished_cache_anew_and_goes_on_with_its_own(call, stopped, monkeypatch):
+    seen = []
+    read = cache_embeddings.CocoImages.__getitem__
+    monkeypatch.setattr(cache_embeddings.CocoImages, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
+    stopped()
+    assert len(seen) == 70
+    stopped("--overwrite")
+    assert len(seen) == 140
+    assert call("--split", "val", "--overwrite")[0] == 0
+    assert len(seen) == 140
+
+
+def test_a_cache_that_does_not_tell_what_it_is_stays(call, cache, workdir):
+    cache.rename(workdir / "embeddings" / "shapes")
+    (workdir / "embeddings" / "shapes").rename(workdir / "val")
+    (workdir / "embeddings" / "shapes").mkdir()
+    (workdir / "val").rename(workdir / "embeddings" / "shapes" / "val")
+    (workdir / "embeddings/shapes/val/meta.json").unlink()
+    before = all_bytes(workdir / "embeddings")
+    status, _, last = call("--split", "val")
+    assert status == 2
+    assert "--overwrite" in last
+    assert all_bytes(workdir / "embeddings") == before
+    assert call("--split", "val", "--overwrite")[0] == 0
+    assert len(EmbeddingCache("shapes", "val").image) == 70
+
+
+def test_the_splits_of_a_cache_come_from_one_clip(call, tiny, tmp_path):
+    _, other, _ = write_tiny_clip(tmp_path, "other", text_cfg=CONFIG["text_cfg"] | {"layers": 2})
+    assert call("--split", "train")[0] == 0
+    status, _, last = call("--split", "val", "--model", other.with_suffix(".json"), "--pretrained", other)
+    assert status == 2
+    assert "embeddings/shapes/train: was made with another CLIP: model was tiny-cache.json" in last
+    assert not Path("embeddings/shapes/val").exists()
+
+
+def test_texts_of_another_clip_than_the_caches_are_refused(call, tiny, tmp_path):
+    assert call("--split", "val", "--name", "it")[0] == 0
+    Path("a.txt").write_text("a photo\n")
+    save_file(tiny[2].state_dict() | {"logit_scale": torch.tensor(1.0)}, tmp_path / "other.safetensors")
+    status, _, last = call("--name", "it", "--texts", "a.txt", "--pretrained", tmp_path / "other.safetensors")
+    assert status == 2
+    assert "made with another CLIP: pretrained was tiny-cache.safetensors" in last
+
+
+@pytest.fixture
+def broken_root(tmp_path):
+    """Val with its pictures of rows 2 and 66, in order of id, broken. Returns: (folder, the two file names)."""
+    root = draw_data(tmp_path / "broken", splits=(("val", VAL_IDS),))
+    names = [plain_split(root, "val")[0][row]["file_name"] for row in (2, 66)]
+    (root / "val" / names[0]).write_bytes(b"")
+    (root / "val" / names[1]).write_text("no picture")
+    return root, names
+
+
+def test_what_was_encoded_before_a_broken_picture_is_kept(call, small_parts, broken_root, data, monkeypatch):
+    root, names = broken_root
+    (root / "val" / names[0]).write_bytes((data / "val" / names[0]).read_bytes())
+    assert call("--data-root", root, "--split", "val")[0] == 2
+    (root / "val" / names[1]).write_bytes((data / "val" / names[1]).read_bytes())
+    seen = []
+    read = cache_embeddings.CocoImages.__getitem__
+    monkeypatch.setattr(cache_embeddings.CocoImages, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
+    assert call("--data-root", root, "--split", "val")[0] == 0
+    assert seen == list(range(64, 70))
+
+
+def test_pictures_that_were_skipped_are_looked_at_again_without_the_flag(call, stopped, broken_root):
+    root, names = broken_root
+    stopped("--data-root", root, "--skip-broken")
+    status, _, last = call("--data-root", root, "--split", "val")
+    assert status == 2
+    assert names[1] in last
+    assert "2 broken image files in all" in last
+
+
+def test_after_a_broken_picture_nothing_is_encoded(call, small_parts, capsys, broken_root, monkeypatch):
+    root, names = broken_root
+    seen = []
+    monkeypatch.setattr(cache_embeddings, "_in_chunks", lambda *_: seen.append(1))
+    status, err = stderr_of(call, capsys, "--data-root", root, "--split", "val", "--batch-size", 1)
+    assert status == 2
+    assert not seen
+    assert all(name in err for name in names)
+    assert "--skip-broken" in err.splitlines()[-1]
+    assert not Path("embeddings").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_pictures_and_their_captions_are_left_out_and_recorded(call, small_parts, broken_root, data, workers):
+    root, names = broken_root
+    assert call("--split", "val", "--name", "all")[0] == 0
+    assert call("--data-root", root, "--split", "val", "--skip-broken", "--workers", workers)[0] == 0
+    cache, full = EmbeddingCache("shapes", "val"), EmbeddingCache("all", "val")
+    left = [row for row in range(70) if row not in (2, 66)]
+    assert [name for name, _ in cache.meta["skipped"]] == names
+    assert all(reason and str(root) not in reason for _, reason in cache.meta["skipped"])
+    assert cache.images == [full.images[row] for row in left]
+    assert torch.equal(cache.image, full.image[left])
+    captions = [row for row, image in enumerate(full.image_of_caption.tolist()) if image in left]
+    assert cache.captions == [full.captions[row] for row in captions]
+    assert torch.equal(cache.text, full.text[captions])
+    assert [left[row] for row in cache.image_of_caption.tolist()] == full.image_of_caption[captions].tolist()
+    assert [[left[row] for row in rows] for rows in cache.relevance] == [[row for row in full.relevance[i] if row in left] for i in captions]
+    assert cache.meta["image_ids"] == [full.meta["image_ids"][row] for row in left]
+
+
+def test_skipping_goes_on_after_a_stop_with_the_same_bytes_and_is_not_forgotten(call, stopped, broken_root, workdir):
+    flags = ["--data-root", broken_root[0], "--split", "val", "--skip-broken"]
+    assert call(*flags, "--name", "whole")[0] == 0
+    stopped(*flags)
+    assert call(*flags)[0] == 0
+    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
+    status, _, last = call(*flags[:-1])
+    assert status == 2
+    assert "2 broken images were left out" in last
+
+
+def test_a_cache_of_broken_pictures_only_is_refused(call, tmp_path):
+    root = draw_data(tmp_path / "mine", splits=(("train", TRAIN_IDS),))
+    for path in (root / "train").iterdir():
+        path.write_bytes(b"")
+    status, _, last = call("--data-root", root, "--split", "train", "--skip-broken")
+    assert status == 2
+    assert "no caption is left" in last
+
+
+def hold(path, forks=False):
+    """Hold a lock in another process, which sleeps. Returns: its process id."""
+    ready, tell = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with locked(path, "it"):
+            if forks and os.fork() == 0:  # a worker that outlives it
+                time.sleep(3)
+                os._exit(0)
+            os.write(tell, b".")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(ready, 1) == b"."
+    return process
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_two_runs_on_one_split_are_refused_until_the_first_one_is_dead(call, workdir, forks):
+    holder = hold(workdir / "embeddings/shapes/.val.lock", forks)
+    try:
+        status, _, last = call("--split", "val")
+        assert status == 2
+        assert "embeddings/shapes/val: another process is at work on it" in last
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    assert (workdir / "embeddings/shapes/.val.lock").exists()
+    assert call("--split", "val")[0] == 0
+    assert not list((workdir / "embeddings").rglob("*.lock"))
+
+
+def test_what_dead_processes_began_is_removed_and_what_live_ones_do_is_not(workdir):
+    process = os.fork()
+    if process == 0:
+        os._exit(0)
+    os.waitpid(process, 0)
+    dead, alive, other = (workdir / name for name in (f".a.json.{process}.partial", f".a.json.{os.getppid()}.partial", f".b.json.{process}.partial"))
+    for path in (dead, alive, other):
+        path.write_text("half")
+    save_json([1], workdir / "a.json")
+    assert sorted(workdir.iterdir()) == sorted([alive, other, workdir / "a.json"])
+    (workdir / f".set.{process}.partial" / "train").mkdir(parents=True)
+    world.make(workdir / "set", train=1, val=1)
+    assert not (workdir / f".set.{process}.partial").exists()
+
+
+@pytest.mark.parametrize("file", ["image.pt", "text.pt"])
+def test_a_bit_that_changed_on_disk_is_noticed(cache, file):
+    content = bytearray((cache / file).read_bytes())
+    position = bytes(content).index(torch.load(cache / file, weights_only=True).numpy().tobytes())
+    content[position + 5] ^= 1
+    (cache / file).write_bytes(content)
+    assert f"{file}: not a file of tensors that can be read safely" in refusal()
+    assert "checksum" in refusal()
+
+
+@pytest.mark.parametrize("value", ["1", -1, 0, [1], float("inf")])
+def test_a_logit_scale_that_is_none_is_refused(cache, value):
+    put("meta.json", {"logit_scale": value})
+    assert "logit_scale" in refusal()
+
+
+def test_relevance_without_captions_is_refused(cache):
+    (cache / "captions.json").unlink()
+    assert "captions.json: no such file" in refusal()
+
+
+def test_a_captions_file_with_categories_is_read(tmp_path):
+    root = draw_data(tmp_path / "mine", splits=(("val", TRAIN_IDS),))
+    file = root / "annotations" / "captions_val.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"categories": [3], "info": None}))
+    assert len(CocoCaptions(root, "val", DATASETS["shapes"].layout).captions) == 6
 
 
 # --texts.

@@ -13,13 +13,14 @@ from scipy import special, stats
 
 import eval as eval_script
 import train as train_script
-from datasets.embedding import EmbeddingCache
+from datasets.embedding import EmbeddingCache, write_split
 from models import METHODS
 from models.base import SMALL, Adaptor
 from models.layers import mlp
 from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.cli import UserError
+from utils.files import locked
 
 PLAIN = ("--no-plots", "--resamples", 20)
 QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
@@ -235,3 +236,196 @@ def test_checkpoints_that_do_not_fit_are_refused(workdir, script):
     torch.save({"state_dict": weights, "method": "asymvlm-psd", "embed_dim": 32}, path)
     with pytest.raises(UserError, match="'temperature' is not finite"):
         load_adaptor(path)
+
+
+# Stopped and resumed.
+
+
+@pytest.fixture
+def one_thread():
+    """Small steps are fastest so, above all where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def stop_in_epoch(monkeypatch, number, act):
+    """Let training meet act(losses) when the losses of an epoch are looked at."""
+    check = train_script.check_finite
+
+    def check_or_act(losses, adaptor, method, epoch):
+        check(act(losses) if epoch == number else losses, adaptor, method, epoch)
+
+    monkeypatch.setattr(train_script, "check_finite", check_or_act)
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def die(_):
+    raise SystemExit  # leaves what a kill leaves: nothing is saved on the way out
+
+
+def read_log(method="asymvlm-psd"):
+    lines = Path(f"checkpoints/tiny/0/{method}.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+LONG = ("--dataset", "tiny", "--recipe", "small", "--epochs", 7, "--batch-size", 50, "--save-every", 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_equals_unbroken_run(method, script, monkeypatch, one_thread):
+    make_cache("tiny")
+    path = Path(f"checkpoints/tiny/0/{method}.pt")
+    assert script(train_script.main, *LONG, "--method", method)[0] == 0
+    whole, log = path.read_bytes(), read_log(method)
+    path.unlink()
+    for flags, epoch in (((), 4), (("--resume",), 6)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_in_epoch(patch, epoch, die)
+            script(train_script.main, *LONG, "--method", method, *flags)
+        assert not path.exists()
+        assert len(torch.load(path.with_suffix(".resume.pt"), weights_only=True)["log"]) == (2 if epoch == 4 else 4)
+    assert script(train_script.main, *LONG, "--method", method, "--resume")[0] == 0
+    assert path.read_bytes() == whole
+    assert read_log(method) == log
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted([path.name, f"{method}.jsonl"])
+
+
+def test_ctrl_c_saves_the_last_finished_epoch_and_says_how_to_go_on(script, monkeypatch, one_thread):
+    make_cache("tiny")
+    assert script(train_script.main, *LONG)[0] == 0
+    path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
+    whole = path.read_bytes()
+    path.unlink()
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 4, interrupt)
+        status, _, last = script(train_script.main, *LONG)
+    assert status == 130
+    assert "saved after epoch 3; the same command with --resume goes on from there" in last
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 1, interrupt)  # not again
+        assert script(train_script.main, *LONG, "--resume")[0] == 0
+    assert path.read_bytes() == whole
+
+
+def test_resume_without_a_saved_state_starts_fresh(script, monkeypatch, one_thread):
+    make_cache("tiny")
+    assert script(train_script.main, *LONG)[0] == 0
+    path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
+    whole = path.read_bytes()
+    path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in_epoch(patch, 2, die)
+        script(train_script.main, *LONG)
+    assert not path.with_suffix(".resume.pt").exists()
+    assert script(train_script.main, *LONG, "--resume")[0] == 0
+    assert path.read_bytes() == whole
+
+
+def test_a_finished_run_is_not_trained_again_by_resume(script, one_thread):
+    make_cache("tiny")
+    assert script(train_script.main, *LONG)[0] == 0
+    path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
+    before = path.stat().st_mtime_ns
+    status, _, last = script(train_script.main, *LONG, "--resume")
+    assert status == 0
+    assert f"{path}: finished already" in last
+    assert path.stat().st_mtime_ns == before
+    status, _, last = script(train_script.main, *LONG, "--resume", "--lr", 0.5)
+    assert status == 2
+    assert f"{path}: of a run with other settings: lr was 0.001, now 0.5" in last
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
+        (("--lr", 0.5), {}, "lr was 0.001, now 0.5"),
+        (("--epochs", 9), {}, "epochs was 7, now 9"),
+        (("--precision", "bf16"), {}, "precision was fp32, now bf16"),
+        ((), {"images": 41}, "captions was 120, now 123; images was 40, now 41"),
+        ((), {"seed": 5}, "cache was "),
+        ((), {"meta": {"model": "other"}}, "clip was "),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_with_the_difference(script, monkeypatch, one_thread, flags, changes, expected):
+    make_cache("tiny")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in_epoch(patch, 4, die)
+        script(train_script.main, *LONG, "--precision", "fp32")
+    state = Path("checkpoints/tiny/0/asymvlm-psd.resume.pt")
+    before = state.read_bytes()
+    make_cache("tiny", **changes)
+    status, _, last = script(train_script.main, *LONG, "--precision", "fp32", "--resume", *flags)
+    assert status == 2
+    assert expected in last
+    assert state.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"progress": {}}, {"log": 3}, {"log": [1]}, {"state_dict": {}}, {"config": 3}, {"recipe": None}, {"progress": None}]
+)
+def test_a_state_that_is_none_is_refused(script, monkeypatch, one_thread, change):
+    make_cache("tiny")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in_epoch(patch, 4, die)
+        script(train_script.main, *LONG)
+    state = Path("checkpoints/tiny/0/asymvlm-psd.resume.pt")
+    torch.save(torch.load(state, weights_only=True) | change, state)
+    status, _, last = script(train_script.main, *LONG, "--resume")
+    assert status == 2
+    assert f"{state}: " in last
+    assert "without --resume" in last
+
+
+@pytest.mark.parametrize("save_every", [2, 100])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(script, monkeypatch, one_thread, save_every):
+    make_cache("tiny")
+    stop_in_epoch(monkeypatch, 6, lambda losses: losses * float("nan"))
+    status, _, last = script(train_script.main, *LONG, "--save-every", save_every)
+    assert status == 2
+    assert "asymvlm-psd, epoch 6, step 1: the loss is nan" in last
+    path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
+    assert not path.exists()
+    state = torch.load(path.with_suffix(".resume.pt"), weights_only=True)
+    assert len(state["log"]) == 5
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(script, monkeypatch, one_thread):
+    make_cache("tiny")
+
+    def ruin(adaptor, *_):
+        """A step whose loss is fine and whose update is not."""
+        next(adaptor.parameters()).data.fill_(float("inf"))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(train_script, "step", ruin)
+    status, _, last = script(train_script.main, *LONG)
+    assert status == 2
+    assert "asymvlm-psd, epoch 1, step 3: it leaves weights that are not finite" in last
+    assert [path.name for path in Path("checkpoints/tiny/0").iterdir()] == ["asymvlm-psd.jsonl"]
+
+
+def test_two_runs_of_one_method_and_seed_are_refused(script, one_thread):
+    make_cache("tiny")
+    with locked(Path("checkpoints/tiny/0/.asymvlm-psd.lock"), "it"):
+        status, _, last = script(train_script.main, *QUICK)
+        assert status == 2
+        assert "checkpoints/tiny/0/asymvlm-psd.pt: another process is at work on it" in last
+        assert script(train_script.main, *QUICK, "--seed", 1)[0] == 0
+    assert script(train_script.main, *QUICK)[0] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_one_and_a_batch_all_alike_are_trained_on(method, script, one_thread):
+    make_cache("tiny", images=3, captions_per_image=1)
+    assert script(train_script.main, *QUICK, "--method", method, "--batch-size", 2)[0] == 0  # the last batch is one pair
+    for split in ("train", "val"):
+        alike = torch.ones(4, 64).half()
+        write_split(Path("embeddings/alike") / split, alike, alike, [0, 1, 2, 3], ["a"] * 4, ["a.png"] * 4, None, {})
+    assert script(train_script.main, *QUICK, "--method", method, "--dataset", "alike")[0] == 0

@@ -6,6 +6,10 @@ import logging
 import os
 import sys
 
+RIGHTS = "; give yourself the right to it, or work in another folder"
+BLOCKED = "; a file stands where a folder must be: move it away"
+CURES = {errno.EACCES: RIGHTS, errno.EPERM: RIGHTS, errno.EROFS: RIGHTS, errno.EEXIST: BLOCKED, errno.ENOTDIR: BLOCKED}
+
 
 class UserError(Exception):
     """Something that the user can put right: the message names the file or flag and says what to do, in one line."""
@@ -71,5 +75,5 @@ def _one_line(error):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"the disk is full{where}; make room and run the same command again"
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}{CURES.get(error.errno, '')}"
     return " ".join(str(error).split())
