@@ -91,7 +91,7 @@ def parse(argv):
 def split_settings(args, data, clip_settings):
     """What the embeddings of a split are made with and from, readable; with other settings they are others. Returns: dict of plain types."""
     images = digest([data.image_ids, data.image_names])
-    captions = digest([data.caption_ids, data.captions, data.image_of_caption, data.relevance])
+    captions = digest([data.caption_ids, data.captions, data.image_of_caption, data.relevance, data.annotated])
     image_list, caption_list = f"{len(data.image_ids)} images, {images}", f"{len(data.captions)} captions, {captions}"
     return {"dataset": args.dataset, **clip_settings, "dtype": args.dtype, "image_list": image_list, "caption_list": caption_list}
 

@@ -94,7 +94,8 @@ def without(data, rows):
         kept = [[new_row[row] for row in data.relevance[caption] if row in new_row] for caption in captions]
         left.relevance = [rows or [own] for rows, own in zip(kept, left.image_of_caption, strict=True)]
     if data.annotated is not None:
-        left.annotated = [new for new, caption in enumerate(captions) if caption in set(data.annotated)]
+        known = set(data.annotated)
+        left.annotated = [new for new, caption in enumerate(captions) if caption in known]
     return left
 
 

@@ -18,6 +18,7 @@ reading of the file that is not the code under test: plain json, csv, Pillow, sa
 import contextlib
 import copy
 import csv
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -49,6 +50,7 @@ from tests.test_clip import write_tiny_clip
 from utils.cli import UserError, run
 
 PART = 64  # rows, so that a small data set has several parts
+EVAL = ("--dataset", "tiny", "--device", "cpu", "--no-plots", "--resamples", 5)
 CACHE = ("--dataset", "shapes", "--data-root", "data", "--device", "cpu", "--precision", "fp32")
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--batch-size", "50", "--device", "cpu", "--precision", "fp32")
 LIMIT = 60  # seconds, after which a run hangs
@@ -62,6 +64,8 @@ class Hang(BaseException):
 def workshop(folder, images=(240, 60)):
     """A folder with a drawn data set to work in; one thread, small parts and a CLIP that is loaded once, as long as the block runs."""
     before = Path.cwd(), torch.get_num_threads(), parts.PART, cache_embeddings.load_clip
+    source = DATASETS["shapes"]
+    DATASETS["shapes"] = dataclasses.replace(source, chains=functools.partial(world.write_chains, count=3))
     os.chdir(folder)
     torch.set_num_threads(1)
     parts.PART = cache_embeddings.PART = PART
@@ -70,13 +74,13 @@ def workshop(folder, images=(240, 60)):
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         world.make("data", train=images[0], val=images[1])
-        source = DATASETS["shapes"]
         cache_embeddings.load_clip(source.model, source.pretrained, torch.device("cpu"), torch.float32)
         yield
     finally:
         os.chdir(before[0])
         torch.set_num_threads(before[1])
         parts.PART = cache_embeddings.PART = before[2]
+        DATASETS["shapes"] = source
         cache_embeddings.load_clip = before[3]
 
 
@@ -546,7 +550,7 @@ class Embeddings(Target):
         self.results = {**all_bytes("checkpoints"), **all_bytes("results")}
 
     def commands(self):
-        return [(train_script.main, self.argv), (eval_script.main, ("--dataset", "tiny", "--device", "cpu"))]
+        return [(train_script.main, self.argv), (eval_script.main, EVAL)]
 
     def same_results(self):
         found = {**all_bytes("checkpoints"), **all_bytes("results")}
@@ -579,7 +583,7 @@ class Checkpoint(Embeddings):
     def commands(self):
         if not self.path.exists():
             assert quiet(train_script.main, self.argv)[0] == 0
-        return [(eval_script.main, ("--dataset", "tiny", "--device", "cpu"))]
+        return [(eval_script.main, EVAL)]
 
     def is_right(self):
         return self.same_results()

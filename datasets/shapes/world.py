@@ -291,7 +291,7 @@ def write_chain(scene, rng):
     return chain
 
 
-def write_chains(seed=0, count=500):
+def write_chains(seed=0, count=200):
     """The texts of many chains, of scenes that are in neither split. Returns: list of lists of 6 strings, each from general to specific."""
     rngs = [random.Random(f"shapes/{seed}/chains/{i}") for i in range(count)]
     return [[caption.text for caption in write_chain(draw_scene(rng), rng)] for rng in rngs]
