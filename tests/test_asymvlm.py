@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.asymvlm import distributions
 from models.asymvlm.adaptor import PowerSphericalAdaptor, VonMisesFisherAdaptor
 from models.asymvlm.distributions import (
     KAPPA_MIN,
@@ -186,3 +187,12 @@ def test_uncertainty_is_the_inverse_concentration():
     assert uncertainty[1].item() == pytest.approx(1 / KAPPA_MIN)
     assert mean[0, :2].tolist() == pytest.approx([0.6, 0.8])
     assert concentration(eta)[0].item() == pytest.approx(5.0)
+
+
+def test_the_normaliser_trains_after_it_was_used_in_inference():
+    distributions._series.cache_clear()
+    with torch.inference_mode():
+        distributions.von_mises_fisher_log_normalizer(torch.tensor([1.0]), 64)
+    kappa = torch.tensor([1.0], requires_grad=True)
+    distributions.von_mises_fisher_log_normalizer(kappa, 64).backward()
+    assert kappa.grad.item() < 0

@@ -4,6 +4,7 @@ Both are log_normalizer(kappa) + kernel: kappa log(1 + mu.x) for the Power Spher
 distribution. kappa >= 0 is the concentration: 0 is uniform, and 1/kappa is the uncertainty.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -76,9 +77,18 @@ def von_mises_fisher_log_normalizer(kappa, dim):
     wide = _widest(kappa)
     v = dim / 2 - 1
     s = torch.sqrt(1 + (wide / v) ** 2)
-    series = sum(_polynomial(U[k], 1 / s) / v**k for k in range(1, TERMS + 1))
+    powers, coefficients = _series(v, wide.dtype, wide.device)  # (P,) each
+    series = (1 / s)[..., None] ** powers @ coefficients
     constant = v * math.log(v) - (dim / 2) * math.log(2 * math.pi) + math.log(2 * math.pi * v) / 2
     return (constant - v * s + v * torch.log1p(s) + torch.log(s) / 2 - torch.log1p(series)).to(kappa.dtype)
+
+
+@functools.cache
+def _series(v, dtype, device):
+    """sum_k U_k(p) / v^k, k > 0, as one polynomial in p: its powers and their coefficients, (P,) each. Kept: making it stops a GPU."""
+    terms = [(power, sum(U[k][power] / v**k for k in range(1, TERMS + 1) if power < len(U[k]))) for power in range(1, len(U[TERMS]))]
+    with torch.inference_mode(False):  # kept for training too
+        return torch.tensor([term for term in terms if term[1]], dtype=dtype, device=device).T.contiguous()
 
 
 def _widest(x):
@@ -102,10 +112,3 @@ def _expansion(terms):
 
 
 U = _expansion(TERMS)
-
-
-def _polynomial(coefficients, p):
-    value = torch.zeros_like(p)
-    for c in reversed(coefficients):
-        value = value * p + c
-    return value
