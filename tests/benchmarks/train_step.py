@@ -105,7 +105,7 @@ def profile_step(method, batch, embed_dim=512, steps=5):
         elif event.key == "aten::copy_":
             kind = "conversion to bfloat16 and back"
         elif elements >= batch**2:
-            kind = "passes over (B, B) or (B, 1024)"
+            kind = "passes over (B, B)"
             passes += event.count
         else:
             kind = "the rest"
