@@ -46,6 +46,7 @@ CHUNK = 4096  # rows that are encoded at a time
 LOGIT_SCALE = 100.0  # of the frozen CLIP's cosines where meta.json does not know it: CLIP's own upper bound, which OpenAI's models reach
 DIRECTIONS = ("t2i", "i2t")
 BASELINES = ("softmax-entropy", "caption-length")
+FIELDS = {"query", "top1", "rank", "uncertainty"}  # of every query
 
 
 def main(argv=None):
@@ -348,11 +349,15 @@ def load_runs(args, methods):
             if not path.with_suffix(".npz").exists() or not path.with_suffix(".json").exists():
                 how = f"--method {method if method in METHODS else 'all'} --seed {' '.join(map(str, args.seed))}"
                 raise UserError(f"{path}.npz: no such results; make them with python eval.py --dataset {args.dataset} {how}")
-            config = load_json(path.with_suffix(".json")).get("config", {})
-            if config.get("split") != args.split:
-                raise UserError(f"{path}.json: results of the split {config.get('split')}, not {args.split}; evaluate again")
-            arrays = load_arrays(path.with_suffix(".npz"))
+            result, arrays = load_json(path.with_suffix(".json")), load_arrays(path.with_suffix(".npz"))
+            config = result.get("config") if isinstance(result, dict) else None
+            split = config.get("split") if isinstance(config, dict) else None
+            if split != args.split:
+                raise UserError(f"{path}.json: results of the split {split}, not {args.split}; evaluate again")
             answers = {d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(f"{d}_")} for d in DIRECTIONS}
+            shapes = {d: {values.shape for values in fields.values()} for d, fields in answers.items()}
+            if not all(answers[d].keys() >= FIELDS and len(shapes[d]) == 1 and len(*shapes[d]) == 1 for d in DIRECTIONS):
+                raise UserError(f"{path}.npz: has not one entry a query of {', '.join(sorted(FIELDS))} in both directions; evaluate again")
             runs.setdefault(method, []).append(answers)
     return runs
 
@@ -363,6 +368,8 @@ def compare_two(args):
     sizes = {tuple(len(run[d]["rank"]) for d in DIRECTIONS) for method in args.compare for run in runs[method]}
     if len(sizes) > 1:
         raise UserError(f"--compare: the results are of different queries ({sorted(sizes)}); evaluate both again")
+    if args.uncer_levels > min(*sizes.pop()):
+        raise UserError(f"--uncer_levels {args.uncer_levels}: there are fewer queries in the results; choose fewer levels")
     resamples = args.resamples or RESAMPLES
     values, draws = {}, {}
     for method in args.compare:

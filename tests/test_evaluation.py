@@ -151,6 +151,7 @@ def test_two_methods_are_compared_over_the_same_queries(script, trained):
         (("--compare", "pfe", "prolip"), ["results/tiny/0/prolip.npz", "eval.py --dataset tiny --method prolip"]),
         (("--compare", "pfe", "asymvlm-psd", "--seed", 7), ["results/tiny/7", "--seed 7"]),
         (("--compare", "pfe", "asymvlm-psd", "--split", "train"), ["split val, not train"]),
+        (("--compare", "pfe", "asymvlm-psd", "--uncer_levels", 41), ["--uncer_levels 41", "fewer"]),
         (("--folds", 41), ["--folds 41", "40 image queries"]),
         (("--resamples", -1), ["--resamples", "at least 0"]),
         (("--prompts", " "), ["--prompts", "blank"]),
@@ -166,12 +167,26 @@ def test_wrong_questions_are_one_line(script, trained, arguments, words):
     assert all(word in error for word in words), error
 
 
-def test_a_file_of_queries_that_was_tampered_with_is_refused(script, trained):
+@pytest.mark.parametrize(
+    ("arrays", "document"),
+    [
+        ({"t2i_rank": np.array([{"a": 1}], dtype=object)}, None),
+        ({"t2i_rank": np.ones(3)}, None),
+        ({f"{d}_{key}": np.ones(4 + (key == "rank")) for d in ("t2i", "i2t") for key in ("query", "top1", "rank", "uncertainty")}, None),
+        ({f"{d}_{key}": np.float64(1) for d in ("t2i", "i2t") for key in ("query", "top1", "rank", "uncertainty")}, None),
+        (None, []),
+        (None, {"config": 3}),
+    ],
+)
+def test_results_that_were_tampered_with_are_refused(script, trained, arrays, document):
     assert script(eval_script.main, *EVAL, *trained)[0] == 0
-    np.savez("results/tiny/0/pfe.npz", t2i_rank=np.array([{"a": 1}], dtype=object))
+    if arrays is not None:
+        np.savez("results/tiny/0/pfe.npz", **arrays)
+    if document is not None:
+        Path("results/tiny/0/pfe.json").write_text(json.dumps(document))
     status, _, error = script(eval_script.main, *EVAL, "--compare", "pfe", "asymvlm-psd")
     assert status == 2
-    assert "results/tiny/0/pfe.npz" in error
+    assert "results/tiny/0/pfe" in error
 
 
 def test_captions_are_listed_most_certain_last(script, trained):
