@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from datasets import DATASETS
 from datasets.coco import CocoImages, without
-from datasets.embedding import LADDER, ROOT, EmbeddingCache, load_texts, write_split, write_texts
+from datasets.embedding import CHAINS, LADDER, ROOT, EmbeddingCache, load_texts, write_split, write_texts
 from datasets.parts import PART, Parts, part_rows
-from utils.cli import Parser, UserError, positive, run
+from utils.cli import Parser, UserError, folder_name, positive, run
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
 from utils.files import differences, digest, load_json, locked
 from utils.preprocess import identity, known_as, load_clip, tokenize
@@ -46,7 +46,7 @@ def main(argv=None):
         source.make(root)
     flags = {flag: getattr(args, flag) for flag in source.flags}
     splits = {split: source.reader(root, split, source.layout, **flags) for split in args.split}  # every file is checked before CLIP is loaded
-    texts = {LADDER: (list(source.ladder), None)} | ({"chains": flatten(source.chains())} if source.chains else {})
+    texts = {LADDER: (list(source.ladder), None)} | ({CHAINS: flatten(source.chains())} if source.chains else {})
     model, pretrained, precision = args.model or source.model, args.pretrained or source.pretrained, pick_precision(args.precision, device)
     clip_settings = known_as(identity(model, pretrained)) | {"precision": precision_name(precision)}
     check_other_splits(name, args.split, clip_settings)
@@ -67,10 +67,10 @@ def parse(argv):
     parser = Parser(description="Store the CLIP embeddings of a data set.")
     parser.add_argument("--dataset", default="coco", choices=sorted(DATASETS))
     parser.add_argument("--data-root", help="folder of the data set's files (default: data/<dataset>)")
-    parser.add_argument("--split", nargs="+", default=["train", "val"])
+    parser.add_argument("--split", nargs="+", type=folder_name, default=["train", "val"])
     parser.add_argument("--model", help="open_clip model or a .json configuration (default: ViT-B-32-quickgelu; shapes: its own)")
     parser.add_argument("--pretrained", help="open_clip tag or a local weights file (default: openai; shapes: its own)")
-    parser.add_argument("--name", help="folder under embeddings/, which train.py and eval.py call --dataset (default: the data set's name)")
+    parser.add_argument("--name", type=folder_name, help="folder under embeddings/, --dataset to the other scripts (default: the data set's name)")
     parser.add_argument("--batch-size", type=positive, default=256, help="pictures that a worker hands over at a time")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that decode pictures; 0: none")
     parser.add_argument("--device", default="auto")
@@ -288,7 +288,7 @@ def note_texts(contents, clip):
         length = clip.info["context_length"]
         logging.warning("note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, length)
     if unknown:
-        example = next(content["example"] for content in contents if content["unknown"])
+        example = next(content["example"] for content in contents if content["unknown"])[:80]
         logging.warning("note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings", unknown, example)
 
 
@@ -304,6 +304,8 @@ def _in_chunks(encode, inputs, device):
 def cache_texts(args, device):
     """Embed the texts of a file with the CLIP that made the cache, in the precision that it was made in."""
     name, stem = args.name or args.dataset, Path(args.texts).stem
+    if stem in (LADDER, CHAINS):
+        raise UserError(f"--texts {args.texts}: {stem!r} is the name of the data set's own texts; give the file another name")
     texts, chains = read_texts(Path(args.texts))
     clip, dtype = clip_of_cache(name, device, args.model, args.pretrained, args.precision)
     z = stored(encode_texts(clip, texts), dtype, texts)

@@ -22,7 +22,7 @@ from models import METHODS
 from models.layers import cosine_similarity
 from utils.bootstrap import LEVEL, RESAMPLES, bootstrap_ambiguity, bootstrap_relevance, bootstrap_retrieval, interval
 from utils.checkpoint import checkpoint_path, load_adaptor
-from utils.cli import Parser, UserError, positive, run, whole
+from utils.cli import Parser, UserError, folder_name, positive, run, seed_number, whole
 from utils.device import pick_device
 from utils.files import load_arrays, load_json, save_json, written_aside
 from utils.metrics import (
@@ -73,11 +73,11 @@ def main(argv=None):
 
 def parse(argv):
     parser = Parser(description="Cross-modal retrieval by uncertainty level, and what else there is to ask of a caption's uncertainty.")
-    parser.add_argument("--dataset", default="coco", help="folder under embeddings/ (default: coco)")
+    parser.add_argument("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
     names = ", ".join(METHODS)
     parser.add_argument("--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{names}, or all")
-    parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--split", default="val")
+    parser.add_argument("--seed", nargs="+", type=seed_number, default=[0])
+    parser.add_argument("--split", type=folder_name, default="val")
     parser.add_argument("--uncer_levels", "--uncer-levels", type=positive, default=10, help="levels of equally many queries (default: 10)")
     parser.add_argument("--folds", type=positive, default=1, help="also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)")
     parser.add_argument("--resamples", type=whole, default=RESAMPLES, help="of the bootstrap intervals over queries; 0: none (default: %(default)s)")
@@ -95,6 +95,13 @@ def parse(argv):
     for method in args.compare or ():
         if method not in (*METHODS, *BASELINES):
             parser.error(f"--compare {method}: choose from {names}, {', '.join(BASELINES)}")
+    listing = args.most_uncertain or args.least_uncertain
+    if sum(map(bool, (args.compare, args.prompts, listing))) > 1:
+        parser.error("--compare, --prompts and the lists of captions are questions of their own; ask one at a time")
+    if args.json and not (args.prompts or listing):
+        parser.error("--json: goes with --prompts, --most-uncertain and --least-uncertain; results/ holds the JSON of an evaluation")
+    if args.compare and not args.resamples:
+        parser.error("--resamples 0: a comparison needs resamples")
     if args.compare and args.compare[0] == args.compare[1]:
         parser.error(f"--compare {args.compare[0]} {args.compare[1]}: give two different methods")
     return args
@@ -308,8 +315,7 @@ def bootstrap(answers, levels, resamples):
 def report(results, draws, cache, args):
     """Write the tables and plots of results/<name>/ and print the short ones."""
     folder = ROOT / args.dataset
-    seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
-    title = f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}"
+    title = f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {name_seeds(args)}"
     tables = compare(results)
     texts = {
         "comparison.md": markdown(tables),
@@ -323,11 +329,17 @@ def report(results, draws, cache, args):
 
         plots = draw_all(results, load_runs(args, results), folder)
     command = f"python eval.py --dataset {args.dataset} --method {' '.join(args.method)} --seed {' '.join(map(str, args.seed))}"
+    command += f" --split {args.split} --uncer_levels {args.uncer_levels} --folds {args.folds} --resamples {args.resamples}"
     for name, text in (texts | {"README.md": index(title, command, texts, plots)}).items():
         with written_aside(folder / name) as file:
             file.write(text.encode())
     logging.info("written to %s: a .json and .npz for every method and seed, tables and plots; README.md there shows them together\n", folder)
     print(texts["report.txt"], end="")
+
+
+def name_seeds(args):
+    """ "seed 0" or "seeds 0, 1"."""
+    return f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
 
 
 def result_paths(args, method):
@@ -370,14 +382,13 @@ def compare_two(args):
         raise UserError(f"--compare: the results are of different queries ({sorted(sizes)}); evaluate both again")
     if args.uncer_levels > min(*sizes.pop()):
         raise UserError(f"--uncer_levels {args.uncer_levels}: there are fewer queries in the results; choose fewer levels")
-    resamples = args.resamples or RESAMPLES
     values, draws = {}, {}
     for method in args.compare:
         values[method] = [figures(run, args.uncer_levels)["metrics"] for run in runs[method]]
-        draws[method] = [bootstrap(run, args.uncer_levels, resamples) for run in runs[method]]
+        draws[method] = [bootstrap(run, args.uncer_levels, args.resamples) for run in runs[method]]
     text = paired(values, draws)
-    title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, seeds {', '.join(map(str, args.seed))}: "
-    title += f"{resamples} paired resamples of the queries, {LEVEL:.0%} intervals"
+    title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {name_seeds(args)}: "
+    title += f"{args.resamples} paired resamples of the queries, {LEVEL:.0%} intervals"
     path = ROOT / args.dataset / f"{args.compare[0]}-against-{args.compare[1]}.txt"
     with written_aside(path) as file:
         file.write(f"{title}\n\n{text}\n".encode())

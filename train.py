@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets.embedding import LADDER, EmbeddingCache, load_texts
 from models import METHODS
 from utils.checkpoint import checkpoint_path, describe, describe_progress, load_run, restore_progress, save_adaptor
-from utils.cli import Parser, UserError, non_negative, positive, run
+from utils.cli import Parser, UserError, folder_name, non_negative, positive, run, seed_number
 from utils.device import lowered, pick_device, pick_precision, precision_name
 from utils.files import locked, save_tensors
 from utils.seed import seed_everything
@@ -46,10 +46,10 @@ def main(argv=None):
 
 def parse(argv):
     parser = Parser(description="Train adaptors on cached embeddings. What a flag does not say, the recipe does.")
-    parser.add_argument("--dataset", default="coco", help="folder under embeddings/ (default: coco)")
+    parser.add_argument("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
     names = ", ".join(METHODS)
     parser.add_argument("--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{names}, or all")
-    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--seed", nargs="+", type=seed_number, default=[0])
     parser.add_argument("--recipe", default="paper", help="paper (made for COCO) or small (caches under some 100,000 captions)")
     parser.add_argument("--epochs", type=positive)
     parser.add_argument("--batch-size", type=positive)
@@ -62,8 +62,6 @@ def parse(argv):
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the matrix products")
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
-    if min(args.seed) < 0:
-        parser.error("--seed: give whole numbers of at least 0")
     for method in args.method:
         if args.recipe not in METHODS[method].recipes:
             parser.error(f"--recipe {args.recipe}: {method} has {', '.join(METHODS[method].recipes)}")

@@ -24,6 +24,7 @@ from utils.files import load_json, load_tensors, save_json, save_tensors
 
 ROOT = Path("embeddings")
 LADDER = "ladder"  # the stem of the prompt ladder among the texts
+CHAINS = "chains"  # that of a data set's own chains
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what an embedding may be stored in
 
 

@@ -101,7 +101,11 @@ def _weighted_correlation(x, y, weight):
 
 
 def interval(values):
-    """The percentile interval of a figure over resamples, at 95 %. Args: values (resamples,). Returns: (low, high); None if one is undefined."""
+    """The percentile interval of a figure over resamples, at 95 %.
+
+    A resample is noisier than the sample, which can only disturb an even fall of recall: the intervals of S, R2 and -S*R2 lie towards the worse
+    side and may leave out the figure itself. Args: values (resamples,). Returns: (low, high); None if one is undefined.
+    """
     if not len(values) or np.isnan(values).any():
         return None
     return tuple(float(x) for x in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))

@@ -38,6 +38,21 @@ def whole(text, least=0):
     return value
 
 
+def seed_number(text):
+    """An argparse type: a whole number that every generator takes, from 0 to 2^63 - 1."""
+    value = whole(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 2^63")
+    return value
+
+
+def folder_name(text):
+    """An argparse type: the name of a folder, which leads nowhere else. "texts" is taken: there lie the further texts of a cache."""
+    if text != os.path.basename(text) or text in ("", "texts") or text.startswith(".") or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a folder here; give a plain name")
+    return text
+
+
 def non_negative(text):
     """An argparse type: a finite number of at least 0."""
     try:

@@ -65,7 +65,7 @@ def draw_all(results, runs, folder):
             draw_against(runs, "relevant", "images that the caption describes", True),
             "Uncertainty against exact ambiguity, in percentiles among the captions; band: the middle half of the captions",
         ),
-        "ladder": (draw_ladder(results), "The prompt ladder: uncertainty relative to the first prompt"),
+        "ladder": (draw_ladder(results), "The prompt ladder: uncertainty relative to the first prompt, geometric mean over seeds"),
     }
     stems = dict.fromkeys(stem for of_method in results.values() for run in of_method for stem in run.get("depth", {}))
     for stem in stems:
@@ -149,7 +149,7 @@ def draw_risk_coverage(runs):
             coverage, best = risk_coverage(first, ~first)
             axis.plot(coverage, best, color="#7F7F7F", linestyle=":", linewidth=1.2, label="best possible order")
             axis.set_xlabel("coverage: share of queries kept")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1)
         axes[0].set_ylabel("risk: 1 - R@1 among those kept")
         _legend(figure, axes[0])
     return figure
@@ -219,7 +219,7 @@ def draw_ladder(results):
         figure, axes = _panels(1, width=7.0, height=0.36 * len(prompts) + 1.2)
         for name, runs in lines.items():
             values = np.array([[rung["uncertainty"] for rung in run["ladder"]] for run in runs])
-            axes[0].plot((values / values[:, :1]).mean(axis=0), range(len(prompts)), label=name, **_line_style(name))
+            axes[0].plot(np.exp(np.log(values / values[:, :1]).mean(axis=0)), range(len(prompts)), label=name, **_line_style(name))
         axes[0].set_yticks(range(len(prompts)), prompts)
         axes[0].invert_yaxis()
         axes[0].set_xscale("log")

@@ -110,7 +110,8 @@ def intervals(results, draws):
                 cells.append(number(mean) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits and mean is not None else ""))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
-    return "\n" + "\n\n".join(parts) + "\n"
+    note = "A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse side and may leave out the figure itself."
+    return "\n" + "\n\n".join([*parts, note]) + "\n"
 
 
 def paired(values, draws):
@@ -210,9 +211,8 @@ def screen(results, ladder=True):
     if ladder and climbed:
         prompts = [rung["prompt"] for rung in next(iter(climbed.values()))[0]["ladder"]]
         values = [np.mean([[rung["uncertainty"] for rung in run["ladder"]] for run in runs], axis=0) for runs in climbed.values()]
-        parts.append(
-            "uncertainty of the prompt ladder\n" + text_table(["", *climbed], [[p, *(f"{v[i]:.4e}" for v in values)] for i, p in enumerate(prompts)])
-        )
+        rows = [[prompt, *(f"{value[i]:.4e}" for value in values)] for i, prompt in enumerate(prompts)]
+        parts.append("uncertainty of the prompt ladder, mean over seeds\n" + text_table(["", *climbed], rows))
     return "\n\n".join(parts)
 
 
