@@ -38,11 +38,10 @@ from utils.metrics import (
     retrieval_metrics,
     uncertainty_by_depth,
 )
-from utils.prompts import describe_captions, describe_prompts, prompts_from, text_uncertainty
+from utils.prompts import CHUNK, describe_captions, describe_prompts, prompts_from, text_uncertainty
 from utils.report import comma_separated, compare, details, index, intervals, markdown, paired, rows_as_tables, screen
 
 ROOT = Path("results")
-CHUNK = 4096  # rows that are encoded at a time
 LOGIT_SCALE = 100.0  # of the frozen CLIP's cosines where meta.json does not know it: CLIP's own upper bound, which OpenAI's models reach
 DIRECTIONS = ("t2i", "i2t")
 BASELINES = ("softmax-entropy", "caption-length")

@@ -151,7 +151,7 @@ def load_tensors(path):
             warnings.simplefilter("ignore")  # torch's remarks on odd files
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # noqa: BLE001  junk raises nearly anything here, and nothing but the reading stands in this block
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a file of tensors that can be read safely ({reason})") from None
     for tensor in _tensors_in(content):
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()

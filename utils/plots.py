@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from utils.files import written_aside
-from utils.metrics import only_annotated
+from utils.metrics import only_annotated, risk_coverage
 from utils.report import DIRECTIONS
 
 # Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell lines apart in grey too.
@@ -142,11 +142,11 @@ def draw_risk_coverage(runs):
         figure, axes = _panels(2, DIRECTIONS.values())
         for axis, direction in zip(axes, DIRECTIONS, strict=True):
             for name, of_method in runs.items():
-                curves = [risk_coverage(run[direction]["rank"] == 1, run[direction]["uncertainty"])[1] for run in of_method]
-                coverage = risk_coverage(of_method[0][direction]["rank"] == 1, of_method[0][direction]["uncertainty"])[0]
+                curves = [_curve(run[direction]["rank"] == 1, run[direction]["uncertainty"])[1] for run in of_method]
+                coverage = _curve(of_method[0][direction]["rank"] == 1, of_method[0][direction]["uncertainty"])[0]
                 _band(axis, coverage, curves, name, marker="")
             first = next(iter(runs.values()))[0][direction]["rank"] == 1
-            coverage, best = risk_coverage(first, ~first)
+            coverage, best = _curve(first, ~first)
             axis.plot(coverage, best, color="#7F7F7F", linestyle=":", linewidth=1.2, label="best possible order")
             axis.set_xlabel("coverage: share of queries kept")
             axis.set_ylim(0, 1)
@@ -155,17 +155,11 @@ def draw_risk_coverage(runs):
     return figure
 
 
-def risk_coverage(correct, uncertainty):
-    """The risk-coverage curve at 200 points, the expected one where uncertainty ties.
-
-    Args: correct (Q,) bool, uncertainty (Q,). Returns: (coverage, risk), two arrays in [0, 1].
-    """
-    error = 1.0 - np.asarray(correct, dtype=np.float64)
-    _, group = np.unique(uncertainty, return_inverse=True)
-    expected = (np.bincount(group, weights=error) / np.bincount(group))[np.sort(group)]
-    risk = np.cumsum(expected) / np.arange(1, len(error) + 1)
-    at = np.unique(np.ceil(np.linspace(0.005, 1, POINTS) * len(error)).astype(int)) - 1
-    return (at + 1) / len(error), risk[at]
+def _curve(correct, uncertainty):
+    """`metrics.risk_coverage` at 200 points. Returns: (coverage, risk), two arrays in [0, 1]."""
+    risk = risk_coverage(correct, uncertainty)
+    at = np.unique(np.ceil(np.linspace(0.005, 1, POINTS) * len(risk)).astype(int)) - 1
+    return (at + 1) / len(risk), risk[at]
 
 
 def draw_against(runs, field, label, logarithmic):
