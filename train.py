@@ -146,8 +146,7 @@ def make_optimizer(adaptor, recipe, steps):
 def step(adaptor, pairs, optimizer, schedule, precision, bar):
     """One optimiser step on B pairs. Returns: the loss, (), still on the device: nothing here waits for it."""
     with lowered(pairs[0].device, precision):
-        encoded = adaptor.encode(*pairs)
-    loss = adaptor.loss(*encoded)
+        loss = adaptor(*pairs)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -28,19 +28,23 @@ def at_least_float32(x):
 
 
 def full_precision(function):
-    """Decorator: half-precision tensor arguments are raised to float32, and autocast does not lower the products inside.
+    """Decorator: half-precision tensor arguments are raised to float32.
 
-    Under autocast, log1p, lgamma and logsumexp would stay in bfloat16, which has three significant digits.
+    Under autocast, log1p, lgamma and logsumexp would stay in bfloat16, which has three significant digits. Of what is raised, autocast lowers
+    the matrix products and nothing else; `pairwise_products` is the only one of them that a loss needs.
     """
 
     @functools.wraps(function)
     def raised(*arguments, **options):
-        arguments = [at_least_float32(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        device = next(a.device.type for a in arguments if isinstance(a, torch.Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*arguments, **options)
+        return function(*(at_least_float32(a) if isinstance(a, torch.Tensor) else a for a in arguments), **options)
 
     return raised
+
+
+@full_precision
+def pairwise_products(x, y):
+    """x_i . y_j of all pairs: x (N, D), y (M, D) -> (N, M), at least float32; under autocast rounded to its type on the way."""
+    return at_least_float32(x @ y.T)
 
 
 @full_precision
@@ -52,7 +56,7 @@ def unit(x):
 @full_precision
 def cosine_similarity(x, y):
     """Cosines of all pairs: x (N, D), y (M, D) -> (N, M) in [-1, 1], up to rounding."""
-    return unit(x) @ unit(y).T
+    return pairwise_products(unit(x), unit(y))
 
 
 class GaussianHead(nn.Module):

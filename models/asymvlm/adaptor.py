@@ -60,5 +60,5 @@ class VonMisesFisherAdaptor(AsymVLM):
 
 def symmetric_cross_entropy(logits):
     """InfoNCE in both directions, (B, B) -> (): -mean_b [log softmax over the row + log softmax over the column]_{bb} / 2."""
-    by_row, by_column = logits.logsumexp(dim=1), logits.logsumexp(dim=0)  # (B,) each
-    return ((by_row + by_column) / 2 - logits.diagonal()).mean()
+    by_row, by_column = logits.log_softmax(dim=1), logits.log_softmax(dim=0)  # (B, B) each
+    return -(by_row.diagonal() + by_column.diagonal()).mean() / 2

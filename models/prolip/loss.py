@@ -1,6 +1,6 @@
 """ProLIP's loss: the probabilistic pairwise contrastive loss (PPCL) over all pairs of a batch, and a variational information bottleneck (VIB)."""
 
-from models.layers import full_precision, pairwise_sigmoid_loss, total_variance
+from models.layers import full_precision, pairwise_products, pairwise_sigmoid_loss, total_variance
 
 LOGIT_SCALE = 1.0  # fixed in the paper's code; ProLIP itself learns it
 LOGIT_BIAS = 0.0  # fixed in the paper's code; ProLIP itself learns it
@@ -15,7 +15,7 @@ def pairwise_logits(mean_image, log_var_image, mean_text, log_var_text):
     Source: Chun et al., "Probabilistic language-image pre-training", arXiv 2410.18857, the logit of the PPCL.
     """
     variances = total_variance(log_var_image)[:, None] + total_variance(log_var_text)  # (N, M)
-    return LOGIT_SCALE * (mean_image @ mean_text.T - variances / 2) + LOGIT_BIAS
+    return LOGIT_SCALE * (pairwise_products(mean_image, mean_text) - variances / 2) + LOGIT_BIAS
 
 
 @full_precision

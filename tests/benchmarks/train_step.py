@@ -70,7 +70,7 @@ def necessary_flops(method, batch, embed_dim):
 
 
 # For the calculation: an H100 SXM's data sheet, and what is usually reached of it.
-GPU_FLOPS = {torch.bfloat16: 989e12, torch.float32: 67e12}
+GPU_FLOPS = 989e12  # bfloat16
 GPU_SHARE = 0.5  # of the matrix products' rate
 GPU_BYTES = 3.35e12  # memory, a second
 GPU_LAUNCH = 5e-6  # seconds that the host takes for one operation
@@ -116,12 +116,8 @@ def profile_step(method, batch, embed_dim=512, steps=5):
 
 
 def gpu_seconds(method, batch, embed_dim, operations, passes):
-    """What a step should take on an H100, by calculation: products and memory, or the launches where they take longer.
-
-    The products of AsymVLM's, PCME++'s and ProLIP's pairs are in float32, the others in bfloat16.
-    """
-    pairwise = necessary_flops(method, batch, embed_dim) - trunk_flops(method, batch, embed_dim)
-    products = trunk_flops(method, batch, embed_dim) / GPU_FLOPS[torch.bfloat16] + pairwise / GPU_FLOPS[torch.float32]
+    """What a step should take on an H100, by calculation: products and memory, or the launches where they take longer."""
+    products = necessary_flops(method, batch, embed_dim) / GPU_FLOPS
     memory = passes * 2 * 4 * batch**2 / GPU_BYTES  # each pass reads and writes
     return max(products / GPU_SHARE + memory, operations * GPU_LAUNCH)
 
