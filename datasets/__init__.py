@@ -8,6 +8,7 @@ from datasets.coco import CocoCaptions, Layout
 from datasets.karpathy import KarpathyCaptions
 from datasets.shapes import world
 from datasets.table import TableCaptions
+from datasets.tars import TarShards
 
 
 @dataclass(frozen=True)
@@ -65,4 +66,5 @@ DATASETS = {
         make=world.make,
         chains=world.write_chains,
     ),
+    "webdataset": Source(TarShards, None, "ViT-B-32-quickgelu", "openai", PHOTO_LADDER),
 }

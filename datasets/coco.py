@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
@@ -121,8 +122,18 @@ class CocoImages(Dataset):
             return None, f"{self.files[row]}: {reason or type(error).__name__}"
 
 
+def collate(batch):
+    """What CocoImages gave for some rows as (pictures (B, 3, H, W), black where one is broken, or None if all are; B reasons or None).
+
+    One tensor a batch: every tensor that a worker hands over takes an open file, of which there may be 1024, and without any the loader hangs.
+    """
+    whole = next((picture for picture, _ in batch if picture is not None), None)
+    pictures = None if whole is None else torch.stack([torch.zeros_like(whole) if picture is None else picture for picture, _ in batch])
+    return pictures, [error for _, error in batch]
+
+
 def read_rgb(path):
-    """A picture of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
+    """A picture, a path or an open file, of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
 
     Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather than clipped, transparency is dropped.
     Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels; ValueError on nan or infinity.

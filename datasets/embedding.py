@@ -8,7 +8,8 @@
                               .parts/                       while they are unfinished (datasets/parts.py)
     embeddings/<name>/texts/<stem>.{pt,json}                further texts, the prompt ladder among them
 
-The first three files are the paper repository's; a cache that has only these is accepted.
+The first three files are the paper repository's; a cache that has only these is accepted. What is too large for one file lies in many
+(datasets/shards.py), and is read through the same class.
 """
 
 import functools
@@ -19,48 +20,57 @@ import numpy as np
 import torch
 
 from datasets import DATASETS
+from datasets.shards import BUFFER, Shards, check_index, finish_shards, in_batches, remove_shards, shuffled, write_shards
 from utils.cli import UserError
+from utils.files import digest as sums_of
 from utils.files import load_json, load_tensors, save_json, save_tensors
 
 ROOT = Path("embeddings")
 LADDER = "ladder"  # the stem of the prompt ladder among the texts
 CHAINS = "chains"  # that of a data set's own chains
+FIRST = ("image.pt", "image-00000.pt")  # one of them is in every split
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what an embedding may be stored in
 
 
 class EmbeddingCache:
     """One split of a cache.
 
-    Args: name: the folder under embeddings/. split: "train", "val", ... root: the folder embeddings/ itself.
+    Args: name: the folder under embeddings/. split: "train", "val", ... root: the folder embeddings/ itself. mapped: leave embeddings that lie in
+    many files on the disk, and their captions and file names unread; without it they are loaded, like any others.
     Attributes:
-        image (N, D), text (M, D): raw embeddings. image_of_caption (M,) int64: image rows.
+        image (N, D), text (M, D): raw embeddings. image_of_caption (M,) int64: image rows. mapped: whether they are on the disk.
         captions: M texts or None. images: N file names or None. relevance: M lists of image rows or None. meta: dict, empty if unknown.
         annotated: the caption rows for which relevance was looked into, as meta.json has them, or None: for all.
     Raises: UserError that names the file and what is wrong with it, or the command that makes a missing cache.
     """
 
-    def __init__(self, name, split, root=ROOT):
-        self.name, self.split, self.folder = name, split, Path(root) / name / split
+    def __init__(self, name, split, root=ROOT, mapped=False):
+        self.name, self.split, self.folder, self.device = name, split, Path(root) / name / split, torch.device("cpu")
         if (self.folder / ".parts").exists() and not (self.folder / "meta.json").exists():
             raise UserError(f"{self.folder}: unfinished; run cache_embeddings.py again with the same flags, and it goes on where it stopped")
-        if not (self.folder / "image.pt").exists():
+        if not any((self.folder / file).exists() for file in FIRST):
             raise UserError(_missing(name, split, Path(root)))
-        self.image = _load_embeddings(self.folder / "image.pt")
-        self.text = _load_embeddings(self.folder / "text.pt")
-        if self.image.shape[1] != self.text.shape[1]:
-            widths = f"{self.image.shape[1]} and {self.text.shape[1]} wide"
-            raise UserError(f"{self.folder}: image.pt and text.pt are {widths}; image and text embeddings must come from one CLIP")
-        self.image_of_caption = _load_map(self.folder / "cap_id_to_img_id.json", len(self.text), len(self.image))
-        self.captions = self._optional_list("captions.json", len(self.text), str)
-        self.images = self._optional_list("images.json", len(self.image), str)
-        self.relevance = self._optional_list("relevance.json", len(self.text), list)
+        self.meta = load_json(self.folder / "meta.json") if (self.folder / "meta.json").exists() else {}
+        if not isinstance(self.meta, dict):
+            raise UserError(f"{self.folder / 'meta.json'}: not an object; make the cache anew")
+        self.mapped = mapped and "shards" in self.meta
+        self.captions = self.images = None
+        if "shards" in self.meta:
+            self._open_shards()
+        else:
+            self.image = _load_embeddings(self.folder / "image.pt")
+            self.text = _load_embeddings(self.folder / "text.pt")
+            if self.image.shape[1] != self.text.shape[1]:
+                widths = f"{self.image.shape[1]} and {self.text.shape[1]} wide"
+                raise UserError(f"{self.folder}: image.pt and text.pt are {widths}; image and text embeddings must come from one CLIP")
+            self.image_of_caption = _load_map(self.folder / "cap_id_to_img_id.json", len(self.text), len(self.image))
+            self.captions = self._optional_list("captions.json", len(self.text), str)
+            self.images = self._optional_list("images.json", len(self.image), str)
+        self.relevance = None if self.mapped else self._optional_list("relevance.json", len(self.text), list)
         if self.relevance is not None:
             _check_relevance(self.folder / "relevance.json", self.relevance, len(self.image))
             if self.captions is None:
                 raise UserError(f"{self.folder / 'captions.json'}: no such file, and relevance.json is of use only with it; make the cache anew")
-        self.meta = load_json(self.folder / "meta.json") if (self.folder / "meta.json").exists() else {}
-        if not isinstance(self.meta, dict):
-            raise UserError(f"{self.folder / 'meta.json'}: not an object; make the cache anew")
         self.annotated = self.meta.get("annotated")
         if self.annotated is not None:
             _check_annotated(self.folder / "meta.json", self.annotated, len(self.text))
@@ -73,9 +83,28 @@ class EmbeddingCache:
         """D."""
         return self.image.shape[1]
 
+    def _open_shards(self):
+        """Find the files of a cache in many, and read them unless it is mapped."""
+        index, path = self.meta["shards"], self.folder / "meta.json"
+        check_index(path, index)
+        width, dtype = self.meta.get("embed_dim"), getattr(torch, str(self.meta.get("dtype")), None)
+        if type(width) is not int or width < 1 or dtype not in FLOATS:
+            raise UserError(f"{path}: does not tell embed_dim and dtype of its files; make the cache anew")
+        self.image, self.text = (Shards(self.folder, kind, index[kind], width, dtype) for kind in ("image", "text"))
+        self.image_of_caption = _load_rows(self.folder / "image_of_caption.pt", len(self.text), len(self.image))
+        if not self.mapped:
+            self.image, self.text = (shards.whole() for shards in (self.image, self.text))
+            self.captions, self.images = (self._lists(kind, index[of]) for kind, of in (("captions", "text"), ("images", "image")))
+
+    def _lists(self, kind, index):
+        """The texts or file names of all files."""
+        return [entry for n, (rows, _) in enumerate(index) for entry in self._optional_list(f"{kind}-{n:05d}.json", rows, str, needed=True)]
+
     @functools.cached_property
     def digest(self):
         """A name for what training reads, the same for the same embeddings and map. Returns: 16 hexadecimal digits."""
+        if "shards" in self.meta:
+            return sums_of(self.meta["shards"])
         digest = hashlib.sha256()
         for tensor in (self.image, self.text, self.image_of_caption):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -83,13 +112,26 @@ class EmbeddingCache:
         return digest.hexdigest()[:16]
 
     def to(self, device):
-        """Move embeddings and map to a device. Returns: self."""
-        self.image, self.text, self.image_of_caption = (x.to(device) for x in (self.image, self.text, self.image_of_caption))
+        """Move embeddings and map to a device; mapped ones follow a batch at a time. Returns: self."""
+        self.device = torch.device(device)
+        if not self.mapped:
+            self.image, self.text, self.image_of_caption = (x.to(device) for x in (self.image, self.text, self.image_of_caption))
         return self
 
     def pairs(self, captions):
-        """The pairs of some captions. Args: captions (B,) int64 caption rows. Returns: (z_image (B, D), z_text (B, D))."""
-        return self.image[self.image_of_caption[captions]], self.text[captions]
+        """The pairs of some captions. Args: captions (B,) int64 caption rows. Returns: (z_image (B, D), z_text (B, D)) on the cache's device."""
+        image, text = self.image[self.image_of_caption[captions]], self.text[captions]
+        return image.to(self.device, non_blocking=True), text.to(self.device, non_blocking=True)
+
+    def batches(self, size, generator, buffer=BUFFER):
+        """The captions of an epoch in random order, (B,) int64 rows at a time; the last batch may be smaller.
+
+        Args: size: B. generator: torch.Generator on the CPU. buffer: captions that are shuffled together if the cache is mapped
+        (`datasets.shards.shuffled` says what that costs).
+        """
+        if self.mapped:
+            return in_batches(shuffled([rows for rows, _ in self.meta["shards"]["text"]], buffer, generator), size)
+        return torch.randperm(len(self.text), generator=generator).to(self.device).split(size)
 
     @functools.cached_property
     def right_images(self):
@@ -103,9 +145,9 @@ class EmbeddingCache:
         images = np.concatenate(self.right_images)
         return np.split(captions[np.argsort(images, kind="stable")], np.cumsum(np.bincount(images, minlength=len(self.image)))[:-1])
 
-    def _optional_list(self, file, length, kind):
+    def _optional_list(self, file, length, kind, needed=False):
         path = self.folder / file
-        if not path.exists():
+        if not path.exists() and not needed:
             return None
         content = load_json(path)
         if not isinstance(content, list) or len(content) != length or not all(isinstance(entry, kind) for entry in content):
@@ -113,19 +155,30 @@ class EmbeddingCache:
         return content
 
 
-def write_split(folder, image, text, image_of_caption, captions, images, relevance, meta):
-    """Write one split. Args: as EmbeddingCache's attributes; relevance may be None. meta.json comes last: where it is, the split is whole."""
+def write_split(folder, image, text, image_of_caption, captions, images, relevance, meta, shard_rows=None):
+    """Write one split. meta.json comes last: where it is, the split is whole.
+
+    Args: as EmbeddingCache's attributes; relevance may be None. shard_rows: rows of a file of a split in many; None: one file.
+    """
     folder = Path(folder)
     (folder / "meta.json").unlink(missing_ok=True)
+    if relevance is not None:
+        save_json(relevance, folder / "relevance.json")
+    else:
+        (folder / "relevance.json").unlink(missing_ok=True)
+    if shard_rows:
+        index = {
+            "image": write_shards(folder, image, images, "images", shard_rows),
+            "text": write_shards(folder, text, captions, "captions", shard_rows),
+        }
+        finish_shards(folder, index, torch.as_tensor(image_of_caption, dtype=torch.int64), meta)
+        return
+    remove_shards(folder)
     save_tensors(image, folder / "image.pt")
     save_tensors(text, folder / "text.pt")
     save_json({str(caption): int(row) for caption, row in enumerate(image_of_caption)}, folder / "cap_id_to_img_id.json")
     save_json(captions, folder / "captions.json")
     save_json(images, folder / "images.json")
-    if relevance is not None:
-        save_json(relevance, folder / "relevance.json")
-    else:
-        (folder / "relevance.json").unlink(missing_ok=True)
     save_json(meta, folder / "meta.json", indent=1)
 
 
@@ -196,6 +249,17 @@ def _load_map(path, captions, images):
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def _load_rows(path, captions, images):
+    """The image rows of all captions of a cache in many files, mapped."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; make the cache anew")
+    rows = load_tensors(path)
+    whole = isinstance(rows, torch.Tensor) and (rows.shape, rows.dtype) == ((captions,), torch.int64)
+    if not whole or not all((part >= 0).all() and (part < images).all() for part in rows.split(2**20)):
+        raise UserError(f"{path}: expected {captions} image rows from 0 to {images - 1}; make the cache anew")
+    return rows
+
+
 def _check_relevance(path, relevance, images):
     for caption, rows in enumerate(relevance):
         if not rows or not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < images for row in rows):
@@ -210,11 +274,11 @@ def _check_annotated(path, annotated, captions):
 
 def _missing(name, split, root):
     made_by = f"--dataset {name}" if name in DATASETS else f"--dataset {{{','.join(sorted(DATASETS))}}} --name {name}"
-    there = sorted(path.parent.name for path in (root / name).glob("*/image.pt"))
+    there = sorted({path.parent.name for file in FIRST for path in (root / name).glob(f"*/{file}")})
     if there:
         found = f"no {split} split in {root / name} (found {', '.join(there)})"
         return f"--dataset {name}: {found}; run python cache_embeddings.py {made_by} --split {split}"
-    caches = sorted({path.parent.parent.name for path in root.glob("*/*/image.pt")})
+    caches = sorted({path.parent.parent.name for file in FIRST for path in root.glob(f"*/*/{file}")})
     found = f" (found caches: {', '.join(caches)})" if caches else ""
     hint = "" if name == "shapes" else ", or start with --dataset shapes, which needs no download: python cache_embeddings.py --dataset shapes"
     return f"--dataset {name}: no cache in {root / name}{found}; make it with python cache_embeddings.py {made_by}{hint}"

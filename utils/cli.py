@@ -70,10 +70,11 @@ def run(main, argv=None):
     Args: main: function of a list of arguments (None: those of the process).
     Returns: exit status: 0; 2 after a UserError, a full disk or a file that may not be read or written; 130 after Ctrl-C.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    rank, ranks = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "huggingface_hub", "open_clip", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    name = os.path.basename(sys.argv[0]) or "python"
+    name = (os.path.basename(sys.argv[0]) or "python") + (f", rank {rank}" if ranks > 1 else "")
     try:
         main(argv)
     except (UserError, OSError) as error:

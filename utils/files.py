@@ -124,6 +124,12 @@ def digest(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+def sha256(path):
+    """The SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_tensors(content, path):
     """Write tensors and plain types, whole or not at all. The same content gives the same bytes (the name does not enter them)."""
     with written_aside(path) as file:

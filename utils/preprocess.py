@@ -1,7 +1,6 @@
 """A CLIP by name and weights in; its model, image transform and tokenizer, and what is worth writing down about them, out."""
 
 import difflib
-import hashlib
 import logging
 import os
 import socket
@@ -13,7 +12,7 @@ import torch
 
 from utils.cli import UserError
 from utils.device import precision_name
-from utils.files import load_json
+from utils.files import load_json, sha256
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
@@ -86,7 +85,7 @@ def identity(name, pretrained):
     Raises: UserError where a file is not there.
     """
     files = {"model": _config_file(name) if name.endswith(".json") else None, "pretrained": _local_file(pretrained)}
-    sums = {f"{key}_sha256": _sha256(path) if path else None for key, path in files.items()}
+    sums = {f"{key}_sha256": sha256(path) if path else None for key, path in files.items()}
     return {"model": name, "model_sha256": sums["model_sha256"], "pretrained": pretrained, "pretrained_sha256": sums["pretrained_sha256"]}
 
 
@@ -94,11 +93,6 @@ def known_as(info):
     """What tells one CLIP from another, readable: a tag, or the name of a file and its sum. Args: info: what `identity` returned, or a meta.json."""
     files = {key: info.get(f"{key}_sha256") for key in ("model", "pretrained")}
     return {key: f"{Path(str(info.get(key))).name} (SHA-256 {str(found)[:16]})" if found else info.get(key) for key, found in files.items()}
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenize(clip, texts):

@@ -30,7 +30,7 @@ def make_step(method, batch, embed_dim, precision="auto"):
     optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["paper"], 10_000)
     pairs = [torch.randn(batch, embed_dim, dtype=torch.float16).to(device) for _ in range(2)]
     bar, dtype = tqdm(disable=True), pick_precision(precision, device)
-    return lambda: train.step(adaptor, pairs, optimizer, schedule, dtype, bar)
+    return lambda: train.step(adaptor, pairs, batch, optimizer, schedule, dtype, bar)
 
 
 def make_textbook_step(method, batch, embed_dim):
