@@ -1,0 +1,174 @@
+"""Several ranks against one: losses, gradients, trained weights and cached bytes; and what happens when a rank dies."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import cache_embeddings
+import train as train_script
+from datasets.shapes import world
+from models import METHODS
+from models.base import SMALL
+from tests.conftest import make_cache
+from tests.ranks import BATCHES, REPOSITORY, new_adaptor, random_pairs, torchrun
+from tests.test_clip import write_tiny_clip
+
+TRAIN = ("--dataset", "it", "--recipe", "small", "--precision", "fp32", "--device", "cpu")
+
+
+def relative(found, exact):
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def flat(gradients):
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+# Training.
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """{ranks: [what each rank found]} of one step of every method and batch."""
+    folder = tmp_path_factory.mktemp("steps")
+    for ranks in (2, 4):
+        done = torchrun(ranks, "-m", "tests.ranks", "step", folder)
+        assert done.returncode == 0, done.stdout
+    return {ranks: [torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=True) for rank in range(ranks)] for ranks in (2, 4)}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_several_ranks_is_that_of_one(method, ranks, batch, steps):
+    adaptor = new_adaptor(method)
+    loss = adaptor(*random_pairs(batch))
+    loss.backward()
+    found = [rank[f"{method} {batch}"] for rank in steps[ranks]]
+    shares = [rank["share"] for rank in found]
+    assert (sum(shares), max(shares)) == (batch, -(-batch // ranks))  # none has the whole batch
+    for rank in found:
+        assert rank["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        exact = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
+        assert relative(flat(rank["gradients"]), flat(exact)) <= 1e-5
+        for name, gradient in exact.items():  # of 3 pairs, a temperature's is a small difference of large numbers
+            assert relative(rank["gradients"][name], gradient) <= (1e-5 if batch == 37 else 1e-4), name
+    assert all(torch.equal(rank["gradients"][name], found[0]["gradients"][name]) for rank in found for name in rank["gradients"])
+
+
+def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writes(workdir, script):
+    make_cache("it", images=150, dim=32)
+    epochs = ("--method", "all", "--epochs", 2, "--batch-size", 64)  # 450 captions: the last of 8 batches has 2
+    assert script(train_script.main, *TRAIN, *epochs)[0] == 0
+    os.rename("checkpoints", "alone")
+    done = torchrun(2, REPOSITORY / "train.py", *TRAIN, *epochs)
+    assert done.returncode == 0, done.stdout
+    assert files_in("checkpoints").keys() == {f"it/0/{method}.{suffix}" for method in METHODS for suffix in ("pt", "jsonl")}
+    for method in METHODS:
+        one, two = (torch.load(f"{folder}/it/0/{method}.pt", weights_only=True) for folder in ("alone", "checkpoints"))
+        assert (one["config"], one["recipe"]) == (two["config"], two["recipe"])
+        for name, weight in one["state_dict"].items():
+            assert relative(two["state_dict"][name], weight) <= 2e-3, (method, name)
+        assert len(Path(f"checkpoints/it/0/{method}.jsonl").read_text().splitlines()) == 2
+
+
+def process_of(rank, torchrun_process):
+    """The process number of a rank."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            parent = status.read_text().split("PPid:")[1].split()[0]
+            environment = (status.parent / "environ").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        if parent == str(torchrun_process.pid) and f"RANK={rank}".encode() in environment:
+            return int(status.parent.name)
+    raise AssertionError(f"no rank {rank}")
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc: ranks cannot be told apart")
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (0, signal.SIGTERM)])
+def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(workdir, script, rank, number):
+    make_cache("it", images=100, dim=32)
+    log = Path("checkpoints/it/0/pcmepp.jsonl")
+    run = (*TRAIN, "--method", "pcmepp", "--epochs", 60, "--batch-size", 50)
+    process = torchrun(2, REPOSITORY / "train.py", *run, wait=False)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, process)
+    os.kill(process_of(rank, process), number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "train.py, rank 0: interrupted: saved after epoch" in output or "train.py, rank 0: error: lost another process of this run" in output
+    assert "--resume" in output
+    assert not any("lock" in name or "partial" in name for name in files_in("checkpoints"))
+    before = json.loads(log.read_text().splitlines()[0])
+    done = len(torch.load(log.with_name("pcmepp.resume.pt"), weights_only=True)["log"])
+    assert 2 <= done < 60
+    assert script(train_script.main, *run, "--resume")[0] == 0
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(1, 61))
+    assert records[0] == before
+    assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(SMALL) | {"epochs": 60, "batch_size": 50}
+
+
+def test_an_error_of_every_rank_names_its_rank(workdir):
+    done = torchrun(2, REPOSITORY / "train.py", "--dataset", "nowhere")
+    assert done.returncode != 0
+    assert any(f"train.py, rank {rank}: error: --dataset nowhere: no cache" in done.stdout for rank in (0, 1))
+
+
+# Caching.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"), "tiny-ranks")
+
+
+@pytest.fixture
+def flags(workdir, tiny):
+    """Flags of a small data set and CLIP, of whose images and texts parts of 64 make several."""
+    world.make("small", train=150, val=20)
+    shapes = ("--dataset", "shapes", "--data-root", "small", "--split", "train", "--device", "cpu", "--workers", "0")
+    return (*shapes, "--model", str(tiny[0]), "--pretrained", str(tiny[1]))
+
+
+def test_ranks_share_the_parts_and_write_the_bytes_of_one(flags, script):
+    assert script(cache_embeddings.main, *flags)[0] == 0
+    os.rename("embeddings", "alone")
+    done = torchrun(2, "-m", "tests.ranks", "cache", 64, *flags)
+    assert done.returncode == 0, done.stdout
+    assert files_in("embeddings") == files_in("alone")
+
+
+def test_a_broken_picture_of_one_rank_stops_all_and_the_rest_is_kept(flags, script):
+    pictures = sorted(Path("small/train").glob("*.png"))
+    whole = pictures[100].read_bytes()  # of the second part, which is rank 1's
+    pictures[100].write_bytes(b"no picture")
+    done = torchrun(2, "-m", "tests.ranks", "cache", 64, *flags)
+    assert done.returncode != 0
+    assert f"rank 1: error: {pictures[100]}: " in done.stdout
+    assert "rank 0: error: stopped, as another process of this run had to stop" in done.stdout
+    assert not Path("embeddings/shapes/train/meta.json").exists()
+    assert {path.name for path in Path("embeddings/shapes/train/.parts").glob("image*")} == {"image-00000.pt", "image-00002.pt"}
+    pictures[100].write_bytes(whole)
+    assert torchrun(3, "-m", "tests.ranks", "cache", 64, *flags).returncode == 0
+    os.rename("embeddings", "mended")
+    assert script(cache_embeddings.main, *flags)[0] == 0
+    assert files_in("embeddings") == files_in("mended")
