@@ -44,6 +44,7 @@ bench: .venv/installed-tests
 	$(RUN) -m tests.benchmarks.train_step > results/benchmarks/train_step.md
 	$(RUN) -m tests.benchmarks.evaluation > results/benchmarks/evaluation.md
 	$(RUN) -m tests.benchmarks.caching > results/benchmarks/caching.md
+	$(RUN) -m tests.benchmarks.scaling > results/benchmarks/scaling.md
 	cat results/benchmarks/*.md
 
 clean:

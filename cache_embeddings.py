@@ -80,7 +80,7 @@ def cache_splits(args, device):
 def parse(argv):
     parser = Parser(description="Store the CLIP embeddings of a data set.")
     parser.add_argument("--dataset", default="coco", choices=sorted(DATASETS))
-    parser.add_argument("--data-root", help="folder of the data set's files (default: data/<dataset>)")
+    parser.add_argument("--data-root", help="folder of the data set's files, or a pattern of tars (default: data/<dataset>)")
     parser.add_argument("--split", nargs="+", type=folder_name, default=["train", "val"])
     parser.add_argument("--model", help="open_clip model or a .json configuration (default: ViT-B-32-quickgelu; shapes: its own)")
     parser.add_argument("--pretrained", help="open_clip tag or a local weights file (default: openai; shapes: its own)")
@@ -101,6 +101,8 @@ def parse(argv):
     parser.add_argument("--csv-caption-key", default="title", help="--dataset csv: the column of the captions (default: title)")
     parser.add_argument("--csv-separator", help="--dataset csv: what parts the columns (default: a comma in .csv, a tab in .tsv)")
     args = parser.parse_args(argv)
+    if args.texts and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--texts: takes a moment; call it without torchrun")
     if args.workers < 0:
         parser.error("--workers: give a whole number of at least 0")
     if args.dataset == "webdataset" and not args.texts:

@@ -11,6 +11,7 @@ An .npz has one entry a query; every figure, table and plot is a function of the
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed = list(dict.fromkeys(args.seed))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("eval.py runs alone; call it without torchrun")
     for method in args.compare or ():
         if method not in (*METHODS, *BASELINES):
             parser.error(f"--compare {method}: choose from {names}, {', '.join(BASELINES)}")
