@@ -12,7 +12,6 @@ import csv
 import importlib.metadata
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -22,19 +21,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import DATASETS
-from datasets.coco import CocoImages, collate, without
+from datasets.coco import without
 from datasets.embedding import CHAINS, LADDER, ROOT, EmbeddingCache, load_texts, write_split, write_texts
-from datasets.parts import PART, Parts, TarParts, part_rows
+from datasets.parts import Parts, TarParts, part_rows
 from datasets.shards import finish_shards
 from datasets.tars import TarSamples
 from utils.cli import Parser, UserError, folder_name, positive, run, whole
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
 from utils.distributed import PATIENCE, first_rank_first, is_first, joined, rank, together, world_size
+from utils.encode import CHUNK, encode_distinct, encode_images, encode_texts, in_chunks, leave_interrupts, note_texts, stored
 from utils.files import differences, digest, load_json, locked
-from utils.preprocess import identity, known_as, load_clip, tokenize
+from utils.preprocess import identity, known_as, load_clip
 
 DTYPES = ("float16", "float32")
-CHUNK = 64  # rows that go through the encoder at a time: always as many, so that --batch-size does not change the bytes
 WORKERS = max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # a rank
 VERSIONS = ("torch", "torchvision", "open_clip_torch", "pillow")  # what the embeddings' last bits depend on
 
@@ -267,14 +266,14 @@ def make_tar_parts(parts, clip, data, args):
     dtype, quiet = getattr(torch, args.dtype), tqdm(disable=True)
     width = encode_distinct(clip, ["a"], quiet)["rows"].shape[1]
     samples = TarSamples({number: data.urls[number] for number in missing}, clip.transform, -(-args.batch_size // CHUNK) * CHUNK)
-    loader = DataLoader(samples, batch_size=None, num_workers=min(args.workers, len(missing)), worker_init_fn=_leave_interrupts)
+    loader = DataLoader(samples, batch_size=None, num_workers=min(args.workers, len(missing)), worker_init_fn=leave_interrupts)
     open_tars, broken = {}, []
     with tqdm(desc=f"{len(missing)} tars", unit="sample", disable=not is_first()) as bar:
         for number, keys, captions, pictures, errors in loader:
             tar = open_tars.setdefault(number, {"rows": [torch.empty(0, width)], "images": [], "captions": [], "left_out": []})
             if pictures is not None:
                 whole = torch.tensor([not error for error in errors])
-                tar["rows"].append(torch.cat(_in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device))[whole])
+                tar["rows"].append(torch.cat(in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device))[whole])
             elif not keys and errors:
                 raise UserError(errors[0])
             for key, caption, error in zip(keys, captions, errors, strict=False):
@@ -329,95 +328,6 @@ def make_text_parts(parts, clip, texts, dtype):
             names = texts[rows.start : rows.stop]
             content = encode_distinct(clip, names, bar)
             parts.write("text", part, content | {"rows": stored(content["rows"], dtype, names)})
-
-
-def stored(z, dtype, names):
-    """Embeddings (N, D) as they are stored. Args: names: of the N images or texts. Raises: UserError if one of them is not finite then."""
-    z = z.to(dtype)
-    bad = (~torch.isfinite(z.flatten(1)).all(dim=1)).nonzero() if len(z) else ()
-    if len(bad):
-        raise UserError(f"the embedding of {str(names[int(bad[0])])[:200]!r} is not finite; try --precision fp32 --dtype float32")
-    return z
-
-
-@torch.inference_mode()
-def encode_images(clip, files, parts, batch_size, workers, skip_broken=False):
-    """Decode and embed pictures, part by part. Args: files: N paths. parts: the numbers of some parts of them, ascending.
-
-    Yields: (part, (n, D) float32 on the CPU, {row: reason} of the broken files among them, which have no embedding).
-    Raises: UserError after all broken files have been found and named, unless skip_broken. Nothing is encoded after the first.
-    """
-    batch_size = -(-batch_size // CHUNK) * CHUNK
-    ranges = [part_rows(part, len(files)) for part in parts]
-    batches = [rows[start : start + batch_size] for rows in ranges for start in range(0, len(rows), batch_size)]
-    images = CocoImages(files, clip.transform)
-    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_leave_interrupts)
-    encoded, broken, failed = [], {}, []
-    with tqdm(total=sum(map(len, ranges)), desc="images", unit="image", disable=not is_first()) as bar:
-        for batch, (pictures, errors) in zip(batches, loader, strict=True):
-            broken |= {row: error for row, error in zip(batch, errors, strict=True) if error}
-            failed += [error for error in errors if error and not skip_broken]
-            if pictures is not None and not failed:
-                whole = torch.tensor([not error for error in errors])
-                encoded.append(torch.cat(_in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device))[whole])
-            bar.update(len(batch))
-            part = batch.start // PART
-            if batch.stop == part_rows(part, len(files)).stop and not failed:
-                yield part, torch.cat(encoded) if encoded else torch.empty(0), broken
-                encoded, broken = [], {}
-    for error in failed[:-1]:
-        logging.error(error)
-    if failed:
-        raise UserError(f"{failed[-1]} ({len(failed)} broken image files in all; mend them, or leave them out with --skip-broken)")
-
-
-def _leave_interrupts(worker):
-    """Ctrl-C is the main process's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def encode_texts(clip, texts):
-    """Embed texts, each distinct one once. Args: texts: M strings. Returns: (M, D) float32 on the CPU."""
-    distinct = list(dict.fromkeys(texts))
-    row_of = {text: row for row, text in enumerate(distinct)}
-    with tqdm(total=len(distinct), desc="texts", unit="text") as bar:
-        content = encode_distinct(clip, distinct, bar)
-    note_texts([content], clip)
-    return content["rows"][[row_of[text] for text in texts]]
-
-
-@torch.inference_mode()
-def encode_distinct(clip, texts, bar):
-    """Embed texts. Returns: {"rows": (M, D) float32 on the CPU, "cut", "unknown": how many are too long or have unknown words, "example"}."""
-    rows, cut, unknown = [], 0, []
-    for start in range(0, len(texts), CHUNK):
-        part = texts[start : start + CHUNK]
-        tokens, part_cut, part_unknown = tokenize(clip, part)
-        cut += sum(part_cut)
-        unknown += [text for text, is_unknown in zip(part, part_unknown, strict=True) if is_unknown]
-        rows += _in_chunks(clip.model.encode_text, tokens, clip.device)
-        bar.update(len(part))
-    return {"rows": torch.cat(rows), "cut": cut, "unknown": len(unknown), "example": (unknown or [""])[0]}
-
-
-def note_texts(contents, clip):
-    """Say how many texts the CLIP cannot read to the end, or has no words for. Args: contents: what `encode_distinct` returned."""
-    cut, unknown = (sum(content[key] for content in contents) for key in ("cut", "unknown"))
-    if cut:
-        length = clip.info["context_length"]
-        logging.warning("note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, length)
-    if unknown:
-        example = next(content["example"] for content in contents if content["unknown"])[:80]
-        logging.warning("note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings", unknown, example)
-
-
-def _in_chunks(encode, inputs, device):
-    """Encode rows CHUNK at a time, the last chunk filled up: a row's last bits depend on the size of its chunk. Returns: list of (n, D)."""
-    outputs = []
-    for part in inputs.split(CHUNK):
-        full = torch.cat([part, part[-1:].expand(CHUNK - len(part), *part.shape[1:])]) if len(part) < CHUNK else part
-        outputs.append(encode(full.to(device))[: len(part)].float().cpu())
-    return outputs
 
 
 def cache_texts(args, device):

@@ -401,7 +401,7 @@ def compare_two(args):
 def ask(args, cache, adaptors, device):
     """Print how uncertain prompts are among the captions of the split, or the most and least uncertain captions; most certain last."""
     if args.prompts:
-        from cache_embeddings import clip_of_cache, encode_texts  # CLIP's libraries take seconds to import
+        from cache_embeddings import clip_of_cache, encode_texts  # it takes a second to import
 
         texts = prompts_from(args.prompts)
         clip, dtype = clip_of_cache(args.dataset, device)

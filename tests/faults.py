@@ -68,7 +68,7 @@ def workshop(folder, images=(240, 60)):
     DATASETS["shapes"] = dataclasses.replace(source, chains=functools.partial(world.write_chains, count=3))
     os.chdir(folder)
     torch.set_num_threads(1)
-    parts.PART = cache_embeddings.PART = PART
+    parts.PART = PART
     built_in = functools.cache(before[3])
     cache_embeddings.load_clip = lambda model, *args: (built_in if model == DATASETS["shapes"].model else before[3])(model, *args)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -79,7 +79,7 @@ def workshop(folder, images=(240, 60)):
     finally:
         os.chdir(before[0])
         torch.set_num_threads(before[1])
-        parts.PART = cache_embeddings.PART = before[2]
+        parts.PART = before[2]
         DATASETS["shapes"] = source
         cache_embeddings.load_clip = before[3]
 

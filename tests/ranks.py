@@ -65,7 +65,7 @@ def cache(part, *flags):
     import cache_embeddings
     from datasets import parts
 
-    parts.PART = cache_embeddings.PART = int(part)
+    parts.PART = int(part)
     sys.exit(run(cache_embeddings.main, list(flags)))
 
 

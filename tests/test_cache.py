@@ -26,6 +26,7 @@ from datasets.embedding import EmbeddingCache, load_texts, write_split, write_te
 from datasets.parts import Parts
 from datasets.shapes import world
 from tests.test_clip import CONFIG, Trap, write_tiny_clip
+from utils import encode
 from utils.cli import UserError, run
 from utils.files import load_tensors, locked, save_json, save_tensors, written_aside
 
@@ -732,7 +733,6 @@ def test_long_captions_and_unknown_words_are_told_once(call, capsys, tmp_path, t
 def small_parts(monkeypatch):
     """Val has two parts of images and two of texts."""
     monkeypatch.setattr(parts, "PART", 64)
-    monkeypatch.setattr(cache_embeddings, "PART", 64)
 
 
 @pytest.fixture
@@ -757,7 +757,6 @@ def stopped(call, small_parts, monkeypatch):
 def test_parts_give_the_bytes_of_no_parts(call, workdir, monkeypatch):
     assert call("--name", "a")[0] == 0
     monkeypatch.setattr(parts, "PART", 64)
-    monkeypatch.setattr(cache_embeddings, "PART", 64)
     assert call("--name", "b", "--batch-size", 7)[0] == 0
     assert all_bytes(workdir / "embeddings" / "a") == all_bytes(workdir / "embeddings" / "b")
 
@@ -767,7 +766,7 @@ def test_what_was_encoded_before_a_stop_is_not_encoded_again(call, stopped, work
     stopped()
     with pytest.raises(UserError, match="unfinished; run cache_embeddings"):
         EmbeddingCache("shapes", "val")
-    monkeypatch.setattr(cache_embeddings.CocoImages, "__getitem__", lambda *_: pytest.fail("a picture was decoded again"))
+    monkeypatch.setattr(encode.CocoImages, "__getitem__", lambda *_: pytest.fail("a picture was decoded again"))
     assert call("--split", "val")[0] == 0
     assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
 
@@ -841,8 +840,8 @@ def test_overwrite_keeps_the_old_cache_until_the_new_one_is_whole(call, stopped,
 
 def test_overwrite_starts_an_unfinished_cache_anew_and_goes_on_with_its_own(call, stopped, monkeypatch):
     seen = []
-    read = cache_embeddings.CocoImages.__getitem__
-    monkeypatch.setattr(cache_embeddings.CocoImages, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
+    read = encode.CocoImages.__getitem__
+    monkeypatch.setattr(encode.CocoImages, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
     stopped()
     assert len(seen) == 70
     stopped("--overwrite")
@@ -900,8 +899,8 @@ def test_what_was_encoded_before_a_broken_picture_is_kept(call, small_parts, bro
     assert call("--data-root", root, "--split", "val")[0] == 2
     (root / "val" / names[1]).write_bytes((data / "val" / names[1]).read_bytes())
     seen = []
-    read = cache_embeddings.CocoImages.__getitem__
-    monkeypatch.setattr(cache_embeddings.CocoImages, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
+    read = encode.CocoImages.__getitem__
+    monkeypatch.setattr(encode.CocoImages, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
     assert call("--data-root", root, "--split", "val")[0] == 0
     assert seen == list(range(64, 70))
 
@@ -918,7 +917,7 @@ def test_pictures_that_were_skipped_are_looked_at_again_without_the_flag(call, s
 def test_after_a_broken_picture_nothing_is_encoded(call, small_parts, capsys, broken_root, monkeypatch):
     root, names = broken_root
     seen = []
-    monkeypatch.setattr(cache_embeddings, "_in_chunks", lambda *_: seen.append(1))
+    monkeypatch.setattr(encode, "in_chunks", lambda *_: seen.append(1))
     status, err = stderr_of(call, capsys, "--data-root", root, "--split", "val", "--batch-size", 1)
     assert status == 2
     assert not seen

@@ -164,7 +164,7 @@ def test_a_cache_of_another_name_is_missed_with_the_flags_that_make_it(script, w
     assert script(cache_embeddings.main, *call)[0] == 0
     status, _, last = script(train_script.main, "--dataset", "mine")
     assert status == 2
-    assert "cache_embeddings.py --dataset {coco,coco-karpathy,csv,flickr30k,shapes} --name mine --split train" in last
+    assert "cache_embeddings.py --dataset {coco,coco-karpathy,csv,flickr30k,shapes,webdataset} --name mine --split train" in last
 
 
 def test_bad_tables_end_in_one_line_and_nothing_is_written(script, workdir):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-import cache_embeddings
 from datasets.shapes import world
 from tests.benchmarks.machine import describe, in_turn, markdown_table
+from utils import encode
 from utils.device import pick_device, pick_precision, precision_name
 from utils.preprocess import load_clip
 
@@ -49,18 +49,18 @@ def main(repeats=3):
         save_file(open_clip.create_model(MODEL, pretrained=None).state_dict(), weights)
         files = make_pictures(Path(folder), PICTURES)
         clip, wide = (load_clip(MODEL, str(weights), device, dtype) for dtype in (precision, torch.float32))
-        ready = torch.randn(cache_embeddings.CHUNK, 3, 224, 224)
+        ready = torch.randn(encode.CHUNK, 3, 224, 224)
 
         def bare(some_clip, dtype, chunks):
             with torch.inference_mode():
                 for _ in range(chunks):
                     some_clip.model.encode_image(ready.to(device, dtype))
 
-        chunks = PICTURES // cache_embeddings.CHUNK
+        chunks = PICTURES // encode.CHUNK
         workers = os.cpu_count()
         times = in_turn(
             {
-                "cache": lambda: list(cache_embeddings.encode_images(clip, files, [0], 256, workers)),
+                "cache": lambda: list(encode.encode_images(clip, files, [0], 256, workers)),
                 "bare": lambda: bare(clip, precision, chunks),
                 "float32": lambda: bare(wide, torch.float32, chunks),
             },
