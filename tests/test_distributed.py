@@ -18,6 +18,9 @@ from models.base import SMALL
 from tests.conftest import make_cache
 from tests.ranks import BATCHES, REPOSITORY, new_adaptor, random_pairs, torchrun
 from tests.test_clip import write_tiny_clip
+from utils.cli import UserError
+from utils.device import pick_device
+from utils.distributed import gather, own
 
 TRAIN = ("--dataset", "it", "--recipe", "small", "--precision", "fp32", "--device", "cpu")
 
@@ -125,6 +128,18 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     assert [record["epoch"] for record in records] == list(range(1, 61))
     assert records[0] == before
     assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(SMALL) | {"epochs": 60, "batch_size": 50}
+
+
+def test_every_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "77")
+    with pytest.raises(UserError, match="--device cuda:77: not available here"):
+        pick_device("cuda")
+
+
+def test_a_share_is_of_consecutive_rows_and_alone_it_is_all():
+    assert own(torch.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    encoded = (torch.ones(2), torch.zeros(2))
+    assert gather(encoded, 2) is encoded
 
 
 def test_an_error_of_every_rank_names_its_rank(workdir):
