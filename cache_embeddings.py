@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from datasets import DATASETS
 from datasets.coco import without
-from datasets.embedding import CHAINS, LADDER, ROOT, EmbeddingCache, load_texts, write_split, write_texts
+from datasets.embedding import CHAINS, FIRST, LADDER, ROOT, EmbeddingCache, load_texts, write_split, write_texts
 from datasets.parts import Parts, TarParts, part_rows
 from datasets.shards import finish_shards
 from datasets.tars import TarSamples
-from utils.cli import Parser, UserError, folder_name, positive, run, whole
+from utils.cli import Parser, UserError, folder_name, positive, run, torchrun_rank, whole
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
-from utils.distributed import PATIENCE, first_rank_first, is_first, joined, rank, together, world_size
+from utils.distributed import PATIENCE, agreed, first_rank_first, is_first, joined, rank, together, world_size
 from utils.encode import CHUNK, encode_distinct, encode_images, encode_texts, in_chunks, leave_interrupts, note_texts, stored
 from utils.files import differences, digest, load_json, locked
 from utils.preprocess import identity, known_as, load_clip
@@ -62,13 +62,18 @@ def cache_splits(args, device):
     check_other_splits(name, args.split, clip_settings)
     settings = {split: split_settings(args, data, clip_settings) for split, data in splits.items()}
     allowed = args.max_broken if args.dataset == "webdataset" else float("inf") if args.skip_broken else 0
-    waiting = [split for split in splits if args.overwrite or not is_whole(name, split, settings[split], allowed)]
+    finished = {split: settings[split] | (data.state() if args.dataset == "webdataset" else {}) for split, data in splits.items()}
+    waiting = [split for split in splits if args.overwrite or not is_whole(name, split, finished[split], allowed)]
     waiting_texts = [stem for stem in texts if waiting or not texts_are_whole(name, stem, *texts[stem], clip_settings)]
     if waiting or waiting_texts:
         clip = load_clip(model, pretrained, device, precision)
         for split in waiting:
             folder = ROOT / name / split
             with locked(_lock(folder), folder) if is_first() else contextlib.nullcontext():
+                with together():  # another run may have ended since
+                    whole = is_first() and not args.overwrite and is_whole(name, split, finished[split], allowed)
+                if agreed(whole):
+                    continue
                 (cache_tars if args.dataset == "webdataset" else cache_split)(args, folder, splits[split], clip, settings[split])
         for stem in waiting_texts if is_first() else ():
             lines, chains = texts[stem]
@@ -84,7 +89,7 @@ def parse(argv):
     parser.add_argument("--model", help="open_clip model or a .json configuration (default: ViT-B-32-quickgelu; shapes: its own)")
     parser.add_argument("--pretrained", help="open_clip tag or a local weights file (default: openai; shapes: its own)")
     parser.add_argument("--name", type=folder_name, help="folder under embeddings/, --dataset to the other scripts (default: the data set's name)")
-    parser.add_argument("--batch-size", type=positive, default=256, help="pictures that a worker hands over at a time")
+    parser.add_argument("--batch-size", type=positive, default=CHUNK, help="pictures that a worker hands over at a time")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes that decode pictures, a rank; 0: none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
@@ -100,7 +105,7 @@ def parse(argv):
     parser.add_argument("--csv-caption-key", default="title", help="--dataset csv: the column of the captions (default: title)")
     parser.add_argument("--csv-separator", help="--dataset csv: what parts the columns (default: a comma in .csv, a tab in .tsv)")
     args = parser.parse_args(argv)
-    if args.texts and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.texts and torchrun_rank()[1] > 1:
         parser.error("--texts: takes a moment; call it without torchrun")
     if args.workers < 0:
         parser.error("--workers: give a whole number of at least 0")
@@ -132,7 +137,7 @@ def is_whole(name, split, settings, allowed):
     """
     folder = ROOT / name / split
     if not (folder / "meta.json").exists():
-        if (folder / "image.pt").exists() and not (folder / ".parts").exists():
+        if any((folder / file).exists() for file in FIRST) and not (folder / ".parts").exists():
             raise UserError(f"{folder}: holds a cache without a meta.json, so nothing tells what it is; give another --name, or --overwrite it")
         return False
     meta = EmbeddingCache(name, split, mapped=True).meta
@@ -232,8 +237,9 @@ def cache_tars(args, folder, data, clip, settings):
     index = {kind: [[note["rows"], note["sums"][place]] for note in notes] for place, kind in enumerate(("image", "text"))}
     meta = {"split": folder.name, **settings, **clip.info, "embed_dim": notes[0]["width"][0], "image_count": count, "caption_count": count}
     (folder / "meta.json").unlink(missing_ok=True)
+    (folder / "relevance.json").unlink(missing_ok=True)
     parts.publish(len(data.urls))
-    finish_shards(folder, index, torch.arange(count), meta | {"skipped": skipped, "versions": made_with(clip)["versions"]})
+    finish_shards(folder, index, torch.arange(count), meta | data.state() | {"skipped": skipped, "versions": made_with(clip)["versions"]})
     parts.remove()
     report_split(folder, count, count, meta["embed_dim"], skipped, start)
 
@@ -260,7 +266,8 @@ def report_split(folder, images, captions, width, skipped, start):
 def make_tar_parts(parts, clip, data, args):
     """Embed the tars that are missing and this rank's."""
     mine = range(rank(), len(data.urls), world_size())
-    missing = [number for number in mine if parts.read_notes(number, data.identity(number)) is None]
+    notes = {number: parts.read_notes(number, data.identity(number)) for number in mine}
+    missing = [number for number, of in notes.items() if of is None or (of["left_out"] and data.may_have_changed(number))]
     if not missing:
         return
     dtype, quiet = getattr(torch, args.dtype), tqdm(disable=True)

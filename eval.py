@@ -11,7 +11,6 @@ An .npz has one entry a query; every figure, table and plot is a function of the
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from models import METHODS
 from models.layers import cosine_similarity
 from utils.bootstrap import LEVEL, RESAMPLES, bootstrap_ambiguity, bootstrap_relevance, bootstrap_retrieval, interval
 from utils.checkpoint import checkpoint_path, load_adaptor
-from utils.cli import Parser, UserError, folder_name, positive, run, seed_number, whole
+from utils.cli import Parser, UserError, folder_name, positive, run, seed_number, torchrun_rank, whole
 from utils.device import pick_device
 from utils.files import load_arrays, load_json, save_json, written_aside
 from utils.metrics import (
@@ -61,8 +60,8 @@ def main(argv=None):
     adaptors = load_adaptors(args, cache, device)
     if asking:
         return ask(args, cache, adaptors, device)
-    ladder = load_texts(args.dataset, LADDER, cache.embed_dim)
-    chains = load_chains(args.dataset, cache.embed_dim)
+    ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
+    chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     results, draws = evaluate_baselines(cache, args, chains)
     for (method, seed), adaptor in adaptors.items():
         result, answers = evaluate(adaptor, cache, args.uncer_levels, ladder, chains, args.folds)
@@ -92,7 +91,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed = list(dict.fromkeys(args.seed))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torchrun_rank()[1] > 1:
         parser.error("eval.py runs alone; call it without torchrun")
     for method in args.compare or ():
         if method not in (*METHODS, *BASELINES):

@@ -40,7 +40,7 @@ def main(argv=None):
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)
-    ladder = load_texts(args.dataset, LADDER, cache.embed_dim)
+    ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     with joined(device):
         if args.recipe == "paper" and len(cache.text) < SMALL_CACHE and is_first():
             logging.warning("note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small", len(cache.text))

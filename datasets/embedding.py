@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from datasets import DATASETS
-from datasets.shards import BUFFER, Shards, check_index, finish_shards, in_batches, remove_shards, shuffled, write_shards
+from datasets.shards import BUFFER, Shards, check_index, compare_sum, finish_shards, in_batches, remove_shards, shuffled, write_shards
 from utils.cli import UserError
+from utils.files import differences, load_json, load_tensors, save_json, save_tensors
 from utils.files import digest as sums_of
-from utils.files import load_json, load_tensors, save_json, save_tensors
+from utils.preprocess import known_as
 
 ROOT = Path("embeddings")
 LADDER = "ladder"  # the stem of the prompt ladder among the texts
@@ -91,7 +92,7 @@ class EmbeddingCache:
         if type(width) is not int or width < 1 or dtype not in FLOATS:
             raise UserError(f"{path}: does not tell embed_dim and dtype of its files; make the cache anew")
         self.image, self.text = (Shards(self.folder, kind, index[kind], width, dtype) for kind in ("image", "text"))
-        self.image_of_caption = _load_rows(self.folder / "image_of_caption.pt", len(self.text), len(self.image))
+        self.image_of_caption = _load_rows(self.folder / "image_of_caption.pt", len(self.text), len(self.image), index["image_of_caption"])
         if not self.mapped:
             self.image, self.text = (shards.whole() for shards in (self.image, self.text))
             self.captions, self.images = (self._lists(kind, index[of]) for kind, of in (("captions", "text"), ("images", "image")))
@@ -190,10 +191,10 @@ def write_texts(name, stem, embeddings, texts, meta, chains=None, root=ROOT):
     save_json({"texts": texts, "chains": chains, "clip": meta}, folder / f"{stem}.json", indent=1)
 
 
-def load_texts(name, stem, embed_dim=None, root=ROOT):
+def load_texts(name, stem, embed_dim=None, root=ROOT, meta=None):
     """Further texts of a cache.
 
-    Args: embed_dim: the width that they must have, if any.
+    Args: embed_dim: the width that they must have, if any. meta: of the split that they are compared with: its CLIP must be theirs.
     Returns: (texts, (T, D) embeddings, chains or None), or None where there are none.
 
     Raises: UserError if the files do not fit each other or the cache.
@@ -207,6 +208,11 @@ def load_texts(name, stem, embed_dim=None, root=ROOT):
         raise UserError(f"{path.with_suffix('.json')}: expected {len(z)} texts; run cache_embeddings.py again")
     if embed_dim is not None and z.shape[1] != embed_dim:
         raise UserError(f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; run cache_embeddings.py again")
+    made_by = document.get("clip")
+    if meta and isinstance(made_by, dict) and "pretrained_sha256" in made_by and "pretrained_sha256" in meta:
+        changed = differences(known_as(made_by), known_as(meta))
+        if changed:
+            raise UserError(f"{path}: embedded with another CLIP than the cache: {changed}; embed it again, or remove it")
     chains = document.get("chains")
     whole = isinstance(chains, list) and all(isinstance(c, list) and all(type(row) is int and 0 <= row < len(z) for row in c) for c in chains)
     if chains is not None and not whole:
@@ -214,9 +220,9 @@ def load_texts(name, stem, embed_dim=None, root=ROOT):
     return texts, z, chains
 
 
-def load_chains(name, embed_dim, root=ROOT):
+def load_chains(name, embed_dim, root=ROOT, meta=None):
     """All texts of a cache that form chains from general to specific. Returns: {stem: what `load_texts` returns}. Raises: as `load_texts`."""
-    loaded = {path.stem: load_texts(name, path.stem, embed_dim, root) for path in sorted((Path(root) / name / "texts").glob("*.pt"))}
+    loaded = {path.stem: load_texts(name, path.stem, embed_dim, root, meta) for path in sorted((Path(root) / name / "texts").glob("*.pt"))}
     return {stem: content for stem, content in loaded.items() if content is not None and content[2]}
 
 
@@ -249,11 +255,12 @@ def _load_map(path, captions, images):
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def _load_rows(path, captions, images):
+def _load_rows(path, captions, images, expected):
     """The image rows of all captions of a cache in many files, mapped."""
     if not path.exists():
         raise UserError(f"{path}: no such file; make the cache anew")
-    rows = load_tensors(path)
+    compare_sum(path, expected)
+    rows = load_tensors(path, check_sums=False)
     whole = isinstance(rows, torch.Tensor) and (rows.shape, rows.dtype) == ((captions,), torch.int64)
     if not whole or not all((part >= 0).all() and (part < images).all() for part in rows.split(2**20)):
         raise UserError(f"{path}: expected {captions} image rows from 0 to {images - 1}; make the cache anew")

@@ -21,7 +21,7 @@ OPEN = 512  # files that are open at a time
 class Shards:
     """The rows of many files as one (N, D) tensor that is never in memory: rows are read when they are asked for.
 
-    A file is compared with its checksums when it is opened, a row is looked at for what is not finite when it is read.
+    A file is compared with its SHA-256 when it is first opened, a row is looked at for what is not finite when it is read.
     Args: folder: the split's. kind: "image" or "text". index: its [rows, SHA-256] pairs. embed_dim: D. dtype: of the stored embeddings.
     Raises: UserError if a file is missing; later, if one is not what the index says.
     """
@@ -33,7 +33,8 @@ class Shards:
             raise UserError(f"{missing}: no such file; make the cache anew")
         self.ends = torch.tensor([rows for rows, _ in index]).cumsum(dim=0)  # (S,)
         self.starts = self.ends - torch.tensor([rows for rows, _ in index])  # (S,)
-        self.shape, self.dtype, self._open = (int(self.ends[-1]), embed_dim), dtype, OrderedDict()
+        self.shape, self.dtype = (int(self.ends[-1]), embed_dim), dtype
+        self._sums, self._compared, self._open = [total for _, total in index], set(), OrderedDict()
 
     def __len__(self):
         return self.shape[0]
@@ -58,7 +59,10 @@ class Shards:
 
     def _shard(self, number):
         if number not in self._open:
-            z = load_tensors(self.files[number])
+            if number not in self._compared:
+                compare_sum(self.files[number], self._sums[number])
+                self._compared.add(number)
+            z = load_tensors(self.files[number], check_sums=False)
             expected = (int(self.ends[number] - self.starts[number]), self.shape[1])
             if not isinstance(z, torch.Tensor) or (z.shape, z.dtype) != (expected, self.dtype):
                 raise UserError(f"{self.files[number]}: not the tensor of shape {expected}, {self.dtype}, that meta.json names; make the cache anew")
@@ -67,6 +71,12 @@ class Shards:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
+
+
+def compare_sum(file, expected):
+    """Raise a UserError if a file has not the SHA-256 that it should have."""
+    if sha256(file) != expected:
+        raise UserError(f"{file}: not the file that meta.json names: its SHA-256 differs; make the cache anew")
 
 
 def finish_shards(folder, index, image_of_caption, meta):

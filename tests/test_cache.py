@@ -874,6 +874,18 @@ def test_the_splits_of_a_cache_come_from_one_clip(call, tiny, tmp_path):
     assert not Path("embeddings/shapes/val").exists()
 
 
+def test_texts_that_another_clip_left_behind_are_refused(call, script, workdir, tiny, tmp_path):
+    assert call("--split", "val")[0] == 0
+    Path("lines.txt").write_text("a cat\n")
+    assert script(main, *texts_flags("lines.txt"), "--name", "shapes")[0] == 0
+    other = write_tiny_clip(tmp_path, "other")
+    assert call("--split", "val", "--overwrite", "--model", other[0], "--pretrained", other[1])[0] == 0
+    meta = EmbeddingCache("shapes", "val").meta
+    assert load_texts("shapes", "ladder", 16, meta=meta) is not None  # was made anew
+    with pytest.raises(UserError, match=r"lines\.pt: embedded with another CLIP than the cache: .*; embed it again, or remove it"):
+        load_texts("shapes", "lines", 16, meta=meta)
+
+
 def test_texts_of_another_clip_than_the_caches_are_refused(call, tiny, tmp_path):
     assert call("--split", "val", "--name", "it")[0] == 0
     Path("a.txt").write_text("a photo\n")

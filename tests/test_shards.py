@@ -1,5 +1,6 @@
 """Caches in many files: read, shuffled, refused when broken, trained on without being loaded; and the tars they are made of."""
 
+import gzip
 import io
 import json
 import os
@@ -67,7 +68,7 @@ def test_files_may_be_empty_and_few_are_open_at_a_time(workdir, monkeypatch):
     z = torch.randn(6, 4)
     for number, part in enumerate(z.split(sizes)):
         save_tensors(part.clone(), Path(f"image-{number:05d}.pt"))
-        index.append([len(part), "x"])
+        index.append([len(part), sha256(Path(f"image-{number:05d}.pt"))])
     shards = Shards(Path(), "image", index, 4, torch.float32)
     assert torch.equal(shards[torch.tensor([5, 0, 3, 2, 4, 1])], z[[5, 0, 3, 2, 4, 1]])
     assert len(shards._open) == 2
@@ -127,8 +128,28 @@ def corrupt(file):
     file.write_bytes(content)
 
 
-def replace(value):
-    return lambda file: save_tensors(value, file)
+def replace(value, with_sum=True):
+    """Another tensor in a file, and, unless the index is to be left as it is, its sum in the index."""
+
+    def change(file):
+        save_tensors(value, file)
+        meta = json.loads((FOLDER / "meta.json").read_text())
+        kind, _, number = file.stem.partition("-")
+        if with_sum and number:
+            meta["shards"][kind][int(number)][1] = sha256(file)
+        elif with_sum:
+            meta["shards"]["image_of_caption"] = sha256(file)
+        (FOLDER / "meta.json").write_text(json.dumps(meta))
+
+    return change
+
+
+def swap(file):
+    """Two files of the same shape in each other's place."""
+    other = file.with_name("text-00000.pt")
+    content = file.read_bytes()
+    file.write_bytes(other.read_bytes())
+    other.write_bytes(content)
 
 
 def put(key, value):
@@ -144,7 +165,13 @@ def put(key, value):
     ("file", "change", "expected"),
     [
         ("image-00001.pt", Path.unlink, "image-00001.pt: no such file"),
-        ("text-00002.pt", corrupt, "text-00002.pt: not a file of tensors that can be read safely"),
+        ("text-00002.pt", corrupt, "text-00002.pt: not the file that meta.json names: its SHA-256 differs"),
+        ("text-00001.pt", swap, "pt: not the file that meta.json names: its SHA-256 differs"),
+        (
+            "image_of_caption.pt",
+            replace(torch.zeros(120, dtype=torch.int64), with_sum=False),
+            "image_of_caption.pt: not the file that meta.json names",
+        ),
         ("text-00002.pt", replace(torch.ones(31, 16).half()), "text-00002.pt: not the tensor of shape (32, 16)"),
         ("text-00002.pt", replace(torch.ones(32, 16)), "text-00002.pt: not the tensor of shape (32, 16), torch.float16"),
         ("text-00000.pt", replace(torch.full((32, 16), float("nan")).half()), "text-00000.pt: row"),
@@ -215,7 +242,7 @@ def test_a_cache_of_2_gb_is_trained_on_within_1_gb(workdir):
         z = torch.randn(rows, width, generator=torch.Generator().manual_seed(number))
         for kind in ("image", "text"):
             save_tensors(z, folder / f"{kind}-{number:05d}.pt")
-        index.append([rows, "not looked at"])
+        index.append([rows, sha256(folder / f"image-{number:05d}.pt")])
     save_tensors(torch.arange(rows * files), folder / "image_of_caption.pt")
     shards = {"image": index, "text": index, "image_of_caption": sha256(folder / "image_of_caption.pt")}
     save_json({"embed_dim": width, "dtype": "float32", "shards": shards}, folder / "meta.json")
@@ -398,7 +425,7 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     write_tar("tars/00001.tar", samples_of(pictures, 6, 9))
     status, stderr = call()
     assert status == 2
-    for key, reason in (("0", "cannot identify"), ("1", "no picture"), ("2", "no caption"), ("3", "no caption, or none in UTF-8")):
+    for key, reason in (("0", "cannot identify"), ("1", "no picture"), ("2", "no caption"), ("3", "no caption in UTF-8 beside it")):
         assert f"00000.tar: 00000000{key}: {reason}" in stderr
     assert "(4 broken samples so far" in stderr.splitlines()[-1]
     assert call("--max-broken", 3)[0] == 2
@@ -447,6 +474,85 @@ def test_a_tar_that_is_broken_inside_is_refused(call, pictures):
     assert not Path("embeddings/web/train/meta.json").exists()
 
 
+@pytest.mark.parametrize("how", ["pipe", "failing pipe", "zeros"])
+def test_a_tar_that_ends_between_two_samples_is_refused(call, pictures, how):
+    write_tar("tars/whole.bin", samples_of(pictures, 0, 6))
+    with tarfile.open("tars/whole.bin") as tar:
+        start = tar.getmembers()[9].offset  # of the fourth sample
+    content = Path("tars/whole.bin").read_bytes()
+    Path("tars/cut.bin").write_bytes(content[:start])
+    Path("zeros.tar").write_bytes(content[:start] + bytes(2**21))
+    root = {"pipe": "pipe:cat tars/cut.bin", "failing pipe": "pipe:cat tars/whole.bin; exec >&-; sleep 0.3; exit 18", "zeros": "zeros.tar"}[how]
+    status, stderr = call("--data-root", root)
+    assert (status, f"{root}: cannot be used to its end" in stderr.splitlines()[-1]) == (2, True)
+    assert not Path("embeddings/web/train/meta.json").exists()
+
+
+def test_whole_tars_are_read_through_pipes_and_packed_under_any_name(call, pictures):
+    write_tar("tars/00000.tar", samples_of(pictures, 0, 6))
+    assert call("--name", "plain")[0] == 0
+    Path("packed.tar").write_bytes(gzip.compress(Path("tars/00000.tar").read_bytes()))
+    for root in ("packed.tar", "pipe:cat tars/00000.tar", "tars/*.tar"):
+        assert call("--name", "other", "--data-root", root, "--overwrite")[0] == 0
+        for file in ("image-00000.pt", "text-00000.pt", "captions-00000.json"):
+            assert Path(f"embeddings/other/train/{file}").read_bytes() == Path(f"embeddings/plain/train/{file}").read_bytes()
+
+
+def test_keys_with_dots_are_refused_and_other_fields_are_not(call, pictures):
+    files = samples_of(pictures, 0, 3)
+    write_tar("tars/00000.tar", files | {"000000002.mask.png": b"not looked at", "000000002.cls": b"7"})
+    assert call()[0] == 0
+    assert len(EmbeddingCache("web", "train").text) == 3
+    write_tar("tars/00000.tar", {name.replace("00000000", "img.00"): content for name, content in files.items()})
+    status, stderr = call("--name", "dots")
+    assert (status, "img.000.png has a dot in its key" in stderr.splitlines()[-1]) == (2, True)
+
+
+def test_other_tars_of_the_same_names_are_other_tars(call, pictures):
+    write_tar("tars/00000.tar", samples_of(pictures, 0, 5))
+    assert call()[0] == 0
+    Path("more").mkdir()
+    write_tar("more/00000.tar", samples_of(pictures, 5, 11))
+    status, stderr = call("--data-root", "more")
+    assert (status, "tar_files was" in stderr.splitlines()[-1]) == (2, True)
+    assert call("--data-root", "more", "--overwrite")[0] == 0
+    assert EmbeddingCache("web", "train").captions == [caption for _, caption in list(pictures.values())[5:11]]
+
+
+def test_a_url_whose_samples_were_broken_is_looked_at_again(call, pictures):
+    write_tar("tars/a.tar", samples_of(pictures, 0, 5) | {"000000001.png": b"broken"})
+    assert call("--data-root", "pipe:cat tars/a.tar")[0] == 2
+    write_tar("tars/a.tar", samples_of(pictures, 0, 5))
+    assert call("--data-root", "pipe:cat tars/a.tar")[0] == 0
+    assert len(EmbeddingCache("web", "train").text) == 5
+
+
+def test_tars_leave_nothing_of_what_was_there_before(call, pictures):
+    make_cache("web", images=4, captions_per_image=1, splits=("train",), relevance=[[0, 1]] * 4)
+    write_tar("tars/00000.tar", samples_of(pictures, 0, 4))
+    assert call("--overwrite")[0] == 0
+    assert EmbeddingCache("web", "train").relevance is None
+    names = {path.name for path in Path("embeddings/web/train").iterdir()}
+    assert names == {"image-00000.pt", "text-00000.pt", "captions-00000.json", "images-00000.json", "image_of_caption.pt", "meta.json"}
+
+
+def test_a_cache_that_another_run_finished_meanwhile_is_not_made_over(call, pictures, monkeypatch):
+    write_tar("tars/00000.tar", samples_of(pictures, 0, 5))
+    Path("more").mkdir()
+    write_tar("more/00000.tar", samples_of(pictures, 5, 11))
+    load = cache_embeddings.load_clip
+
+    def load_slowly(*arguments):
+        monkeypatch.setattr(cache_embeddings, "load_clip", load)
+        assert call()[0] == 0  # the other run
+        return load(*arguments)
+
+    monkeypatch.setattr(cache_embeddings, "load_clip", load_slowly)
+    status, stderr = call("--data-root", "more")
+    assert (status, "was made with other settings" in stderr.splitlines()[-1]) == (2, True)
+    assert len(EmbeddingCache("web", "train").text) == 5
+
+
 def test_nothing_in_a_tar_is_unpickled(call, pictures, workdir):
     trap = pickle.dumps(Trap(workdir / "sprung"))
     write_tar("tars/00000.tar", samples_of(pictures, 0, 2) | {"000000001.pyd": trap, "000000001.pth": trap})
@@ -467,7 +573,10 @@ def test_nothing_in_a_tar_is_unpickled(call, pictures, workdir):
         (("--shard-rows", "5"), "has a file a tar"),
         (("--max-broken", "-1"), "--max-broken"),
         (("--dataset", "coco", "--max-broken", "1"), "--max-broken: goes with --dataset webdataset"),
-        (("--data-root", "pipe:cat nowhere.tar"), "pipe:cat nowhere.tar: cannot be read to its end"),
+        (("--data-root", "pipe:cat nowhere.tar"), "pipe:cat nowhere.tar: cannot be used to its end: "),
+        (("--data-root", "tars/{00000..00003.tar"), "tars/{00000..00003.tar: not a pattern of paths"),
+        (("--data-root", "tars/${USER}.tar"), "not a pattern of paths"),
+        (("--data-root", "tars/1*.tar"), "expected .tar files, found only 00000.tar"),
     ],
 )
 def test_what_the_user_can_put_right_ends_in_one_line(call, pictures, flags, expected):

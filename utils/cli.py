@@ -22,6 +22,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def torchrun_rank():
+    """Which process of how many this is, as torchrun's environment says. Returns: (rank, number of ranks); (0, 1) without torchrun."""
+    rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return (int(rank), int(ranks)) if rank.isdecimal() and ranks.isdecimal() else (0, 1)
+
+
 def positive(text):
     """An argparse type: a whole number of at least 1."""
     return whole(text, least=1)
@@ -70,7 +76,7 @@ def run(main, argv=None):
     Args: main: function of a list of arguments (None: those of the process).
     Returns: exit status: 0; 2 after a UserError, a full disk or a file that may not be read or written; 130 after Ctrl-C.
     """
-    rank, ranks = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
+    rank, ranks = torchrun_rank()
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "huggingface_hub", "open_clip", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -6,12 +6,12 @@ batch; `average_gradients` makes of their gradients the one that a single proces
 
 import contextlib
 import datetime
-import os
+import logging
 
 import torch
 import torch.distributed as dist
 
-from utils.cli import UserError
+from utils.cli import UserError, torchrun_rank
 
 PATIENCE = datetime.timedelta(days=7)  # for a rank that is still encoding; one that has died is noticed at once
 
@@ -22,12 +22,14 @@ def joined(device, timeout=None):
 
     Args: device: where the tensors are that ranks exchange. timeout: timedelta until an answer must be there; None: that of the backend.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if torchrun_rank()[1] == 1:
         yield
         return
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    with _answered():
+    try:
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run do not find each other ({str(error).splitlines()[0][:160]}); start them with torchrun") from None
     yield
     dist.destroy_process_group()
 
@@ -89,6 +91,16 @@ def average_gradients(parameters):
         gradient.copy_(mean.view_as(gradient))
 
 
+def agreed(answer):
+    """Whether the first rank says so. Args: answer: bool, of which that rank's counts. Returns: bool, the same on every rank."""
+    if world_size() == 1:
+        return answer
+    said = torch.tensor([float(answer and is_first())])
+    with _answered():
+        dist.all_reduce(said)
+    return bool(said)
+
+
 def wait():
     """Wait for all ranks to be here."""
     if world_size() > 1:
@@ -115,6 +127,8 @@ def together():
     except (UserError, OSError) as raised:
         error = raised
     if world_size() > 1:
+        if error is not None:
+            logging.error("rank %d has to stop: %s", rank(), error)  # now, as the others may be at work for long
         failed = torch.tensor([float(error is not None)])
         with _answered():
             dist.all_reduce(failed)

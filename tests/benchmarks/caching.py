@@ -19,7 +19,7 @@ from utils import encode
 from utils.device import pick_device, pick_precision, precision_name
 from utils.preprocess import load_clip
 
-MODEL, PICTURES = "ViT-B-32-quickgelu", 256
+MODEL, PICTURES = "ViT-B-32-quickgelu", 512
 
 
 def make_pictures(folder, count):
@@ -60,7 +60,7 @@ def main(repeats=3):
         workers = os.cpu_count()
         times = in_turn(
             {
-                "cache": lambda: list(encode.encode_images(clip, files, [0], 256, workers)),
+                "cache": lambda: list(encode.encode_images(clip, files, [0], encode.CHUNK, workers)),
                 "bare": lambda: bare(clip, precision, chunks),
                 "float32": lambda: bare(wide, torch.float32, chunks),
             },
