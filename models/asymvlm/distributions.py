@@ -9,6 +9,7 @@ import math
 from fractions import Fraction
 
 import torch
+from torch.nn import functional as F
 
 from models.layers import full_precision, pairwise_products
 
@@ -32,9 +33,10 @@ def power_spherical_log_prob(x, eta, temperature=1.0):
     Source: De Cao & Aziz, "The Power Spherical distribution", arXiv 2006.04437, eq. 6.
     """
     kappa = concentration(eta)  # (M,)
-    cosine = pairwise_products(x, eta / kappa[:, None]).clamp_min(-1 + torch.finfo(x.dtype).eps)  # (N, M); log(0) is -inf
+    least = torch.finfo(x.dtype).eps  # log(0) is -inf
+    one_plus_cosine = F.threshold(1 + pairwise_products(x, eta / kappa[:, None]), least, least)  # (N, M); clamp_min would take longer back
     log_normalizer = power_spherical_log_normalizer(kappa, eta.shape[-1])  # (M,)
-    return torch.addcmul(temperature * log_normalizer, temperature * kappa, (1 + cosine).log())
+    return torch.addcmul(temperature * log_normalizer, temperature * kappa, one_plus_cosine.log())
 
 
 @full_precision

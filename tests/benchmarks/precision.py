@@ -1,14 +1,16 @@
 """bfloat16 against float32 on the built-in data set: every method and seed, trained in both, on caches made in both.
 
-    python -m tests.benchmarks.precision                 # everything, in a folder of its own; about 20 minutes on two cores
+    python -m tests.benchmarks.precision                 # everything, in a folder of its own; about an hour on two cores
     python -m tests.benchmarks.precision --seed 0 --method asymvlm-psd
 
 A figure passes if the two means differ by less than the larger of the standard deviation over seeds and 0.01.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,7 +42,8 @@ def main():
         for arm, (cache, precision) in ARMS.items():
             names = ["--dataset", cache, "--method", *args.method, "--seed", *args.seed]
             train.main([*names, "--recipe", "small", "--precision", precision])
-            eval_script.main([*names, "--no-plots", "--resamples", "0"])
+            with contextlib.redirect_stdout(sys.stderr):
+                eval_script.main([*names, "--no-plots", "--resamples", "0"])
             for method in args.method:
                 runs = [json.loads(Path(f"results/{cache}/{seed}/{method}.json").read_text())["metrics"] for seed in args.seed]
                 figures[arm, method] = {name: [run[section][key] for run in runs] for name, (section, key) in FIGURES.items()}

@@ -100,7 +100,7 @@ def large_runs(decoded):
         size = (images + captions) * DIM * 2
         epoch = captions / 2048 * step
         rows.append(
-            [name, f"{images:,}", f"{captions:,}", f"{encoding / 3600:.2f}", f"{decoding / 3600:.2f}", f"{size / 1e9:.1f}", f"{epoch / 60:.2f}"]
+            [name, f"{images:,}", f"{captions:,}", f"{encoding / 3600:.2g}", f"{decoding / 3600:.2g}", f"{size / 1e9:.1f}", f"{epoch / 60:.2g}"]
         )
     return rows
 
