@@ -122,7 +122,7 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     assert not any("lock" in name or "partial" in name for name in files_in("checkpoints"))
     before = json.loads(log.read_text().splitlines()[0])
     done = len(torch.load(log.with_name("pcmepp.resume.pt"), weights_only=True)["log"])
-    assert 2 <= done < 60
+    assert 1 <= done < 60  # the log may be a line ahead of what can be saved
     assert script(train_script.main, *run, "--resume")[0] == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(1, 61))
