@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 -m tests.ranks cache 64 FLAGS    cache_embeddings.py
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -58,6 +59,29 @@ def torchrun(ranks, *command, wait=True):
         return process
     output, _ = process.communicate(timeout=300)
     return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def ranks_of(process):
+    """The process numbers of the ranks that a torchrun has started: {rank: number}."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            parent = status.read_text().split("PPid:")[1].split()[0]
+            environment = dict(entry.split(b"=", 1) for entry in (status.parent / "environ").read_bytes().split(b"\0") if b"=" in entry)
+        except (OSError, IndexError):
+            continue
+        if parent == str(process.pid) and b"RANK" in environment:
+            found[int(environment[b"RANK"])] = int(status.parent.name)
+    return found
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until a condition holds while a process runs."""
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < end
+        time.sleep(0.002)
 
 
 def cache(part, *flags):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from datasets.shapes import world
 from models import METHODS
 from models.base import SMALL
 from tests.conftest import make_cache
-from tests.ranks import BATCHES, REPOSITORY, new_adaptor, random_pairs, torchrun
+from tests.ranks import BATCHES, REPOSITORY, new_adaptor, random_pairs, ranks_of, torchrun, wait_for
 from tests.test_clip import write_tiny_clip
 from utils.cli import UserError
 from utils.device import pick_device
@@ -85,27 +84,6 @@ def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writ
         assert len(Path(f"checkpoints/it/0/{method}.jsonl").read_text().splitlines()) == 2
 
 
-def process_of(rank, torchrun_process):
-    """The process number of a rank."""
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            parent = status.read_text().split("PPid:")[1].split()[0]
-            environment = (status.parent / "environ").read_bytes().split(b"\0")
-        except (OSError, IndexError):
-            continue
-        if parent == str(torchrun_process.pid) and f"RANK={rank}".encode() in environment:
-            return int(status.parent.name)
-    raise AssertionError(f"no rank {rank}")
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.time() < end
-        time.sleep(0.005)
-
-
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc: ranks cannot be told apart")
 @pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (0, signal.SIGTERM)])
 def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(workdir, script, rank, number):
@@ -114,7 +92,7 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     run = (*TRAIN, "--method", "pcmepp", "--epochs", 60, "--batch-size", 50)
     process = torchrun(2, REPOSITORY / "train.py", *run, wait=False)
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, process)
-    os.kill(process_of(rank, process), number)
+    os.kill(ranks_of(process)[rank], number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "train.py, rank 0: interrupted: saved after epoch" in output or "train.py, rank 0: error: lost another process of this run" in output
