@@ -71,8 +71,8 @@ def cache_splits(args, device):
             folder = ROOT / name / split
             with locked(_lock(folder), folder) if is_first() else contextlib.nullcontext():
                 with together():  # another run may have ended since
-                    whole = is_first() and not args.overwrite and is_whole(name, split, finished[split], allowed)
-                if agreed(whole):
+                    ended = is_first() and not args.overwrite and is_whole(name, split, finished[split], allowed)
+                if agreed(ended):
                     continue
                 (cache_tars if args.dataset == "webdataset" else cache_split)(args, folder, splits[split], clip, settings[split])
         for stem in waiting_texts if is_first() else ():

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from datasets import DATASETS
-from datasets.shards import BUFFER, Shards, check_index, compare_sum, finish_shards, in_batches, remove_shards, shuffled, write_shards
+from datasets.shards import BUFFER, Shards, check_finite, check_index, compare_sum, finish_shards, in_batches, remove_shards, shuffled, write_shards
 from utils.cli import UserError
 from utils.files import differences, load_json, load_tensors, save_json, save_tensors
 from utils.files import digest as sums_of
@@ -233,10 +233,7 @@ def _load_embeddings(path):
     if not isinstance(z, torch.Tensor) or z.ndim != 2 or z.dtype not in FLOATS or 0 in z.shape:
         kind = f"shape {tuple(z.shape)}, {z.dtype}" if isinstance(z, torch.Tensor) else type(z).__name__
         raise UserError(f"{path}: expected a float tensor of shape (rows, width), found {kind}")
-    for start in range(0, len(z), 65536):  # in pieces: the check needs a copy of what it looks at
-        finite = torch.isfinite(z[start : start + 65536]).all(dim=1)
-        if not finite.all():
-            raise UserError(f"{path}: row {start + int((~finite).nonzero()[0])} is not finite; make the cache anew, in --precision fp32")
+    check_finite(z, path)
     return z.detach()  # a tensor that was saved with a gradient to come would get one in training
 
 

@@ -55,7 +55,10 @@ class Shards:
 
     def whole(self):
         """All rows, (N, D), in memory."""
-        return torch.cat([self._shard(shard) for shard in range(len(self.files))])
+        shards = [self._shard(shard) for shard in range(len(self.files))]
+        for z, file in zip(shards, self.files, strict=True):
+            check_finite(z, file)
+        return torch.cat(shards)
 
     def _shard(self, number):
         if number not in self._open:
@@ -71,6 +74,14 @@ class Shards:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
+
+
+def check_finite(z, file):
+    """Raise a UserError that names the first row of a file, (n, D), that is not finite."""
+    for start in range(0, len(z), 65536):  # in pieces: the check needs a copy of what it looks at
+        finite = torch.isfinite(z[start : start + 65536]).all(dim=1)
+        if not finite.all():
+            raise UserError(f"{file}: row {start + int((~finite).nonzero()[0])} is not finite; make the cache anew, in --precision fp32")
 
 
 def compare_sum(file, expected):

@@ -194,6 +194,13 @@ def test_a_file_that_cannot_be_right_is_one_line(both, script, file, change, exp
     assert not list(Path("checkpoints").rglob("*.pt"))
 
 
+def test_a_row_that_is_not_finite_is_refused_by_evaluation_too(both, script):
+    replace(torch.ones(32, 16).half().index_fill(0, torch.tensor([7]), float("nan")))(FOLDER / "text-00001.pt")
+    status, _, line = script(eval_script.main, "--dataset", "many", "--split", "train")
+    assert status == 2
+    assert "text-00001.pt: row 7 is not finite" in line
+
+
 def test_a_captions_file_that_is_missing_is_named(both):
     (FOLDER / "captions-00001.json").write_text("[]")
     with pytest.raises(UserError, match=r"captions-00001\.json: expected a list of 32 entries"):

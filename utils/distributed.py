@@ -50,7 +50,7 @@ def is_first():
 
 
 def own(rows):
-    """This rank's share of a tensor's rows: consecutive ones; shares differ by one row at most and may be empty."""
+    """This rank's share of a batch, (B, ...) -> (b, ...): consecutive rows; shares differ by one row at most and may be empty."""
     return rows.tensor_split(world_size())[rank()]
 
 
@@ -80,7 +80,10 @@ class _Gather(torch.autograd.Function):
 
 
 def average_gradients(parameters):
-    """Replace every gradient by its mean over the ranks; of what the loss itself holds, such as a temperature, every rank has the whole one."""
+    """Replace every gradient by its mean over the ranks; of what the loss itself holds, such as a temperature, every rank has the whole one.
+
+    Args: parameters: iterable of those of the adaptor, in the same order on every rank.
+    """
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

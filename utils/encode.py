@@ -24,12 +24,13 @@ def encode_images(clip, files, parts, batch_size, workers, skip_broken=False):
     Raises: UserError after all broken files have been found and named, unless skip_broken. Nothing is encoded after the first.
     """
     batch_size = -(-batch_size // CHUNK) * CHUNK
-    rows_of = {part: part_rows(part, len(files)) for part in parts}
-    batches = [rows[start : start + batch_size] for rows in rows_of.values() for start in range(0, len(rows), batch_size)]
+    part_ending_at = {part_rows(part, len(files)).stop: part for part in parts}
+    ranges = [part_rows(part, len(files)) for part in parts]
+    batches = [rows[start : start + batch_size] for rows in ranges for start in range(0, len(rows), batch_size)]
     images = CocoImages(files, clip.transform)
     loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_interrupts)
     encoded, broken, failed = [], {}, []
-    with tqdm(total=sum(map(len, rows_of.values())), desc="images", unit="image", disable=not is_first()) as bar:
+    with tqdm(total=sum(map(len, ranges)), desc="images", unit="image", disable=not is_first()) as bar:
         for batch, (pictures, errors) in zip(batches, loader, strict=True):
             broken |= {row: error for row, error in zip(batch, errors, strict=True) if error}
             failed += [error for error in errors if error and not skip_broken]
@@ -37,9 +38,8 @@ def encode_images(clip, files, parts, batch_size, workers, skip_broken=False):
                 whole = torch.tensor([not error for error in errors])
                 encoded.append(torch.cat(in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device))[whole])
             bar.update(len(batch))
-            part = next((part for part, rows in rows_of.items() if rows.stop == batch.stop), None)  # if it was the part's last batch
-            if part is not None and not failed:
-                yield part, torch.cat(encoded) if encoded else torch.empty(0), broken
+            if batch.stop in part_ending_at and not failed:
+                yield part_ending_at[batch.stop], torch.cat(encoded) if encoded else torch.empty(0), broken
                 encoded, broken = [], {}
     for error in failed[:-1]:
         logging.error(error)
