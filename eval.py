@@ -65,29 +65,63 @@ def main(argv=None):
     results, draws = evaluate_baselines(cache, args, chains)
     for (method, seed), adaptor in adaptors.items():
         result, answers = evaluate(adaptor, cache, args.uncer_levels, ladder, chains, args.folds)
-        draws.setdefault(method, []).append(save(result, answers, args, method, seed, ROOT / args.dataset / str(seed) / method))
+        draws.setdefault(method, []).append(
+            save(result, answers, args, method, seed, ROOT / args.dataset / str(seed) / method)
+        )
         results.setdefault(method, []).append(result)
     report(results, draws, cache, args)
 
 
 def parse(argv):
-    parser = Parser(description="Cross-modal retrieval by uncertainty level, and what else there is to ask of a caption's uncertainty.")
+    parser = Parser(
+        description="Cross-modal retrieval by uncertainty level, and what else there is to ask of a caption's uncertainty."
+    )
     parser.add_argument("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
     names = ", ".join(METHODS)
-    parser.add_argument("--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{names}, or all")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=["asymvlm-psd"],
+        choices=[*METHODS, "all"],
+        metavar="METHOD",
+        help=f"{names}, or all",
+    )
     parser.add_argument("--seed", nargs="+", type=seed_number, default=[0])
     parser.add_argument("--split", type=folder_name, default="val")
-    parser.add_argument("--uncer_levels", "--uncer-levels", type=positive, default=10, help="levels of equally many queries (default: 10)")
-    parser.add_argument("--folds", type=positive, default=1, help="also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)")
-    parser.add_argument("--resamples", type=whole, default=RESAMPLES, help="of the bootstrap intervals over queries; 0: none (default: %(default)s)")
+    parser.add_argument(
+        "--uncer_levels",
+        "--uncer-levels",
+        type=positive,
+        default=10,
+        help="levels of equally many queries (default: 10)",
+    )
+    parser.add_argument(
+        "--folds",
+        type=positive,
+        default=1,
+        help="also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)",
+    )
+    parser.add_argument(
+        "--resamples",
+        type=whole,
+        default=RESAMPLES,
+        help="of the bootstrap intervals over queries; 0: none (default: %(default)s)",
+    )
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     parser.add_argument("--device", default="auto")
     ask = parser.add_argument_group("instead of an evaluation")
-    ask.add_argument("--compare", nargs=2, metavar=("A", "B"), help=f"paired bootstrap of two methods evaluated before, or of {', '.join(BASELINES)}")
+    ask.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help=f"paired bootstrap of two methods evaluated before, or of {', '.join(BASELINES)}",
+    )
     ask.add_argument("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
     ask.add_argument("--most-uncertain", type=positive, metavar="N", help="list captions of the split")
     ask.add_argument("--least-uncertain", type=positive, metavar="N", help="list captions of the split")
-    ask.add_argument("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
+    ask.add_argument(
+        "--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON"
+    )
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed = list(dict.fromkeys(args.seed))
@@ -100,7 +134,9 @@ def parse(argv):
     if sum(map(bool, (args.compare, args.prompts, listing))) > 1:
         parser.error("--compare, --prompts and the lists of captions are questions of their own; ask one at a time")
     if args.json and not (args.prompts or listing):
-        parser.error("--json: goes with --prompts, --most-uncertain and --least-uncertain; results/ holds the JSON of an evaluation")
+        parser.error(
+            "--json: goes with --prompts, --most-uncertain and --least-uncertain; results/ holds the JSON of an evaluation"
+        )
     if args.compare and not args.resamples:
         parser.error("--resamples 0: a comparison needs resamples")
     if args.compare and args.compare[0] == args.compare[1]:
@@ -112,22 +148,32 @@ def check_counts(args, cache):
     """Raise a UserError if there are more levels or folds than queries to fill them."""
     queries = len(cache.image_of_caption.unique())
     if args.uncer_levels > queries:
-        raise UserError(f"--uncer_levels {args.uncer_levels}: there are only {queries} image queries in {cache.folder}; choose fewer levels")
+        raise UserError(
+            f"--uncer_levels {args.uncer_levels}: there are only {queries} image queries in {cache.folder}; choose fewer levels"
+        )
     if args.folds > queries:
-        raise UserError(f"--folds {args.folds}: there are only {queries} image queries in {cache.folder}; choose fewer folds")
+        raise UserError(
+            f"--folds {args.folds}: there are only {queries} image queries in {cache.folder}; choose fewer folds"
+        )
 
 
 def load_adaptors(args, cache, device):
     """The adaptors of all methods and seeds: {(method, seed): Adaptor}. Raises: UserError if one is missing or does not fit the cache."""
-    paths = {(method, seed): checkpoint_path(args.dataset, seed, method) for method in args.method for seed in args.seed}
+    paths = {
+        (method, seed): checkpoint_path(args.dataset, seed, method) for method in args.method for seed in args.seed
+    }
     for (method, seed), path in paths.items():
         if not path.exists():
-            raise UserError(f"{path}: no such checkpoint; make it with python train.py --dataset {args.dataset} --method {method} --seed {seed}")
+            raise UserError(
+                f"{path}: no such checkpoint; make it with python train.py --dataset {args.dataset} --method {method} --seed {seed}"
+            )
     adaptors = {}
     for (method, seed), path in paths.items():
         adaptor = adaptors[method, seed] = load_adaptor(path, device, method)
         if adaptor.embed_dim != cache.embed_dim:
-            widths = f"trained on embeddings {adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide"
+            widths = (
+                f"trained on embeddings {adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide"
+            )
             raise UserError(f"{path}: {widths}; train again")
     return adaptors
 
@@ -148,12 +194,16 @@ def evaluate(adaptor, cache, levels, ladder=None, chains=None, folds=1):
     def score(images, captions):
         return adaptor.score([part[images] for part in image], [part[captions] for part in text])
 
-    answers = answer(score, cache, uncertainty, None if image_uncertainty is None else image_uncertainty.double().cpu().numpy())
+    answers = answer(
+        score, cache, uncertainty, None if image_uncertainty is None else image_uncertainty.double().cpu().numpy()
+    )
     result = figures(answers, levels)
     result["metrics"] |= recall_in_folds(score, cache, folds)
     if ladder is not None:
         values = text_uncertainty(adaptor, ladder[1]).tolist()
-        result["ladder"] = [{"prompt": prompt, "uncertainty": value} for prompt, value in zip(ladder[0], values, strict=True)]
+        result["ladder"] = [
+            {"prompt": prompt, "uncertainty": value} for prompt, value in zip(ladder[0], values, strict=True)
+        ]
     add_hierarchies(result, chains, lambda texts, z: text_uncertainty(adaptor, z))
     return result, answers
 
@@ -182,11 +232,18 @@ def evaluate_baselines(cache, args, chains):
     frozen = figures(answers, args.uncer_levels)
     recall = recall_in_folds(score, cache, args.folds)
     only_recall = {
-        key: {figure: value for figure, value in frozen["metrics"][key].items() if "R@" in figure or figure in ("RSUM", "mAP@R")}
+        key: {
+            figure: value
+            for figure, value in frozen["metrics"][key].items()
+            if "R@" in figure or figure in ("RSUM", "mAP@R")
+        }
         for key in frozen["metrics"]
         if not key.startswith("sweep")
     }
-    results, draws = {"frozen cosine": [{"metrics": {key: values for key, values in only_recall.items() if values} | recall}]}, {}
+    results, draws = (
+        {"frozen cosine": [{"metrics": {key: values for key, values in only_recall.items() if values} | recall}]},
+        {},
+    )
     for name in BASELINES if cache.captions is not None else BASELINES[:1]:
         uncertainty = measures[name](cache.captions, cache.text)
         answers["t2i"]["uncertainty"], answers["i2t"]["uncertainty"] = uncertainty, uncertainty[answers["i2t"]["top1"]]
@@ -215,18 +272,28 @@ def answer(score, cache, uncertainty, image_uncertainty=None):
     """
     device = cache.text.device
     answers = rank_queries(
-        lambda images, captions: score(images.to(device), captions.to(device)), cache.image_of_caption.cpu().numpy(), len(cache.image), uncertainty
+        lambda images, captions: score(images.to(device), captions.to(device)),
+        cache.image_of_caption.cpu().numpy(),
+        len(cache.image),
+        uncertainty,
     )
     t2i, i2t = answers["t2i"], answers["i2t"]
     if cache.captions is not None:
         t2i["words"] = words(cache.captions)
     if image_uncertainty is not None:
-        t2i["image_uncertainty"], i2t["image_uncertainty"] = image_uncertainty[t2i["top1"]], image_uncertainty[i2t["query"]]
+        t2i["image_uncertainty"], i2t["image_uncertainty"] = (
+            image_uncertainty[t2i["top1"]],
+            image_uncertainty[i2t["query"]],
+        )
     if cache.relevance is not None:
         asked = torch.from_numpy(i2t["query"])
-        t2i |= rank_relevant(lambda q, images: score(images.to(device), q.to(device)).T, cache.right_images, len(cache.image))
+        t2i |= rank_relevant(
+            lambda q, images: score(images.to(device), q.to(device)).T, cache.right_images, len(cache.image)
+        )
         right_captions = [cache.right_captions[row] for row in asked]
-        i2t |= rank_relevant(lambda q, captions: score(asked[q].to(device), captions.to(device)), right_captions, len(cache.text))
+        i2t |= rank_relevant(
+            lambda q, captions: score(asked[q].to(device), captions.to(device)), right_captions, len(cache.text)
+        )
         if cache.annotated is not None:
             t2i["annotated"] = np.isin(t2i["query"], cache.annotated)
             i2t["annotated"] = np.isin(i2t["query"], cache.image_of_caption.cpu().numpy()[cache.annotated])
@@ -292,12 +359,23 @@ def save(result, answers, args, method, seed, path):
     Returns: the draws of the bootstrap: {"t2i", "i2t", "ambiguity", ...: {figure: (resamples,)}}.
     """
     draws = bootstrap(answers, args.uncer_levels, args.resamples)
-    result["intervals"] = {key: {figure: interval(values) for figure, values in found.items()} for key, found in draws.items()}
-    result["config"] = {"dataset": args.dataset, "split": args.split, "method": method, "seed": seed, "uncer_levels": args.uncer_levels}
+    result["intervals"] = {
+        key: {figure: interval(values) for figure, values in found.items()} for key, found in draws.items()
+    }
+    result["config"] = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "method": method,
+        "seed": seed,
+        "uncer_levels": args.uncer_levels,
+    }
     result["config"] |= {"resamples": args.resamples, "folds": args.folds}
     save_json(result, path.with_suffix(".json"), indent=1)
     with written_aside(path.with_suffix(".npz")) as file:
-        np.savez_compressed(file, **{f"{direction}_{key}": values for direction, fields in answers.items() for key, values in fields.items()})
+        np.savez_compressed(
+            file,
+            **{f"{direction}_{key}": values for direction, fields in answers.items() for key, values in fields.items()},
+        )
     return draws
 
 
@@ -309,7 +387,9 @@ def bootstrap(answers, levels, resamples):
     if "relevant" in answers["t2i"]:
         known = {direction: only_annotated(answers[direction]) for direction in DIRECTIONS}
         draws["ambiguity"] = bootstrap_ambiguity(known["t2i"], resamples)
-        draws |= {f"relevance_{direction}": bootstrap_relevance(known[direction], resamples) for direction in DIRECTIONS}
+        draws |= {
+            f"relevance_{direction}": bootstrap_relevance(known[direction], resamples) for direction in DIRECTIONS
+        }
     return draws
 
 
@@ -330,11 +410,16 @@ def report(results, draws, cache, args):
 
         plots = draw_all(results, load_runs(args, results), folder)
     command = f"python eval.py --dataset {args.dataset} --method {' '.join(args.method)} --seed {' '.join(map(str, args.seed))}"
-    command += f" --split {args.split} --uncer_levels {args.uncer_levels} --folds {args.folds} --resamples {args.resamples}"
+    command += (
+        f" --split {args.split} --uncer_levels {args.uncer_levels} --folds {args.folds} --resamples {args.resamples}"
+    )
     for name, text in (texts | {"README.md": index(title, command, texts, plots)}).items():
         with written_aside(folder / name) as file:
             file.write(text.encode())
-    logging.info("written to %s: a .json and .npz for every method and seed, tables and plots; README.md there shows them together\n", folder)
+    logging.info(
+        "written to %s: a .json and .npz for every method and seed, tables and plots; README.md there shows them together\n",
+        folder,
+    )
     print(texts["report.txt"], end="")
 
 
@@ -346,7 +431,9 @@ def name_seeds(args):
 def result_paths(args, method):
     """Where the results of a method lie, without suffix: one path a seed, one in all for a baseline."""
     folder = ROOT / args.dataset
-    return [folder / "baselines" / method] if method in BASELINES else [folder / str(seed) / method for seed in args.seed]
+    return (
+        [folder / "baselines" / method] if method in BASELINES else [folder / str(seed) / method for seed in args.seed]
+    )
 
 
 def load_runs(args, methods):
@@ -361,16 +448,25 @@ def load_runs(args, methods):
         for path in result_paths(args, method):
             if not path.with_suffix(".npz").exists() or not path.with_suffix(".json").exists():
                 how = f"--method {method if method in METHODS else 'all'} --seed {' '.join(map(str, args.seed))}"
-                raise UserError(f"{path}.npz: no such results; make them with python eval.py --dataset {args.dataset} {how}")
+                raise UserError(
+                    f"{path}.npz: no such results; make them with python eval.py --dataset {args.dataset} {how}"
+                )
             result, arrays = load_json(path.with_suffix(".json")), load_arrays(path.with_suffix(".npz"))
             config = result.get("config") if isinstance(result, dict) else None
             split = config.get("split") if isinstance(config, dict) else None
             if split != args.split:
                 raise UserError(f"{path}.json: results of the split {split}, not {args.split}; evaluate again")
-            answers = {d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(f"{d}_")} for d in DIRECTIONS}
+            answers = {
+                d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(f"{d}_")}
+                for d in DIRECTIONS
+            }
             shapes = {d: {values.shape for values in fields.values()} for d, fields in answers.items()}
-            if not all(answers[d].keys() >= FIELDS and len(shapes[d]) == 1 and len(*shapes[d]) == 1 for d in DIRECTIONS):
-                raise UserError(f"{path}.npz: has not one entry a query of {', '.join(sorted(FIELDS))} in both directions; evaluate again")
+            if not all(
+                answers[d].keys() >= FIELDS and len(shapes[d]) == 1 and len(*shapes[d]) == 1 for d in DIRECTIONS
+            ):
+                raise UserError(
+                    f"{path}.npz: has not one entry a query of {', '.join(sorted(FIELDS))} in both directions; evaluate again"
+                )
             runs.setdefault(method, []).append(answers)
     return runs
 
@@ -382,7 +478,9 @@ def compare_two(args):
     if len(sizes) > 1:
         raise UserError(f"--compare: the results are of different queries ({sorted(sizes)}); evaluate both again")
     if args.uncer_levels > min(*sizes.pop()):
-        raise UserError(f"--uncer_levels {args.uncer_levels}: there are fewer queries in the results; choose fewer levels")
+        raise UserError(
+            f"--uncer_levels {args.uncer_levels}: there are fewer queries in the results; choose fewer levels"
+        )
     values, draws = {}, {}
     for method in args.compare:
         values[method] = [figures(run, args.uncer_levels)["metrics"] for run in runs[method]]

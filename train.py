@@ -28,8 +28,12 @@ from utils.files import locked, save_tensors
 from utils.seed import seed_everything
 
 OPTIMIZERS = {
-    "sgd": lambda parameters, recipe: torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True),
-    "adamw": lambda parameters, recipe: torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True),
+    "sgd": lambda parameters, recipe: torch.optim.SGD(
+        parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+    ),
+    "adamw": lambda parameters, recipe: torch.optim.AdamW(
+        parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True
+    ),
 }
 
 SMALL_CACHE = 100_000  # captions, under which --recipe small is the better choice
@@ -43,7 +47,10 @@ def main(argv=None):
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     with joined(device):
         if args.recipe == "paper" and len(cache.text) < SMALL_CACHE and is_first():
-            logging.warning("note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small", len(cache.text))
+            logging.warning(
+                "note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small",
+                len(cache.text),
+            )
         for seed in args.seed:
             for method in args.method:
                 train(method, seed, args, cache, ladder, device, precision)
@@ -53,19 +60,41 @@ def parse(argv):
     parser = Parser(description="Train adaptors on cached embeddings. What a flag does not say, the recipe does.")
     parser.add_argument("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
     names = ", ".join(METHODS)
-    parser.add_argument("--method", nargs="+", default=["asymvlm-psd"], choices=[*METHODS, "all"], metavar="METHOD", help=f"{names}, or all")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=["asymvlm-psd"],
+        choices=[*METHODS, "all"],
+        metavar="METHOD",
+        help=f"{names}, or all",
+    )
     parser.add_argument("--seed", nargs="+", type=seed_number, default=[0])
-    parser.add_argument("--recipe", default="paper", help="paper (made for COCO) or small (caches under some 100,000 captions)")
+    parser.add_argument(
+        "--recipe", default="paper", help="paper (made for COCO) or small (caches under some 100,000 captions)"
+    )
     parser.add_argument("--epochs", type=positive)
     parser.add_argument("--batch-size", type=positive)
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS))
     parser.add_argument("--lr", type=non_negative)
     parser.add_argument("--weight-decay", type=non_negative)
-    parser.add_argument("--shuffle-buffer", type=positive, default=BUFFER, help="captions shuffled together where a cache lies in many files")
-    parser.add_argument("--save-every", type=positive, default=10, help="epochs after which the state of the run is saved (default: 10)")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved; the result is that of an unbroken run")
+    parser.add_argument(
+        "--shuffle-buffer",
+        type=positive,
+        default=BUFFER,
+        help="captions shuffled together where a cache lies in many files",
+    )
+    parser.add_argument(
+        "--save-every", type=positive, default=10, help="epochs after which the state of the run is saved (default: 10)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run was saved; the result is that of an unbroken run",
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the matrix products")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the matrix products"
+    )
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     for method in args.method:
@@ -80,8 +109,18 @@ def train(method, seed, args, cache, ladder, device, precision):
     adaptor = METHODS[method](cache.embed_dim).to(device)
     flags = {key: getattr(args, key) for key in ("epochs", "batch_size", "optimizer", "lr", "weight_decay")}
     recipe = replace(adaptor.recipes[args.recipe], **{key: value for key, value in flags.items() if value is not None})
-    config = {"dataset": args.dataset, "seed": seed, "recipe": args.recipe, "precision": precision_name(precision), "device": device.type}
-    config |= {"captions": len(cache.text), "images": len(cache.image), "clip": {key: cache.meta.get(key) for key in ("model", "pretrained")}}
+    config = {
+        "dataset": args.dataset,
+        "seed": seed,
+        "recipe": args.recipe,
+        "precision": precision_name(precision),
+        "device": device.type,
+    }
+    config |= {
+        "captions": len(cache.text),
+        "images": len(cache.image),
+        "clip": {key: cache.meta.get(key) for key in ("model", "pretrained")},
+    }
     config |= {"cache": cache.digest} | ({"shuffle_buffer": args.shuffle_buffer} if cache.mapped else {})
     path = checkpoint_path(args.dataset, seed, method)
     state_path = path.with_suffix(".resume.pt")
@@ -98,20 +137,31 @@ def train(method, seed, args, cache, ladder, device, precision):
         log = restore_progress(state, state_path, adaptor, optimizer, schedule, order) if state else []
         with (
             open(path.with_suffix(".jsonl") if is_first() else os.devnull, "w", encoding="utf-8") as file,
-            tqdm(total=recipe.epochs * len(cache.text), desc=f"{method}, seed {seed}", unit="pair", unit_scale=True, disable=not is_first()) as bar,
+            tqdm(
+                total=recipe.epochs * len(cache.text),
+                desc=f"{method}, seed {seed}",
+                unit="pair",
+                unit_scale=True,
+                disable=not is_first(),
+            ) as bar,
         ):
             bar.update(len(log) * len(cache.text))
             file.writelines(json.dumps(record) + "\n" for record in log)
             for epoch in range(len(log) + 1, recipe.epochs + 1):
                 start = time.perf_counter()
                 batches = cache.batches(recipe.batch_size, order, args.shuffle_buffer)
-                losses = [step(adaptor, cache.pairs(own(rows)), len(rows), optimizer, schedule, precision, bar) for rows in batches]
+                losses = [
+                    step(adaptor, cache.pairs(own(rows)), len(rows), optimizer, schedule, precision, bar)
+                    for rows in batches
+                ]
                 losses = torch.stack(losses)
                 check_finite(losses, adaptor, method, epoch)
                 log.append(describe_epoch(adaptor, epoch, losses, optimizer, ladder, time.perf_counter() - start))
                 file.write(json.dumps(log[-1]) + "\n")
                 file.flush()
-                stopped.state = describe(adaptor, method, recipe, config) | describe_progress(optimizer, schedule, order, log)
+                stopped.state = describe(adaptor, method, recipe, config) | describe_progress(
+                    optimizer, schedule, order, log
+                )
                 if epoch % args.save_every == 0 and is_first():
                     save_tensors(stopped.state, state_path)
                 bar.set_postfix(epoch=f"{epoch}/{recipe.epochs}", loss=f"{log[-1]['loss']:.4f}")
@@ -147,7 +197,11 @@ def saved_when_stopped(path):
             save_tensors(kept.state, path)
         if not isinstance(stop, KeyboardInterrupt):
             raise
-        done = f"no epoch is done since; {path} is as it was" if kept.state is None else f"saved after epoch {len(kept.state['log'])}"
+        done = (
+            f"no epoch is done since; {path} is as it was"
+            if kept.state is None
+            else f"saved after epoch {len(kept.state['log'])}"
+        )
         raise KeyboardInterrupt(f"{done}; the same command with --resume goes on from there") from None
     finally:
         for number, handler in handlers.items():
@@ -181,7 +235,9 @@ def check_finite(losses, adaptor, method, epoch):
     bad = (~torch.isfinite(losses)).nonzero()
     cause = "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
     if len(bad):
-        raise UserError(f"{method}, epoch {epoch}, step {int(bad[0]) + 1}: the loss is {losses[bad[0]].item()}; {cause}")
+        raise UserError(
+            f"{method}, epoch {epoch}, step {int(bad[0]) + 1}: the loss is {losses[bad[0]].item()}; {cause}"
+        )
     if not all(torch.isfinite(value).all() for value in adaptor.parameters()):
         raise UserError(f"{method}, epoch {epoch}, step {len(losses)}: it leaves weights that are not finite; {cause}")
 

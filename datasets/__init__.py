@@ -59,7 +59,11 @@ DATASETS = {
     "flickr30k": Source(KarpathyCaptions, karpathy.FLICKR30K, "ViT-B-32-quickgelu", "openai", PHOTO_LADDER),
     "shapes": Source(
         reader=CocoCaptions,
-        layout=Layout(images="{split}", captions="annotations/captions_{split}.json", relevance="annotations/relevance_{split}.json"),
+        layout=Layout(
+            images="{split}",
+            captions="annotations/captions_{split}.json",
+            relevance="annotations/relevance_{split}.json",
+        ),
         model="datasets/shapes/clip.json",
         pretrained="datasets/shapes/clip.safetensors",
         ladder=world.LADDER,

@@ -55,7 +55,9 @@ class CocoCaptions:
         document = load_json(self.captions_file)
         _check(document, self.captions_file)
         coco = COCO()
-        coco.dataset = {section: document[section] for section in ("images", "annotations")}  # others are not ours, and not checked
+        coco.dataset = {
+            section: document[section] for section in ("images", "annotations")
+        }  # others are not ours, and not checked
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
             coco.createIndex()
         self.image_ids = sorted(coco.getImgIds())
@@ -76,9 +78,13 @@ class CocoCaptions:
         try:
             rows = [sorted({row_of_image[i] for i in relevant[str(caption_id)]}) for caption_id in self.caption_ids]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: no list of known image ids for every caption ({error}); make it anew with its captions file") from None
+            raise UserError(
+                f"{path}: no list of known image ids for every caption ({error}); make it anew with its captions file"
+            ) from None
         if not all(rows):
-            raise UserError(f"{path}: caption {self.caption_ids[rows.index([])]} has no image; make it anew with its captions file")
+            raise UserError(
+                f"{path}: caption {self.caption_ids[rows.index([])]} has no image; make it anew with its captions file"
+            )
         return rows
 
 
@@ -88,8 +94,12 @@ def without(data, rows):
     captions = [caption for caption, row in enumerate(data.image_of_caption) if row not in rows]
     new_row = {row: new for new, row in enumerate(images)}
     left = copy.copy(data)
-    left.image_ids, left.image_files, left.image_names = ([of[row] for row in images] for of in (data.image_ids, data.image_files, data.image_names))
-    left.caption_ids, left.captions = ([of[caption] for caption in captions] for of in (data.caption_ids, data.captions))
+    left.image_ids, left.image_files, left.image_names = (
+        [of[row] for row in images] for of in (data.image_ids, data.image_files, data.image_names)
+    )
+    left.caption_ids, left.captions = (
+        [of[caption] for caption in captions] for of in (data.caption_ids, data.captions)
+    )
     left.image_of_caption = [new_row[data.image_of_caption[caption]] for caption in captions]
     if data.relevance is not None:
         kept = [[new_row[row] for row in data.relevance[caption] if row in new_row] for caption in captions]
@@ -118,7 +128,11 @@ class CocoImages(Dataset):
         try:
             return self.transform(read_rgb(self.files[row])), None
         except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).replace(repr(self.files[row]), "the file")
+            reason = (
+                "no such file"
+                if isinstance(error, FileNotFoundError)
+                else str(error).replace(repr(self.files[row]), "the file")
+            )
             return None, f"{self.files[row]}: {reason or type(error).__name__}"
 
 
@@ -128,7 +142,11 @@ def collate(batch):
     One tensor a batch: every tensor that a worker hands over takes an open file, of which there may be 1024, and without any the loader hangs.
     """
     whole = next((picture for picture, _ in batch if picture is not None), None)
-    pictures = None if whole is None else torch.stack([torch.zeros_like(whole) if picture is None else picture for picture, _ in batch])
+    pictures = (
+        None
+        if whole is None
+        else torch.stack([torch.zeros_like(whole) if picture is None else picture for picture, _ in batch])
+    )
     return pictures, [error for _, error in batch]
 
 
@@ -168,9 +186,15 @@ def _check(document, path):
             raise UserError(f"{path}: {what}")
 
     need(isinstance(document, dict), "not a COCO captions file: expected an object with 'images' and 'annotations'")
-    for section, fields in (("images", {"id": int, "file_name": str}), ("annotations", {"id": int, "image_id": int, "caption": str})):
+    for section, fields in (
+        ("images", {"id": int, "file_name": str}),
+        ("annotations", {"id": int, "image_id": int, "caption": str}),
+    ):
         entries = document.get(section)
-        need(isinstance(entries, list) and entries, f"'{section}' is missing or empty; expected a list with at least one entry")
+        need(
+            isinstance(entries, list) and entries,
+            f"'{section}' is missing or empty; expected a list with at least one entry",
+        )
         seen = set()
         for row, entry in enumerate(entries):
             check_fields(entry, fields, f"{path}: {section}[{row}]")
@@ -179,4 +203,7 @@ def _check(document, path):
         if section == "images":
             known = seen
     for row, entry in enumerate(document["annotations"]):
-        need(entry["image_id"] in known, f"annotations[{row}] (id {entry['id']}) belongs to image {entry['image_id']}, which is not among 'images'")
+        need(
+            entry["image_id"] in known,
+            f"annotations[{row}] (id {entry['id']}) belongs to image {entry['image_id']}, which is not among 'images'",
+        )

@@ -49,4 +49,6 @@ def _judgements():
         metrics = Metrics()
         return dict(metrics.coco_gts["t2i"]), dict(metrics.eccv_gts["t2i"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the package eccv_caption is not as version 0.1.0 has it ({error}); pip install eccv-caption==0.1.0") from None
+        raise UserError(
+            f"the package eccv_caption is not as version 0.1.0 has it ({error}); pip install eccv-caption==0.1.0"
+        ) from None

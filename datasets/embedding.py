@@ -20,7 +20,18 @@ import numpy as np
 import torch
 
 from datasets import DATASETS
-from datasets.shards import BUFFER, Shards, check_finite, check_index, compare_sum, finish_shards, in_batches, remove_shards, shuffled, write_shards
+from datasets.shards import (
+    BUFFER,
+    Shards,
+    check_finite,
+    check_index,
+    compare_sum,
+    finish_shards,
+    in_batches,
+    remove_shards,
+    shuffled,
+    write_shards,
+)
 from utils.cli import UserError
 from utils.files import differences, load_json, load_tensors, save_json, save_tensors
 from utils.files import digest as sums_of
@@ -48,7 +59,9 @@ class EmbeddingCache:
     def __init__(self, name, split, root=ROOT, mapped=False):
         self.name, self.split, self.folder, self.device = name, split, Path(root) / name / split, torch.device("cpu")
         if (self.folder / ".parts").exists() and not (self.folder / "meta.json").exists():
-            raise UserError(f"{self.folder}: unfinished; run cache_embeddings.py again with the same flags, and it goes on where it stopped")
+            raise UserError(
+                f"{self.folder}: unfinished; run cache_embeddings.py again with the same flags, and it goes on where it stopped"
+            )
         if not any((self.folder / file).exists() for file in FIRST):
             raise UserError(_missing(name, split, Path(root)))
         self.meta = load_json(self.folder / "meta.json") if (self.folder / "meta.json").exists() else {}
@@ -63,7 +76,9 @@ class EmbeddingCache:
             self.text = _load_embeddings(self.folder / "text.pt")
             if self.image.shape[1] != self.text.shape[1]:
                 widths = f"{self.image.shape[1]} and {self.text.shape[1]} wide"
-                raise UserError(f"{self.folder}: image.pt and text.pt are {widths}; image and text embeddings must come from one CLIP")
+                raise UserError(
+                    f"{self.folder}: image.pt and text.pt are {widths}; image and text embeddings must come from one CLIP"
+                )
             self.image_of_caption = _load_map(self.folder / "cap_id_to_img_id.json", len(self.text), len(self.image))
             self.captions = self._optional_list("captions.json", len(self.text), str)
             self.images = self._optional_list("images.json", len(self.image), str)
@@ -71,13 +86,17 @@ class EmbeddingCache:
         if self.relevance is not None:
             _check_relevance(self.folder / "relevance.json", self.relevance, len(self.image))
             if self.captions is None:
-                raise UserError(f"{self.folder / 'captions.json'}: no such file, and relevance.json is of use only with it; make the cache anew")
+                raise UserError(
+                    f"{self.folder / 'captions.json'}: no such file, and relevance.json is of use only with it; make the cache anew"
+                )
         self.annotated = self.meta.get("annotated")
         if self.annotated is not None:
             _check_annotated(self.folder / "meta.json", self.annotated, len(self.text))
         scale = self.meta.get("logit_scale")
         if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
-            raise UserError(f"{self.folder / 'meta.json'}: logit_scale is {scale!r}, expected a positive number; make the cache anew")
+            raise UserError(
+                f"{self.folder / 'meta.json'}: logit_scale is {scale!r}, expected a positive number; make the cache anew"
+            )
 
     @property
     def embed_dim(self):
@@ -92,14 +111,22 @@ class EmbeddingCache:
         if type(width) is not int or width < 1 or dtype not in FLOATS:
             raise UserError(f"{path}: does not tell embed_dim and dtype of its files; make the cache anew")
         self.image, self.text = (Shards(self.folder, kind, index[kind], width, dtype) for kind in ("image", "text"))
-        self.image_of_caption = _load_rows(self.folder / "image_of_caption.pt", len(self.text), len(self.image), index["image_of_caption"])
+        self.image_of_caption = _load_rows(
+            self.folder / "image_of_caption.pt", len(self.text), len(self.image), index["image_of_caption"]
+        )
         if not self.mapped:
             self.image, self.text = (shards.whole() for shards in (self.image, self.text))
-            self.captions, self.images = (self._lists(kind, index[of]) for kind, of in (("captions", "text"), ("images", "image")))
+            self.captions, self.images = (
+                self._lists(kind, index[of]) for kind, of in (("captions", "text"), ("images", "image"))
+            )
 
     def _lists(self, kind, index):
         """The texts or file names of all files."""
-        return [entry for n, (rows, _) in enumerate(index) for entry in self._optional_list(f"{kind}-{n:05d}.json", rows, str, needed=True)]
+        return [
+            entry
+            for n, (rows, _) in enumerate(index)
+            for entry in self._optional_list(f"{kind}-{n:05d}.json", rows, str, needed=True)
+        ]
 
     @functools.cached_property
     def digest(self):
@@ -116,7 +143,9 @@ class EmbeddingCache:
         """Move embeddings and map to a device; mapped ones follow a batch at a time. Returns: self."""
         self.device = torch.device(device)
         if not self.mapped:
-            self.image, self.text, self.image_of_caption = (x.to(device) for x in (self.image, self.text, self.image_of_caption))
+            self.image, self.text, self.image_of_caption = (
+                x.to(device) for x in (self.image, self.text, self.image_of_caption)
+            )
         return self
 
     def pairs(self, captions):
@@ -137,21 +166,29 @@ class EmbeddingCache:
     @functools.cached_property
     def right_images(self):
         """The images that are right for each caption, its own among them, where more than one may be: M ascending arrays of image rows."""
-        return [np.unique([*rows, own]) for rows, own in zip(self.relevance, self.image_of_caption.tolist(), strict=True)]
+        return [
+            np.unique([*rows, own]) for rows, own in zip(self.relevance, self.image_of_caption.tolist(), strict=True)
+        ]
 
     @functools.cached_property
     def right_captions(self):
         """The captions that are right for each image: N ascending arrays of caption rows, empty for an image that no caption describes."""
         captions = np.repeat(np.arange(len(self.right_images)), [len(rows) for rows in self.right_images])
         images = np.concatenate(self.right_images)
-        return np.split(captions[np.argsort(images, kind="stable")], np.cumsum(np.bincount(images, minlength=len(self.image)))[:-1])
+        return np.split(
+            captions[np.argsort(images, kind="stable")], np.cumsum(np.bincount(images, minlength=len(self.image)))[:-1]
+        )
 
     def _optional_list(self, file, length, kind, needed=False):
         path = self.folder / file
         if not path.exists() and not needed:
             return None
         content = load_json(path)
-        if not isinstance(content, list) or len(content) != length or not all(isinstance(entry, kind) for entry in content):
+        if (
+            not isinstance(content, list)
+            or len(content) != length
+            or not all(isinstance(entry, kind) for entry in content)
+        ):
             raise UserError(f"{path}: expected a list of {length} entries; make the cache anew")
         return content
 
@@ -177,7 +214,9 @@ def write_split(folder, image, text, image_of_caption, captions, images, relevan
     remove_shards(folder)
     save_tensors(image, folder / "image.pt")
     save_tensors(text, folder / "text.pt")
-    save_json({str(caption): int(row) for caption, row in enumerate(image_of_caption)}, folder / "cap_id_to_img_id.json")
+    save_json(
+        {str(caption): int(row) for caption, row in enumerate(image_of_caption)}, folder / "cap_id_to_img_id.json"
+    )
     save_json(captions, folder / "captions.json")
     save_json(images, folder / "images.json")
     save_json(meta, folder / "meta.json", indent=1)
@@ -212,17 +251,26 @@ def load_texts(name, stem, embed_dim=None, root=ROOT, meta=None):
     if meta and isinstance(made_by, dict) and "pretrained_sha256" in made_by and "pretrained_sha256" in meta:
         changed = differences(known_as(made_by), known_as(meta))
         if changed:
-            raise UserError(f"{path}: embedded with another CLIP than the cache: {changed}; embed it again, or remove it")
+            raise UserError(
+                f"{path}: embedded with another CLIP than the cache: {changed}; embed it again, or remove it"
+            )
     chains = document.get("chains")
-    whole = isinstance(chains, list) and all(isinstance(c, list) and all(type(row) is int and 0 <= row < len(z) for row in c) for c in chains)
+    whole = isinstance(chains, list) and all(
+        isinstance(c, list) and all(type(row) is int and 0 <= row < len(z) for row in c) for c in chains
+    )
     if chains is not None and not whole:
-        raise UserError(f"{path.with_suffix('.json')}: its chains are not lists of rows from 0 to {len(z) - 1}; run cache_embeddings.py again")
+        raise UserError(
+            f"{path.with_suffix('.json')}: its chains are not lists of rows from 0 to {len(z) - 1}; run cache_embeddings.py again"
+        )
     return texts, z, chains
 
 
 def load_chains(name, embed_dim, root=ROOT, meta=None):
     """All texts of a cache that form chains from general to specific. Returns: {stem: what `load_texts` returns}. Raises: as `load_texts`."""
-    loaded = {path.stem: load_texts(name, path.stem, embed_dim, root, meta) for path in sorted((Path(root) / name / "texts").glob("*.pt"))}
+    loaded = {
+        path.stem: load_texts(name, path.stem, embed_dim, root, meta)
+        for path in sorted((Path(root) / name / "texts").glob("*.pt"))
+    }
     return {stem: content for stem, content in loaded.items() if content is not None and content[2]}
 
 
@@ -247,7 +295,9 @@ def _load_map(path, captions, images):
     for caption in range(captions):
         row = content.get(str(caption))
         if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < images:
-            raise UserError(f"{path}: caption {caption} belongs to {row!r}, expected an image row from 0 to {images - 1}")
+            raise UserError(
+                f"{path}: caption {caption} belongs to {row!r}, expected an image row from 0 to {images - 1}"
+            )
         rows.append(row)
     return torch.tensor(rows, dtype=torch.int64)
 
@@ -266,14 +316,22 @@ def _load_rows(path, captions, images, expected):
 
 def _check_relevance(path, relevance, images):
     for caption, rows in enumerate(relevance):
-        if not rows or not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < images for row in rows):
-            raise UserError(f"{path}: entry {caption} is not a list of image rows from 0 to {images - 1} with at least one entry")
+        if not rows or not all(
+            isinstance(row, int) and not isinstance(row, bool) and 0 <= row < images for row in rows
+        ):
+            raise UserError(
+                f"{path}: entry {caption} is not a list of image rows from 0 to {images - 1} with at least one entry"
+            )
 
 
 def _check_annotated(path, annotated, captions):
     is_list = isinstance(annotated, list) and annotated
-    if not is_list or not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < captions for row in annotated):
-        raise UserError(f"{path}: 'annotated' is not a list of caption rows from 0 to {captions - 1}; make the cache anew")
+    if not is_list or not all(
+        isinstance(row, int) and not isinstance(row, bool) and 0 <= row < captions for row in annotated
+    ):
+        raise UserError(
+            f"{path}: 'annotated' is not a list of caption rows from 0 to {captions - 1}; make the cache anew"
+        )
 
 
 def _missing(name, split, root):
@@ -284,5 +342,11 @@ def _missing(name, split, root):
         return f"--dataset {name}: {found}; run python cache_embeddings.py {made_by} --split {split}"
     caches = sorted({path.parent.parent.name for file in FIRST for path in root.glob(f"*/*/{file}")})
     found = f" (found caches: {', '.join(caches)})" if caches else ""
-    hint = "" if name == "shapes" else ", or start with --dataset shapes, which needs no download: python cache_embeddings.py --dataset shapes"
-    return f"--dataset {name}: no cache in {root / name}{found}; make it with python cache_embeddings.py {made_by}{hint}"
+    hint = (
+        ""
+        if name == "shapes"
+        else ", or start with --dataset shapes, which needs no download: python cache_embeddings.py --dataset shapes"
+    )
+    return (
+        f"--dataset {name}: no cache in {root / name}{found}; make it with python cache_embeddings.py {made_by}{hint}"
+    )

@@ -57,7 +57,9 @@ class KarpathyCaptions:
         root = Path(root)
         path = root / layout.captions
         if not path.is_file():
-            raise UserError(f"--data-root {root}: expected {layout.captions} and {' or '.join(_slashed(layout))}, found {listing(root)}")
+            raise UserError(
+                f"--data-root {root}: expected {layout.captions} and {' or '.join(_slashed(layout))}, found {listing(root)}"
+            )
         document = load_json(path)
         _check(document, layout, path)
         wanted = layout.train if split == "train" else (split,)
@@ -70,16 +72,27 @@ class KarpathyCaptions:
         folders = _folders(root, layout, images)
         self.image_ids = [image[layout.image_id] for image in images]
         self.image_files = [
-            inside(folder, image["filename"], f"{path}: images[{row}]") for folder, row, image in zip(folders, rows, images, strict=True)
+            inside(folder, image["filename"], f"{path}: images[{row}]")
+            for folder, row, image in zip(folders, rows, images, strict=True)
         ]
-        self.image_names = [f"{image['filepath']}/{image['filename']}" if layout.by_filepath else image["filename"] for image in images]
-        sentences = sorted((sentence["sentid"], sentence["raw"], row) for row, image in enumerate(images) for sentence in image["sentences"])
+        self.image_names = [
+            f"{image['filepath']}/{image['filename']}" if layout.by_filepath else image["filename"] for image in images
+        ]
+        sentences = sorted(
+            (sentence["sentid"], sentence["raw"], row)
+            for row, image in enumerate(images)
+            for sentence in image["sentences"]
+        )
         if not sentences:
             raise UserError(f"{path}: the images of the split {split} have no captions; choose another with --split")
-        self.caption_ids, self.captions, self.image_of_caption = (list(column) for column in zip(*sentences, strict=True))
+        self.caption_ids, self.captions, self.image_of_caption = (
+            list(column) for column in zip(*sentences, strict=True)
+        )
         self.relevance = self.annotated = None
         if layout.relevance and split == "test":
-            self.relevance, self.annotated = layout.relevance(self.image_ids, self.caption_ids, self.image_of_caption, path)
+            self.relevance, self.annotated = layout.relevance(
+                self.image_ids, self.caption_ids, self.image_of_caption, path
+            )
 
 
 def _folders(root, layout, images):
@@ -91,7 +104,9 @@ def _folders(root, layout, images):
     for name in sorted(set(names)):
         if not (root / name).is_dir():
             expected = f"{name}/" if layout.by_filepath else " or ".join(_slashed(layout))
-            raise UserError(f"--data-root {root}: expected {expected} with the pictures of {layout.captions}, found {listing(root)}")
+            raise UserError(
+                f"--data-root {root}: expected {expected} with the pictures of {layout.captions}, found {listing(root)}"
+            )
     return [root / name for name in names]
 
 
@@ -111,8 +126,15 @@ def _check(document, layout, path):
         seen[field].add(value)
 
     images = document.get("images") if isinstance(document, dict) else None
-    need(isinstance(images, list) and images, "not a file of Karpathy's format: expected an object with a list 'images' of at least one entry")
-    fields = {"imgid": int, "filename": str, "split": str} | ({"filepath": str} if layout.by_filepath else {}) | {layout.image_id: int}
+    need(
+        isinstance(images, list) and images,
+        "not a file of Karpathy's format: expected an object with a list 'images' of at least one entry",
+    )
+    fields = (
+        {"imgid": int, "filename": str, "split": str}
+        | ({"filepath": str} if layout.by_filepath else {})
+        | {layout.image_id: int}
+    )
     seen = {field: set() for field in ("imgid", layout.image_id, "sentid")}
     for row, image in enumerate(images):
         place = f"images[{row}]"
@@ -121,12 +143,21 @@ def _check(document, layout, path):
             new(image[field], field, place, seen)
         if layout.by_filepath:
             allowed = " or ".join(layout.folders)
-            need(image["filepath"] in layout.folders, f"{place} (imgid {image['imgid']}): 'filepath' is {image['filepath']!r}, expected {allowed}")
+            need(
+                image["filepath"] in layout.folders,
+                f"{place} (imgid {image['imgid']}): 'filepath' is {image['filepath']!r}, expected {allowed}",
+            )
         sentences = image.get("sentences")
-        need(isinstance(sentences, list), f"{place} (imgid {image['imgid']}): 'sentences' is missing or no list; give a list of captions")
+        need(
+            isinstance(sentences, list),
+            f"{place} (imgid {image['imgid']}): 'sentences' is missing or no list; give a list of captions",
+        )
         for k, sentence in enumerate(sentences):
             place = f"images[{row}].sentences[{k}]"
             check_fields(sentence, {"sentid": int, "raw": str}, f"{path}: {place}")
             new(sentence["sentid"], "sentid", place, seen)
             owner = sentence.get("imgid", image["imgid"])
-            need(owner == image["imgid"], f"{place} (sentid {sentence['sentid']}) says imgid {owner!r} but stands under imgid {image['imgid']}")
+            need(
+                owner == image["imgid"],
+                f"{place} (sentid {sentence['sentid']}) says imgid {owner!r} but stands under imgid {image['imgid']}",
+            )

@@ -20,9 +20,21 @@ from utils.distributed import is_first, rank, world_size
 from utils.files import differences, load_json, load_tensors, save_json, save_tensors, sha256
 
 PART = 4096  # rows: a whole number of chunks, of which a part takes seconds to minutes
-FIELDS = {"image": {"rows": torch.Tensor, "left_out": dict}, "text": {"rows": torch.Tensor, "cut": int, "unknown": int, "example": str}}
+FIELDS = {
+    "image": {"rows": torch.Tensor, "left_out": dict},
+    "text": {"rows": torch.Tensor, "cut": int, "unknown": int, "example": str},
+}
 KINDS = ("image", "text", "images", "captions")  # the files of a tar
-NOTES = {"tar": list, "rows": int, "width": list, "sums": list, "left_out": list, "cut": int, "unknown": int, "example": str}
+NOTES = {
+    "tar": list,
+    "rows": int,
+    "width": list,
+    "sums": list,
+    "left_out": list,
+    "cut": int,
+    "unknown": int,
+    "example": str,
+}
 
 
 class Parts:
@@ -36,15 +48,21 @@ class Parts:
         found = None
         with contextlib.suppress(UserError, FileNotFoundError):  # unreadable: nothing tells what the parts are
             found = load_json(self.folder / "settings.json")
-        if isinstance(found, dict) and (not is_first() or any(self.folder.glob("*.pt")) or any(self.folder.glob("notes-*.json"))):
+        if isinstance(found, dict) and (
+            not is_first() or any(self.folder.glob("*.pt")) or any(self.folder.glob("notes-*.json"))
+        ):
             changed = differences(found, settings)
             if not changed and (found.get("overwrite") or not overwrite):  # one --overwrite goes on with another
                 self.settings = found
                 return
             if not overwrite:
-                raise UserError(f"{folder} was begun with other settings: {changed}; finish it with those, give another --name, or --overwrite it")
+                raise UserError(
+                    f"{folder} was begun with other settings: {changed}; finish it with those, give another --name, or --overwrite it"
+                )
         if not is_first():
-            raise UserError(f"{folder}: this rank does not find what the first one began; all must work in one shared folder, with the same versions")
+            raise UserError(
+                f"{folder}: this rank does not find what the first one began; all must work in one shared folder, with the same versions"
+            )
         self.remove()
         if world_size() > 1:  # two ranks must not write it at once
             self._begin()
@@ -64,7 +82,11 @@ class Parts:
         except (UserError, FileNotFoundError):
             return None
         fits = isinstance(content, dict) and all(isinstance(content.get(key), of) for key, of in FIELDS[kind].items())
-        return content if fits and len(content["rows"]) + len(content.get("left_out", ())) == len(part_rows(part, rows)) else None
+        return (
+            content
+            if fits and len(content["rows"]) + len(content.get("left_out", ())) == len(part_rows(part, rows))
+            else None
+        )
 
     def write(self, kind, part, content):
         """Keep one part."""
@@ -102,7 +124,11 @@ class TarParts(Parts):
             return None
         if tar is not None:
             files = [self._find(kind, number) for kind in KINDS]
-            if notes["tar"] != tar or not all(file.exists() for file in files) or [sha256(file) for file in files] != notes["sums"]:
+            if (
+                notes["tar"] != tar
+                or not all(file.exists() for file in files)
+                or [sha256(file) for file in files] != notes["sums"]
+            ):
                 return None
         return notes
 

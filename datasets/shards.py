@@ -14,7 +14,9 @@ import torch
 from utils.cli import UserError
 from utils.files import load_tensors, save_json, save_tensors, sha256
 
-BUFFER = 2**20  # captions: 2 GB of embeddings 512 wide in float16, images and texts, which the system's file cache holds if it has room
+BUFFER = (
+    2**20
+)  # captions: 2 GB of embeddings 512 wide in float16, images and texts, which the system's file cache holds if it has room
 OPEN = 512  # files that are open at a time
 
 
@@ -50,7 +52,9 @@ class Shards:
         if not finite.all():
             row = rows[int((~finite).nonzero()[0])]
             shard = int(torch.bucketize(row, self.ends, right=True))
-            raise UserError(f"{self.files[shard]}: row {int(row - self.starts[shard])} is not finite; make the cache anew, in --precision fp32")
+            raise UserError(
+                f"{self.files[shard]}: row {int(row - self.starts[shard])} is not finite; make the cache anew, in --precision fp32"
+            )
         return found
 
     def whole(self):
@@ -68,7 +72,9 @@ class Shards:
             z = load_tensors(self.files[number], check_sums=False)
             expected = (int(self.ends[number] - self.starts[number]), self.shape[1])
             if not isinstance(z, torch.Tensor) or (z.shape, z.dtype) != (expected, self.dtype):
-                raise UserError(f"{self.files[number]}: not the tensor of shape {expected}, {self.dtype}, that meta.json names; make the cache anew")
+                raise UserError(
+                    f"{self.files[number]}: not the tensor of shape {expected}, {self.dtype}, that meta.json names; make the cache anew"
+                )
             self._open[number] = z.detach()
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
@@ -81,7 +87,9 @@ def check_finite(z, file):
     for start in range(0, len(z), 65536):  # in pieces: the check needs a copy of what it looks at
         finite = torch.isfinite(z[start : start + 65536]).all(dim=1)
         if not finite.all():
-            raise UserError(f"{file}: row {start + int((~finite).nonzero()[0])} is not finite; make the cache anew, in --precision fp32")
+            raise UserError(
+                f"{file}: row {start + int((~finite).nonzero()[0])} is not finite; make the cache anew, in --precision fp32"
+            )
 
 
 def compare_sum(file, expected):
@@ -99,7 +107,11 @@ def finish_shards(folder, index, image_of_caption, meta):
         (folder / file).unlink(missing_ok=True)
     remove_shards(folder, {"image": len(index["image"]), "text": len(index["text"])})
     save_tensors(image_of_caption, folder / "image_of_caption.pt")
-    save_json(meta | {"shards": index | {"image_of_caption": sha256(folder / "image_of_caption.pt")}}, folder / "meta.json", indent=1)
+    save_json(
+        meta | {"shards": index | {"image_of_caption": sha256(folder / "image_of_caption.pt")}},
+        folder / "meta.json",
+        indent=1,
+    )
 
 
 def write_shards(folder, z, names, kind, rows):
@@ -136,10 +148,13 @@ def check_index(path, index):
 
     def is_list(shards):
         return isinstance(shards, list) and all(
-            isinstance(shard, list) and [type(part) for part in shard] == [int, str] and shard[0] >= 0 for shard in shards
+            isinstance(shard, list) and [type(part) for part in shard] == [int, str] and shard[0] >= 0
+            for shard in shards
         )
 
-    whole = isinstance(index, dict) and all(is_list(index.get(kind)) and sum(rows for rows, _ in index[kind]) for kind in ("image", "text"))
+    whole = isinstance(index, dict) and all(
+        is_list(index.get(kind)) and sum(rows for rows, _ in index[kind]) for kind in ("image", "text")
+    )
     if not whole or not isinstance(index.get("image_of_caption"), str):
         raise UserError(f"{path}: 'shards' is not the index of a cache in many files; make the cache anew")
 

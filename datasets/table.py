@@ -87,4 +87,6 @@ def _rows(path, img_key, caption_key, separator):
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.reader.line_num}: not readable as a table ({error}); mend the quotation marks") from None
+        raise UserError(
+            f"{path}: line {reader.reader.line_num}: not readable as a table ({error}); mend the quotation marks"
+        ) from None

@@ -19,7 +19,9 @@ from utils.files import digest, listing
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 END = 1024  # bytes: a whole tar ends in so many zeros at least
-MOST = 2**20  # bytes: in so many at most; one that does not is a download that made room for itself and was not finished
+MOST = (
+    2**20
+)  # bytes: in so many at most; one that does not is a download that made room for itself and was not finished
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd, which know their own ends
 
 
@@ -41,7 +43,9 @@ class TarShards:
         else:
             self.urls = _expand(root)
         if not self.urls:
-            raise UserError(f"--data-root {root}: expected .tar files, found {listing(folder if folder.is_dir() else folder.parent)}")
+            raise UserError(
+                f"--data-root {root}: expected .tar files, found {listing(folder if folder.is_dir() else folder.parent)}"
+            )
         for url in self.urls:
             if _is_file(url):
                 _check_end(Path(url))
@@ -92,19 +96,31 @@ class TarSamples(IterableDataset):
             for sample in _read(url):
                 picture = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
                 caption = _caption(sample)
-                dotted = next((suffix for suffix in sample if suffix.rpartition(".")[2] in PICTURES and "." in suffix), None)
+                dotted = next(
+                    (suffix for suffix in sample if suffix.rpartition(".")[2] in PICTURES and "." in suffix), None
+                )
                 if picture is None and dotted:
                     raise ValueError(f"{sample['__key__']}.{dotted} has a dot in its key; name it without")
                 if picture is None or caption is None:
-                    yield sample["__key__"], "", (None, f"no {'picture' if picture is None else 'caption in UTF-8'} beside it in the tar")
+                    yield (
+                        sample["__key__"],
+                        "",
+                        (None, f"no {'picture' if picture is None else 'caption in UTF-8'} beside it in the tar"),
+                    )
                     continue
                 try:
                     decoded = self.transform(read_rgb(io.BytesIO(picture))), None
                 except Exception as broken:  # noqa: BLE001  Pillow raises nearly anything on a broken file
-                    decoded = None, re.sub(r"<_io.BytesIO.*?>", "the picture", str(broken))[:200] or type(broken).__name__
+                    decoded = (
+                        None,
+                        re.sub(r"<_io.BytesIO.*?>", "the picture", str(broken))[:200] or type(broken).__name__,
+                    )
                 yield sample["__key__"], caption, decoded
         except Exception as broken:  # noqa: BLE001  as a broken tar, a lost connection and a missing command do
-            reason = re.sub(r" @ <.*", "", " ".join(str((broken.args or (broken,))[0]).split()))[:200] or type(broken).__name__
+            reason = (
+                re.sub(r" @ <.*", "", " ".join(str((broken.args or (broken,))[0]).split()))[:200]
+                or type(broken).__name__
+            )
             error.append(f"{url}: cannot be used to its end: {reason}; mend it, or fetch it again")
 
 
@@ -152,7 +168,9 @@ def _expand(pattern):
     try:
         return library.shardlists.expand_urls(str(pattern))
     except Exception as error:  # noqa: BLE001  its libraries raise many things
-        raise UserError(f"--data-root {pattern}: not a pattern of paths ({' '.join(str(error).split())[:100]}); mend its braces") from None
+        raise UserError(
+            f"--data-root {pattern}: not a pattern of paths ({' '.join(str(error).split())[:100]}); mend its braces"
+        ) from None
 
 
 def _is_file(url):

@@ -70,7 +70,9 @@ def workshop(folder, images=(240, 60)):
     torch.set_num_threads(1)
     parts.PART = PART
     built_in = functools.cache(before[3])
-    cache_embeddings.load_clip = lambda model, *args: (built_in if model == DATASETS["shapes"].model else before[3])(model, *args)
+    cache_embeddings.load_clip = lambda model, *args: (built_in if model == DATASETS["shapes"].model else before[3])(
+        model, *args
+    )
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         world.make("data", train=images[0], val=images[1])
@@ -86,7 +88,9 @@ def workshop(folder, images=(240, 60)):
 
 def all_bytes(folder):
     """The content of all files, hidden ones too, by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
 
 
 # Kills.
@@ -180,7 +184,9 @@ def kill_and_go_on(rng, main, argv, renames, seconds, check):
         if rng.random() < 0.5:
             status = finish(start(main, argv), rng.uniform(0, seconds))
         else:
-            status = finish(start(main, argv, at_call("replace", rng.randint(1, renames), die, after=rng.random() < 0.5)))
+            status = finish(
+                start(main, argv, at_call("replace", rng.randint(1, renames), die, after=rng.random() < 0.5))
+            )
         kills += status is None
         if status not in (None, 0):
             findings.append(f"exit status {status} after a kill: {Path('output.txt').read_text()[-300:]}")
@@ -203,7 +209,9 @@ def kill_caching(rng, kills):
         if older:
             shutil.copytree("embeddings/older", "embeddings/killed")
             flags = (*flags, "--overwrite")
-        died, found = kill_and_go_on(rng, cache_embeddings.main, flags, renames, seconds, functools.partial(check_splits, older))
+        died, found = kill_and_go_on(
+            rng, cache_embeddings.main, flags, renames, seconds, functools.partial(check_splits, older)
+        )
         done, caches = done + died, caches + 1
         findings += found
         if all_bytes("embeddings/killed") != whole:
@@ -218,7 +226,10 @@ def check_splits(older):
         try:
             cache = EmbeddingCache("killed", split)
             files = {path.name: path.read_bytes() for path in cache.folder.iterdir() if path.is_file()}
-            if files not in [{path.name: path.read_bytes() for path in Path("embeddings", name, split).iterdir()} for name in ("whole", "older")]:
+            if files not in [
+                {path.name: path.read_bytes() for path in Path("embeddings", name, split).iterdir()}
+                for name in ("whole", "older")
+            ]:
                 findings.append(f"a killed run left a {split} that is neither old nor new and is accepted")
         except UserError:
             if older and not (Path("embeddings/killed") / split / ".parts").exists():
@@ -242,7 +253,9 @@ def kill_training(rng, kills):
         died, found = kill_and_go_on(rng, train_script.main, argv, renames, seconds, list)
         done, trainings = done + died, trainings + 1
         findings += found
-        if {name: content for name, content in all_bytes("checkpoints").items() if not name.endswith(".jsonl")} != whole:
+        if {
+            name: content for name, content in all_bytes("checkpoints").items() if not name.endswith(".jsonl")
+        } != whole:
             findings.append(f"{method}: the checkpoint differs from that of an unbroken run")
         if read_log(method) != log:
             findings.append(f"{method}: the log differs from that of an unbroken run")
@@ -274,8 +287,14 @@ def fill_disk(rng, times):
             if status != 2 or "disk is full" not in last or list(Path(folder).rglob("*.partial")):
                 findings.append(f"a full disk at flush {number} of {folder}: exit status {status}, {last}")
             status = finish(start(main, argv))
-            if status != 0 or {name: content for name, content in all_bytes(folder).items() if not name.endswith(".jsonl")} != whole:
-                findings.append(f"with room again after flush {number} of {folder}: exit status {status}, or other bytes")
+            if (
+                status != 0
+                or {name: content for name, content in all_bytes(folder).items() if not name.endswith(".jsonl")}
+                != whole
+            ):
+                findings.append(
+                    f"with room again after flush {number} of {folder}: exit status {status}, or other bytes"
+                )
     return runs, findings
 
 
@@ -290,7 +309,9 @@ def fill_real_disk():
         flags = (*CACHE, "--name", "whole", "--workers", 0)
         status = finish(start(cache_embeddings.main, flags))
         last = Path("output.txt").read_text().splitlines()[-1]
-        findings = [] if status == 2 and "disk is full" in last else [f"on a full file system: exit status {status}, {last}"]
+        findings = (
+            [] if status == 2 and "disk is full" in last else [f"on a full file system: exit status {status}, {last}"]
+        )
         subprocess.run(["mount", "-o", "remount,size=64m", "embeddings"], check=True)
         status = finish(start(cache_embeddings.main, flags))
         found = all_bytes("embeddings/whole")
@@ -327,7 +348,28 @@ def break_bytes(content, rng):
     return bytes(changed)
 
 
-ODD = [None, True, False, -1, 0, 1, 2, 10**7, 1.5, 1e308, 10**30, "", " ", "x", "0", "\x00", "\ud800", "🐈", "../../../etc/passwd", "/etc/passwd"]
+ODD = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    10**7,
+    1.5,
+    1e308,
+    10**30,
+    "",
+    " ",
+    "x",
+    "0",
+    "\x00",
+    "\ud800",
+    "🐈",
+    "../../../etc/passwd",
+    "/etc/passwd",
+]
 ODD += [[], {}, [None], [[]], {"a": 1}, float("nan"), float("inf"), "long " * 300]
 
 
@@ -417,8 +459,14 @@ class CacheTarget(Target):
 
     def rows_are_right(self, but=()):
         cache = EmbeddingCache("fuzz", "val")
-        images = all(torch.equal(z, self.image[n]) for n, z in zip(cache.images, cache.image, strict=True) if n in self.image and n not in but)
-        return images and all(torch.equal(z, self.text[n]) for n, z in zip(cache.captions, cache.text, strict=True) if n in self.text)
+        images = all(
+            torch.equal(z, self.image[n])
+            for n, z in zip(cache.images, cache.image, strict=True)
+            if n in self.image and n not in but
+        )
+        return images and all(
+            torch.equal(z, self.text[n]) for n, z in zip(cache.captions, cache.text, strict=True) if n in self.text
+        )
 
 
 class Captions(CacheTarget):
@@ -432,9 +480,10 @@ class Captions(CacheTarget):
         cache = EmbeddingCache("fuzz", "val")
         expected = [entry["caption"] for entry in annotations], [row_of[entry["image_id"]] for entry in annotations]
         names = [entry["file_name"] for entry in images]
-        return (cache.captions, cache.image_of_caption.tolist(), cache.images) == (*expected, names) and self.rows_are_right(
-            but=self._doubtful(names)
-        )
+        return (cache.captions, cache.image_of_caption.tolist(), cache.images) == (
+            *expected,
+            names,
+        ) and self.rows_are_right(but=self._doubtful(names))
 
     def _doubtful(self, names):
         return {name for name in names if names.count(name) > 1}
@@ -446,7 +495,9 @@ class Relevance(CacheTarget):
     def is_right(self):
         content, cache = plain(self.path), EmbeddingCache("fuzz", "val")
         row_of = {image_id: row for row, image_id in enumerate(cache.meta["image_ids"])}
-        expected = [sorted({row_of[image_id] for image_id in content[str(caption)]}) for caption in cache.meta["caption_ids"]]
+        expected = [
+            sorted({row_of[image_id] for image_id in content[str(caption)]}) for caption in cache.meta["caption_ids"]
+        ]
         return cache.relevance == expected and self.rows_are_right()
 
 
@@ -458,7 +509,9 @@ class Picture(CacheTarget):
 
     def prepare(self):
         self.path = sorted(Path("data/val").iterdir())[3]
-        Image.open(io.BytesIO(self.path.read_bytes())).save(self.path, format=self.kind, **({"quality": 95} if self.kind == "JPEG" else {}))
+        Image.open(io.BytesIO(self.path.read_bytes())).save(
+            self.path, format=self.kind, **({"quality": 95} if self.kind == "JPEG" else {})
+        )
         super().prepare()
 
     def is_right(self):
@@ -471,7 +524,9 @@ class Picture(CacheTarget):
         except Exception:  # noqa: BLE001  as Pillow has it
             decodes = False
         return (
-            decodes != skipped and [name for name, _ in cache.meta["skipped"]] == [self.path.name] * skipped and self.rows_are_right({self.path.name})
+            decodes != skipped
+            and [name for name, _ in cache.meta["skipped"]] == [self.path.name] * skipped
+            and self.rows_are_right({self.path.name})
         )
 
 
@@ -496,7 +551,10 @@ class Config(Weights):
 
     def is_right(self):
         meta = EmbeddingCache("fuzz", "val").meta
-        return plain(self.path)["embed_dim"] == meta["embed_dim"] and meta["model_sha256"] == hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return (
+            plain(self.path)["embed_dim"] == meta["embed_dim"]
+            and meta["model_sha256"] == hashlib.sha256(self.path.read_bytes()).hexdigest()
+        )
 
 
 class Part(CacheTarget):
@@ -568,7 +626,10 @@ class Embeddings(Target):
             return len(content) == 40 and all(isinstance(name, str) for name in content)
         cache = EmbeddingCache("tiny", self.path.parent.name)
         if self.path.name == "cap_id_to_img_id.json":
-            return cache.image_of_caption.tolist() == [content[str(caption)] for caption in range(120)] and len(content) == 120
+            return (
+                cache.image_of_caption.tolist() == [content[str(caption)] for caption in range(120)]
+                and len(content) == 120
+            )
         return getattr(cache, self.path.stem) == content and len(content) == 120
 
 
@@ -618,7 +679,9 @@ class Texts(CacheTarget):
 
     def prepare(self):
         shutil.rmtree("embeddings/fuzz", ignore_errors=True)  # of another target's CLIP
-        Path("texts.csv").write_text("id,captions\n1,table => a red table\n2,bird => a blue bird => a big blue bird\n", encoding="utf-8")
+        Path("texts.csv").write_text(
+            "id,captions\n1,table => a red table\n2,bird => a blue bird => a big blue bird\n", encoding="utf-8"
+        )
         super().prepare()
 
     def commands(self):
@@ -634,12 +697,32 @@ class Texts(CacheTarget):
 
 def targets():
     """One of every file that a command reads."""
-    files = ("image.pt", "text.pt", "cap_id_to_img_id.json", "captions.json", "images.json", "relevance.json", "meta.json")
+    files = (
+        "image.pt",
+        "text.pt",
+        "cap_id_to_img_id.json",
+        "captions.json",
+        "images.json",
+        "relevance.json",
+        "meta.json",
+    )
     caches = [Embeddings(f"{split}/{file}") for file in files for split in ("train", "val")]
     begun = [Part(file) for file in ("image-00000.pt", "text-00000.pt", "settings.json")]
     pictures = [Picture(), Picture(skip_broken=True), Picture(kind="JPEG")]
     ladder = [Embeddings("texts/ladder.pt"), Embeddings("texts/ladder.json")]
-    return [Captions(), Relevance(), *pictures, Weights(), Config(), *begun, *caches, *ladder, Checkpoint(), State(), Texts()]
+    return [
+        Captions(),
+        Relevance(),
+        *pictures,
+        Weights(),
+        Config(),
+        *begun,
+        *caches,
+        *ladder,
+        Checkpoint(),
+        State(),
+        Texts(),
+    ]
 
 
 def fuzz(rng, number):
@@ -712,7 +795,10 @@ def main():
         print(f"{killed} killed runs of cache_embeddings.py: {caches} caches, {len(found)} findings", flush=True)
         killed, trainings, found = kill_training(rng, 20)
         findings += found
-        print(f"{killed} killed runs of train.py: {trainings} checkpoints with their logs, {len(found)} findings", flush=True)
+        print(
+            f"{killed} killed runs of train.py: {trainings} checkpoints with their logs, {len(found)} findings",
+            flush=True,
+        )
         runs, found = fill_disk(rng, 8)
         findings += found
         print(f"{runs} runs on a full disk, and again with room: {len(found)} findings", flush=True)

@@ -52,9 +52,19 @@ def steps(folder):
 
 def torchrun(ranks, *command, wait=True):
     """Start ranks with one thread each, in the current folder. Returns: the finished process with its output, or, unless wait, the running one."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *map(str, command)]
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *map(str, command),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     if not wait:
         return process
     output, _ = process.communicate(timeout=300)
@@ -67,7 +77,9 @@ def ranks_of(process):
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             parent = status.read_text().split("PPid:")[1].split()[0]
-            environment = dict(entry.split(b"=", 1) for entry in (status.parent / "environ").read_bytes().split(b"\0") if b"=" in entry)
+            environment = dict(
+                entry.split(b"=", 1) for entry in (status.parent / "environ").read_bytes().split(b"\0") if b"=" in entry
+            )
         except (OSError, IndexError):
             continue
         if parent == str(process.pid) and b"RANK" in environment:

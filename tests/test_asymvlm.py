@@ -28,7 +28,9 @@ mpmath.mp.dps = 50
 
 def exact_vmf(kappa, dim):
     v = mpmath.mpf(dim) / 2 - 1
-    return v * mpmath.log(kappa) - mpmath.mpf(dim) / 2 * mpmath.log(2 * mpmath.pi) - mpmath.log(mpmath.besseli(v, kappa))
+    return (
+        v * mpmath.log(kappa) - mpmath.mpf(dim) / 2 * mpmath.log(2 * mpmath.pi) - mpmath.log(mpmath.besseli(v, kappa))
+    )
 
 
 def exact_vmf_gradient(kappa, dim):
@@ -63,7 +65,9 @@ def test_power_spherical_normalizer_is_exact_in_value_and_gradient(dim):
     single = power_spherical_log_normalizer(kappa.detach().float(), dim)
     for k, v, g, s in zip(KAPPAS, value.tolist(), gradient.tolist(), single.tolist(), strict=True):
         exact = float(exact_power_spherical(k, dim))
-        exact_gradient = float(-(mpmath.log(2) + mpmath.digamma((dim - 1) / mpmath.mpf(2) + k) - mpmath.digamma(dim - 1 + mpmath.mpf(k))))
+        exact_gradient = float(
+            -(mpmath.log(2) + mpmath.digamma((dim - 1) / mpmath.mpf(2) + k) - mpmath.digamma(dim - 1 + mpmath.mpf(k)))
+        )
         assert abs(v - exact) <= 1e-9 * max(1, abs(exact))
         assert g == pytest.approx(exact_gradient, rel=1e-9)
         assert abs(s - exact) <= 1e-5 * max(1, abs(exact))
@@ -79,7 +83,9 @@ def test_vmf_normalizer_matches_golden_values():
 @pytest.mark.parametrize("dim", [16, 512])
 def test_normalizers_tend_to_the_uniform_density(log_normalizer, dim):
     uniform = math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)  # 1 / surface of the sphere
-    assert log_normalizer(torch.tensor(1e-9, dtype=torch.float64), dim).item() == pytest.approx(uniform, rel=1e-9, abs=1e-7)
+    assert log_normalizer(torch.tensor(1e-9, dtype=torch.float64), dim).item() == pytest.approx(
+        uniform, rel=1e-9, abs=1e-7
+    )
 
 
 def test_normalizers_tend_to_their_limits_at_large_kappa():
@@ -105,7 +111,9 @@ def test_density_integrates_to_one(log_prob, kappa, dim):
     assert torch.trapezoid(density, t).item() == pytest.approx(1, abs=2e-4)
 
 
-@pytest.mark.parametrize(("method", "log_prob"), [("asymvlm-psd", power_spherical_log_prob), ("asymvlm-vmf", von_mises_fisher_log_prob)])
+@pytest.mark.parametrize(
+    ("method", "log_prob"), [("asymvlm-psd", power_spherical_log_prob), ("asymvlm-vmf", von_mises_fisher_log_prob)]
+)
 def test_similarity_and_loss_match_the_golden_file(method, log_prob):
     golden = GOLDEN[method]
     adaptor = {"asymvlm-psd": PowerSphericalAdaptor, "asymvlm-vmf": VonMisesFisherAdaptor}[method](16).double()
@@ -113,7 +121,9 @@ def test_similarity_and_loss_match_the_golden_file(method, log_prob):
     (x,) = adaptor.encode_image(torch.tensor(golden["z_image"], dtype=torch.float64))
     eta = torch.tensor(golden["eta"], dtype=torch.float64)
     similarity = np.array(golden["similarity"])
-    np.testing.assert_allclose(log_prob(x, eta).numpy(), similarity, rtol=1e-9, atol=1e-8)  # logs cancel where kappa is small
+    np.testing.assert_allclose(
+        log_prob(x, eta).numpy(), similarity, rtol=1e-9, atol=1e-8
+    )  # logs cancel where kappa is small
     np.testing.assert_allclose(adaptor.score((x,), (eta,)).numpy(), similarity, rtol=1e-9, atol=1e-8)
     assert adaptor.loss(x, eta).item() == pytest.approx(golden["loss"], rel=1e-9)
 
@@ -146,7 +156,9 @@ def test_loss_and_gradient_equal_a_slow_loop_over_pairs(adaptor_class):
         return total / (2 * batch)
 
     values = eta.detach().tolist()
-    tolerance = 1e-9 if adaptor_class is PowerSphericalAdaptor else 2e-6  # the expansion is less exact at D = 8 than at the widths of CLIPs
+    tolerance = (
+        1e-9 if adaptor_class is PowerSphericalAdaptor else 2e-6
+    )  # the expansion is less exact at D = 8 than at the widths of CLIPs
     assert adaptor.loss(x, eta).item() == pytest.approx(float(slow(values)), rel=tolerance)
     for j, d in [(0, 0), (2, 3), (4, 7)]:
         step = mpmath.mpf("1e-12")
@@ -159,7 +171,9 @@ def test_loss_and_gradient_equal_a_slow_loop_over_pairs(adaptor_class):
 @pytest.mark.parametrize("adaptor_class", [PowerSphericalAdaptor, VonMisesFisherAdaptor])
 @pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-3, 1.0, 1e4])
 def test_loss_and_gradient_are_finite_at_the_extremes(adaptor_class, scale, dtype):
-    x = torch.nn.functional.normalize(torch.randn(4, 512, dtype=dtype, generator=torch.Generator().manual_seed(0)), dim=-1)
+    x = torch.nn.functional.normalize(
+        torch.randn(4, 512, dtype=dtype, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     eta = (-scale * x.roll(1, 0)).contiguous().requires_grad_()  # mu.x = -1 for one pair of each text
     adaptor = adaptor_class(512).to(dtype)
     loss = adaptor.loss(x, eta)

@@ -182,7 +182,13 @@ def test_embeddings_that_cannot_be_right_are_refused(cache, file, kind):
 def test_files_of_other_bytes_are_refused(cache, file, junk):
     whole = (cache / file).read_bytes()
     random = np.random.default_rng(0).bytes(3000)
-    bytes_of = {"nothing": b"", "random": random, "text": b"hello", "zip": b"PK\x03\x04" + random, "cut": whole[: len(whole) // 2]}
+    bytes_of = {
+        "nothing": b"",
+        "random": random,
+        "text": b"hello",
+        "zip": b"PK\x03\x04" + random,
+        "cut": whole[: len(whole) // 2],
+    }
     (cache / file).write_bytes(bytes_of[junk])
     assert f"{FOLDER / file}: not a file of tensors" in refusal()
 
@@ -301,7 +307,9 @@ def test_a_missing_cache_lists_those_that_are_there(cache):
 
 
 def test_a_missing_split_names_the_command_that_makes_it(cache):
-    with pytest.raises(UserError, match=r"found val\); run python cache_embeddings.py --dataset \{coco,.*\} --name it --split train"):
+    with pytest.raises(
+        UserError, match=r"found val\); run python cache_embeddings.py --dataset \{coco,.*\} --name it --split train"
+    ):
         EmbeddingCache("it", "train")
 
 
@@ -382,8 +390,28 @@ def test_texts_that_were_written_are_read(workdir):
 
 # The whole script.
 
-TRAIN_IDS, VAL_IDS = [51, 3, 20], [int(i) for i in np.random.default_rng(0).permutation(1000)[:70]]  # more than a chunk of 64
-WORDS = ["a", "photo", "of", "the", "big", "small", "red", "blue", "cat", "dog", "house", "tree", "sky", "river", "car", "star"]
+TRAIN_IDS, VAL_IDS = (
+    [51, 3, 20],
+    [int(i) for i in np.random.default_rng(0).permutation(1000)[:70]],
+)  # more than a chunk of 64
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "sky",
+    "river",
+    "car",
+    "star",
+]
 
 
 def draw_data(root, splits=(("train", TRAIN_IDS), ("val", VAL_IDS)), layout=DATASETS["shapes"].layout):
@@ -397,14 +425,19 @@ def draw_data(root, splits=(("train", TRAIN_IDS), ("val", VAL_IDS)), layout=DATA
         for image_id in ids:
             name = f"{rng.integers(10**9):09d}.png"
             blocks = Image.fromarray(rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8))
-            blocks.resize((int(rng.integers(32, 50)), int(rng.integers(32, 50))), Image.Resampling.NEAREST).save(folder / name)
+            blocks.resize((int(rng.integers(32, 50)), int(rng.integers(32, 50))), Image.Resampling.NEAREST).save(
+                folder / name
+            )
             images.append({"id": image_id, "file_name": name})
             for text in (" ".join(rng.choice(WORDS, size=5)), "a photo of a cat"):  # the second is every picture's
                 annotations.append({"id": int(rng.integers(10**9)), "image_id": image_id, "caption": text})
         rng.shuffle(annotations)
         captions_file.write_text(json.dumps({"images": images, "annotations": annotations}))
         if layout.relevance and split == "val":
-            relevance = {entry["id"]: [entry["image_id"]] if entry["caption"] != "a photo of a cat" else sorted(ids) for entry in annotations}
+            relevance = {
+                entry["id"]: [entry["image_id"]] if entry["caption"] != "a photo of a cat" else sorted(ids)
+                for entry in annotations
+            }
             (root / layout.relevance.format(split=split)).write_text(json.dumps(relevance))
     return root
 
@@ -423,8 +456,23 @@ def tiny(tmp_path_factory):
 def call(script, data, tiny, monkeypatch):
     """Calls cache_embeddings.py on the tiny data set with the tiny CLIP; later flags win."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(DATASETS, "shapes", replace(DATASETS["shapes"], chains=None))  # a thousand texts more, for every cache
-    flags = ["--dataset", "shapes", "--data-root", data, "--model", tiny[0], "--pretrained", tiny[1], "--device", "cpu", "--workers", 0]
+    monkeypatch.setitem(
+        DATASETS, "shapes", replace(DATASETS["shapes"], chains=None)
+    )  # a thousand texts more, for every cache
+    flags = [
+        "--dataset",
+        "shapes",
+        "--data-root",
+        data,
+        "--model",
+        tiny[0],
+        "--pretrained",
+        tiny[1],
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+    ]
 
     def with_flags(*more):
         return script(main, *flags, *more)
@@ -482,7 +530,9 @@ def test_embeddings_are_float16_and_not_normalised_by_default(call, data, tiny):
         cache = EmbeddingCache("shapes", split)
         assert cache.image.dtype == cache.text.dtype == torch.float16
         expected = direct_images(tiny[2], [data / split / name for name in cache.images])
-        torch.testing.assert_close(cache.image.float(), expected, atol=0.05, rtol=0.05)  # bfloat16 where the machine computes it
+        torch.testing.assert_close(
+            cache.image.float(), expected, atol=0.05, rtol=0.05
+        )  # bfloat16 where the machine computes it
         assert (expected.norm(dim=1) - 1).abs().min() > 0.1
         assert ((cache.image.float().norm(dim=1) - expected.norm(dim=1)).abs() < 0.05 * expected.norm(dim=1)).all()
 
@@ -501,7 +551,12 @@ def all_bytes(folder):
 
 def test_bytes_depend_on_neither_batch_size_nor_workers(call, workdir):
     caches = []
-    for name, flags in {"a": (), "b": ("--batch-size", 1), "c": ("--batch-size", 65, "--workers", 2), "d": ("--batch-size", 10**6)}.items():
+    for name, flags in {
+        "a": (),
+        "b": ("--batch-size", 1),
+        "c": ("--batch-size", 65, "--workers", 2),
+        "d": ("--batch-size", 10**6),
+    }.items():
         assert call("--name", name, *flags)[0] == 0
         caches.append(all_bytes(workdir / "embeddings" / name))
     assert caches[0] == caches[1] == caches[2] == caches[3]
@@ -517,14 +572,22 @@ def test_the_encoders_see_the_same_chunks_of_one_size_whatever_the_batch_size(ca
         clip = load(*args)
         for name in ("encode_image", "encode_text"):
             encode = getattr(clip.model, name)
-            setattr(clip.model, name, lambda inputs, encode=encode: (seen[-1].append(inputs.clone()), encode(inputs))[1])
+            setattr(
+                clip.model, name, lambda inputs, encode=encode: (seen[-1].append(inputs.clone()), encode(inputs))[1]
+            )
         return clip
 
     monkeypatch.setattr(cache_embeddings, "load_clip", load_and_record)
     for batch_size in (1, 64, 65, 1000):
         seen.append([])
         assert call("--split", "val", "--batch-size", batch_size, "--overwrite")[0] == 0
-        assert [len(inputs) for inputs in seen[-1]] == [64, 64, 64, 64, 64]  # 70 pictures, 71 distinct captions, the ladder
+        assert [len(inputs) for inputs in seen[-1]] == [
+            64,
+            64,
+            64,
+            64,
+            64,
+        ]  # 70 pictures, 71 distinct captions, the ladder
         assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True))
 
 
@@ -593,7 +656,9 @@ def test_meta_tells_all_that_the_embeddings_depend_on(call, data, tiny):
             "caption_count": 2 * len(ids),
             "image_ids": sorted(ids),
             "caption_ids": [annotation["id"] for annotation in annotations],
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "open_clip_torch", "pillow")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("torch", "torchvision", "open_clip_torch", "pillow")
+            },
         }
 
 
@@ -653,7 +718,10 @@ def test_all_broken_pictures_are_named_and_nothing_is_written(call, capsys, tmp_
         (["--model", "absent.json"], ["--model absent.json", "no such file"]),
         (["--pretrained", "absent.pt"], ["--pretrained absent.pt", "no such file"]),
         (["--pretrained", "nosuch"], ["--pretrained nosuch", "no published weights"]),
-        (["--model", "ViT-B-32-quickgelu", "--pretrained", "nosuch"], ["--pretrained nosuch", "openai", "metaclip_400m"]),
+        (
+            ["--model", "ViT-B-32-quickgelu", "--pretrained", "nosuch"],
+            ["--pretrained nosuch", "openai", "metaclip_400m"],
+        ),
         (["--data-root", ".", "--split", "val"], ["--data-root .", "annotations/captions_val.json", "empty folder"]),
         (["--split", "test"], ["annotations/captions_test.json"]),
         (["--batch-size", "0"], ["--batch-size"]),
@@ -693,7 +761,11 @@ def test_a_tag_without_a_network_ends_in_one_line(call, capsys, monkeypatch, tmp
 def test_pretrained_given_as_nothing_is_the_data_sets_own(call, monkeypatch):
     """--pretrained '' falls back to the data set's weights; random weights are never used."""
     asked = []
-    monkeypatch.setattr(cache_embeddings, "load_clip", lambda model, pretrained, device, dtype: asked.append((model, pretrained)) or 1 / 0)
+    monkeypatch.setattr(
+        cache_embeddings,
+        "load_clip",
+        lambda model, pretrained, device, dtype: asked.append((model, pretrained)) or 1 / 0,
+    )
     with pytest.raises(ZeroDivisionError):
         call("--pretrained", "", "--model", "")
     assert asked == [("datasets/shapes/clip.json", "datasets/shapes/clip.safetensors")]
@@ -718,7 +790,9 @@ def test_long_captions_and_unknown_words_are_told_once(call, capsys, tmp_path, t
     weights = tiny[2].state_dict() | {"token_embedding.weight": tiny[2].token_embedding.weight.detach().clone()}
     weights["token_embedding.weight"][22548] = 0  # zebra
     save_file(weights, tmp_path / "w.safetensors")
-    status, err = stderr_of(call, capsys, "--data-root", root, "--split", "val", "--pretrained", tmp_path / "w.safetensors")
+    status, err = stderr_of(
+        call, capsys, "--data-root", root, "--split", "val", "--pretrained", tmp_path / "w.safetensors"
+    )
     assert status == 0
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 3  # the third is on the ladder, whose last prompt is too long for this CLIP
@@ -882,7 +956,9 @@ def test_texts_that_another_clip_left_behind_are_refused(call, script, workdir, 
     assert call("--split", "val", "--overwrite", "--model", other[0], "--pretrained", other[1])[0] == 0
     meta = EmbeddingCache("shapes", "val").meta
     assert load_texts("shapes", "ladder", 16, meta=meta) is not None  # was made anew
-    with pytest.raises(UserError, match=r"lines\.pt: embedded with another CLIP than the cache: .*; embed it again, or remove it"):
+    with pytest.raises(
+        UserError, match=r"lines\.pt: embedded with another CLIP than the cache: .*; embed it again, or remove it"
+    ):
         load_texts("shapes", "lines", 16, meta=meta)
 
 
@@ -953,7 +1029,9 @@ def test_skipped_pictures_and_their_captions_are_left_out_and_recorded(call, sma
     assert cache.captions == [full.captions[row] for row in captions]
     assert torch.equal(cache.text, full.text[captions])
     assert [left[row] for row in cache.image_of_caption.tolist()] == full.image_of_caption[captions].tolist()
-    assert [[left[row] for row in rows] for rows in cache.relevance] == [[row for row in full.relevance[i] if row in left] for i in captions]
+    assert [[left[row] for row in rows] for rows in cache.relevance] == [
+        [row for row in full.relevance[i] if row in left] for i in captions
+    ]
     assert cache.meta["image_ids"] == [full.meta["image_ids"][row] for row in left]
 
 
@@ -1013,7 +1091,10 @@ def test_what_dead_processes_began_is_removed_and_what_live_ones_do_is_not(workd
     if process == 0:
         os._exit(0)
     os.waitpid(process, 0)
-    dead, alive, other = (workdir / name for name in (f".a.json.{process}.partial", f".a.json.{os.getppid()}.partial", f".b.json.{process}.partial"))
+    dead, alive, other = (
+        workdir / name
+        for name in (f".a.json.{process}.partial", f".a.json.{os.getppid()}.partial", f".b.json.{process}.partial")
+    )
     for path in (dead, alive, other):
         path.write_text("half")
     save_json([1], workdir / "a.json")
@@ -1127,7 +1208,16 @@ def test_a_missing_file_of_texts_is_named(made, script):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": 3}, {"precision": None}, {"dtype": "float"}, {"dtype": "nn"}, {"model": None}, {"pretrained": 7}, None]
+    "changes",
+    [
+        {"precision": 3},
+        {"precision": None},
+        {"dtype": "float"},
+        {"dtype": "nn"},
+        {"model": None},
+        {"pretrained": 7},
+        None,
+    ],
 )
 def test_texts_for_a_cache_with_a_broken_meta_are_refused(made, script, changes):
     Path("a.txt").write_text("a photo\n")

@@ -108,7 +108,9 @@ def test_safetensors_are_loaded(tiny, clip):
 def test_a_pt_file_is_loaded(tiny, tmp_path, form):
     weights = tiny[2].state_dict()
     if form == "training checkpoint":  # as open_clip's own training writes it
-        torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "w.pt")
+        torch.save(
+            {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "w.pt"
+        )
     else:
         torch.save(weights, tmp_path / "w.pt", _use_new_zipfile_serialization=form == "plain")
     assert_same_weights(load_clip(str(tiny[0]), str(tmp_path / "w.pt")).model, weights)
@@ -143,7 +145,9 @@ def test_the_activation_is_that_of_the_configuration(tiny, tiny_quick):
     for config, weights, model in (tiny, tiny_quick):
         found = load_clip(str(config), str(weights)).model
         torch.testing.assert_close(found.encode_image(x), model.encode_image(x), atol=1e-5, rtol=1e-5)
-    assert (tiny[2].encode_image(x) - tiny_quick[2].encode_image(x)).abs().max() > 1e-3  # same weights, other activation
+    assert (
+        tiny[2].encode_image(x) - tiny_quick[2].encode_image(x)
+    ).abs().max() > 1e-3  # same weights, other activation
 
 
 def test_the_model_is_frozen_and_ready_for_evaluation(clip):
@@ -178,7 +182,9 @@ def test_a_file_named_as_a_tag_is_the_file(workdir, monkeypatch):
 
     (workdir / "openai").write_bytes(b"no weights")
     asked = []
-    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained, precision: asked.append(pretrained) or 1 / 0)
+    monkeypatch.setattr(
+        open_clip, "create_model", lambda name, pretrained, precision: asked.append(pretrained) or 1 / 0
+    )
     refusal("ViT-B-32-quickgelu", "openai")
     assert asked == [str(workdir / "openai")]  # open_clip takes a bare name for the tag
 
@@ -205,7 +211,9 @@ def test_two_configurations_of_one_name_do_not_mix(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin"])
-@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"hello, world", bytes(range(256)) * 40, b"PK\x03\x04" + bytes(100)])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 8, b"hello, world", bytes(range(256)) * 40, b"PK\x03\x04" + bytes(100)]
+)
 def test_a_file_that_holds_no_weights_is_refused(tiny, tmp_path, suffix, content):
     (tmp_path / f"w{suffix}").write_bytes(content)
     assert f"--pretrained {tmp_path / f'w{suffix}'}: not " in refusal(tiny[0], tmp_path / f"w{suffix}")
@@ -310,7 +318,14 @@ def test_a_broken_configuration_is_refused_and_forgotten(tiny, tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"embed_dim": "wide"}, {"vision_cfg": 3}, {"text_cfg": {"heads": 7, "width": 32}}, {"text_cfg": None}, {"nonsense": 1}]
+    "changes",
+    [
+        {"embed_dim": "wide"},
+        {"vision_cfg": 3},
+        {"text_cfg": {"heads": 7, "width": 32}},
+        {"text_cfg": None},
+        {"nonsense": 1},
+    ],
 )
 def test_a_configuration_of_nonsense_is_refused(tiny, tmp_path, changes):
     (tmp_path / "odd.json").write_text(json.dumps(CONFIG | changes))
@@ -412,7 +427,16 @@ def test_texts_longer_than_the_context_are_cut_and_told(clip):
 
 @pytest.mark.parametrize(
     "text",
-    ["🐈‍⬛ a cat 👩🏽‍🚀", "a\x00b\x07\x1b[31m", "\u202eright to left", "half a pair \ud800", "Ünïcödé 中文 العربية", " \n", "<b>&amp;amp;", "�"],
+    [
+        "🐈‍⬛ a cat 👩🏽‍🚀",
+        "a\x00b\x07\x1b[31m",
+        "\u202eright to left",
+        "half a pair \ud800",
+        "Ünïcödé 中文 العربية",
+        " \n",
+        "<b>&amp;amp;",
+        "�",
+    ],
 )
 def test_any_text_is_taken(clip, text):
     tokens, _, unknown = tokenize(clip, [text])

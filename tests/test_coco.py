@@ -13,7 +13,13 @@ from utils.cli import UserError
 
 LAYOUT = DATASETS["shapes"].layout
 IMAGES = {30: "b.png", 7: "z.png", 12: "sub/a.png", 9: "no_caption.png"}  # neither ids nor names are in order
-CAPTIONS = [(501, 7, "seven, said last"), (3, 30, "  thirty\n"), (44, 12, "twelve"), (2, 7, "seven"), (45, 12, "Zwölf 🐈")]
+CAPTIONS = [
+    (501, 7, "seven, said last"),
+    (3, 30, "  thirty\n"),
+    (44, 12, "twelve"),
+    (2, 7, "seven"),
+    (45, 12, "Zwölf 🐈"),
+]
 
 
 def document():
@@ -102,7 +108,9 @@ def test_a_missing_folder_of_images_is_named(tmp_path):
     assert "expected val, found only annotations/" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "nonsense", "[" * 100_000, '{"images": [1'], ids=["empty", "brace", "words", "deep", "cut"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "nonsense", "[" * 100_000, '{"images": [1'], ids=["empty", "brace", "words", "deep", "cut"]
+)
 def test_what_is_not_json_is_refused(tmp_path, text):
     message = refusal(write(tmp_path, text))
     assert "captions_val.json: not valid JSON" in message
@@ -114,7 +122,9 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path):
     assert "captions_val.json: not valid JSON" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[], "null", "3", {}, {"images": [], "annotations": []}, {"images": {"id": 1}, "annotations": []}])
+@pytest.mark.parametrize(
+    "content", [[], "null", "3", {}, {"images": [], "annotations": []}, {"images": {"id": 1}, "annotations": []}]
+)
 def test_json_of_another_kind_is_refused(tmp_path, content):
     assert "captions_val.json: " in refusal(write(tmp_path, content))
 
@@ -146,7 +156,10 @@ BROKEN = {
     "no file name": (set_field("images", 2, "file_name", ...), ["images[2]", "12", "'file_name'"]),
     "a blank file name": (set_field("images", 2, "file_name", " "), ["images[2]", "12", "'file_name'"]),
     "the folder above": (set_field("images", 2, "file_name", "../../secret.png"), ["../../secret.png", "outside"]),
-    "the folder above, on a detour": (set_field("images", 2, "file_name", "sub/../../val2/a.png"), ["sub/../../val2/a.png", "outside"]),
+    "the folder above, on a detour": (
+        set_field("images", 2, "file_name", "sub/../../val2/a.png"),
+        ["sub/../../val2/a.png", "outside"],
+    ),
     "an absolute file name": (set_field("images", 2, "file_name", "/etc/hostname"), ["/etc/hostname", "outside"]),
     "a file name with a null character": (set_field("images", 2, "file_name", "a\0.png"), ["a\\x00.png"]),
     "a file name with half a surrogate pair": (set_field("images", 2, "file_name", "\ud800.png"), ["\\ud800.png"]),
@@ -223,7 +236,11 @@ MODES = {
     "RGBA": (pixels("RGBA", (10, 20, 30, 0), (1, 2, 3, 255)), "png", [(10, 20, 30), (1, 2, 3)]),
     "P": (palette_image(False), "png", [(10, 20, 30), (200, 100, 50)]),
     "P, transparent": (palette_image(True), "png", [(10, 20, 30), (200, 100, 50)]),
-    "P, transparent by entry": ((palette_image(False)[0], {"transparency": b"\x00\x80"}), "png", [(10, 20, 30), (200, 100, 50)]),
+    "P, transparent by entry": (
+        (palette_image(False)[0], {"transparency": b"\x00\x80"}),
+        "png",
+        [(10, 20, 30), (200, 100, 50)],
+    ),
     "CMYK": (pixels("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), "tiff", [(0, 255, 255), (0, 0, 0)]),
     "CMYK, white": (pixels("CMYK", (0, 0, 0, 0), (0, 255, 255, 0)), "tiff", [(255, 255, 255), (255, 0, 0)]),
     "16 bits, PNG": (array_image([257 * 3, 65535], np.uint16), "png", [(3,) * 3, (255,) * 3]),
@@ -271,7 +288,9 @@ def huge_png(side):
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
 
 
 def noise_jpeg(path):
@@ -279,7 +298,9 @@ def noise_jpeg(path):
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("case", ["zero bytes", "truncated", "random", "text", "bomb of 100 megapixels", "bomb of 400 megapixels", "nan"])
+@pytest.mark.parametrize(
+    "case", ["zero bytes", "truncated", "random", "text", "bomb of 100 megapixels", "bomb of 400 megapixels", "nan"]
+)
 def test_a_broken_file_gives_a_reason_that_names_it(tmp_path, case):
     path = tmp_path / "it is me.jpg"
     content = noise_jpeg(path)
@@ -337,7 +358,11 @@ def test_warnings_about_big_pictures_elsewhere_stay_as_they_are(tmp_path, recwar
 def test_coco_is_read_as_plain_json_has_it(coco_root, split, images, captions):
     data = CocoCaptions(coco_root, split, DATASETS["coco"].layout)
     plain = json.loads((coco_root / "annotations" / f"captions_{split}2017.json").read_text(encoding="utf-8"))
-    assert (len(data.image_files), len(data.captions)) == (images, captions) == (len(plain["images"]), len(plain["annotations"]))
+    assert (
+        (len(data.image_files), len(data.captions))
+        == (images, captions)
+        == (len(plain["images"]), len(plain["annotations"]))
+    )
     assert data.image_ids == sorted(entry["id"] for entry in plain["images"])
     name_of = {entry["id"]: entry["file_name"] for entry in plain["images"]}
     expected = sorted((entry["id"], entry["caption"], name_of[entry["image_id"]]) for entry in plain["annotations"])

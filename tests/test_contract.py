@@ -43,7 +43,13 @@ def test_recipes_are_the_papers_and_the_small_one(method):
         "prolip": ("adamw", 5e-4, 5e-4),
     }[method]
     paper = METHODS[method].recipes["paper"]
-    assert (paper.optimizer, paper.lr, paper.weight_decay, paper.batch_size, paper.epochs) == (optimizer, lr, weight_decay, 2048, 200)
+    assert (paper.optimizer, paper.lr, paper.weight_decay, paper.batch_size, paper.epochs) == (
+        optimizer,
+        lr,
+        weight_decay,
+        2048,
+        200,
+    )
     assert METHODS[method].recipes["small"] == SMALL
 
 
@@ -89,7 +95,9 @@ def test_forward_is_the_loss_of_what_encode_returns(method):
 def test_similarity_is_the_score_of_what_the_encoders_return(method):
     adaptor = make(method)
     z_image, z_text = embeddings(4), embeddings(6, seed=1)
-    assert torch.equal(adaptor.similarity(z_image, z_text), adaptor.score(adaptor.encode_image(z_image), adaptor.encode_text(z_text)))
+    assert torch.equal(
+        adaptor.similarity(z_image, z_text), adaptor.score(adaptor.encode_image(z_image), adaptor.encode_text(z_text))
+    )
 
 
 @EVERY
@@ -148,7 +156,9 @@ def test_permuting_the_rows_permutes_what_is_reported(method):
     z_image, z_text = embeddings(7, dtype=torch.float64), embeddings(9, dtype=torch.float64, seed=1)
     rows, columns = (torch.randperm(n, generator=torch.Generator().manual_seed(2)) for n in (7, 9))
     similarity = adaptor.similarity(z_image, z_text)
-    torch.testing.assert_close(adaptor.similarity(z_image[rows], z_text[columns]), similarity[rows][:, columns], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        adaptor.similarity(z_image[rows], z_text[columns]), similarity[rows][:, columns], rtol=1e-10, atol=1e-12
+    )
     for before, after in zip(adaptor.adapt_text(z_text), adaptor.adapt_text(z_text[columns]), strict=True):
         torch.testing.assert_close(after, before[columns], rtol=1e-10, atol=1e-12)
 

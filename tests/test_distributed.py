@@ -33,7 +33,9 @@ def flat(gradients):
 
 
 def files_in(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
 
 
 # Training.
@@ -46,7 +48,10 @@ def steps(tmp_path_factory):
     for ranks in (2, 4):
         done = torchrun(ranks, "-m", "tests.ranks", "step", folder)
         assert done.returncode == 0, done.stdout
-    return {ranks: [torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=True) for rank in range(ranks)] for ranks in (2, 4)}
+    return {
+        ranks: [torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=True) for rank in range(ranks)]
+        for ranks in (2, 4)
+    }
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -65,7 +70,11 @@ def test_a_step_of_several_ranks_is_that_of_one(method, ranks, batch, steps):
         assert relative(flat(rank["gradients"]), flat(exact)) <= 1e-5
         for name, gradient in exact.items():  # of 3 pairs, a temperature's is a small difference of large numbers
             assert relative(rank["gradients"][name], gradient) <= (1e-5 if batch == 37 else 1e-4), name
-    assert all(torch.equal(rank["gradients"][name], found[0]["gradients"][name]) for rank in found for name in rank["gradients"])
+    assert all(
+        torch.equal(rank["gradients"][name], found[0]["gradients"][name])
+        for rank in found
+        for name in rank["gradients"]
+    )
 
 
 def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writes(workdir, script):
@@ -75,7 +84,9 @@ def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writ
     os.rename("checkpoints", "alone")
     done = torchrun(2, REPOSITORY / "train.py", *TRAIN, *epochs)
     assert done.returncode == 0, done.stdout
-    assert files_in("checkpoints").keys() == {f"it/0/{method}.{suffix}" for method in METHODS for suffix in ("pt", "jsonl")}
+    assert files_in("checkpoints").keys() == {
+        f"it/0/{method}.{suffix}" for method in METHODS for suffix in ("pt", "jsonl")
+    }
     for method in METHODS:
         one, two = (torch.load(f"{folder}/it/0/{method}.pt", weights_only=True) for folder in ("alone", "checkpoints"))
         assert (one["config"], one["recipe"]) == (two["config"], two["recipe"])
@@ -95,7 +106,10 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     os.kill(ranks_of(process)[rank], number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "train.py, rank 0: interrupted: saved after epoch" in output or "train.py, rank 0: error: lost another process of this run" in output
+    assert (
+        "train.py, rank 0: interrupted: saved after epoch" in output
+        or "train.py, rank 0: error: lost another process of this run" in output
+    )
     assert "--resume" in output
     assert not any("lock" in name or "partial" in name for name in files_in("checkpoints"))
     before = json.loads(log.read_text().splitlines()[0])
@@ -105,7 +119,10 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(1, 61))
     assert records[0] == before
-    assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(SMALL) | {"epochs": 60, "batch_size": 50}
+    assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(SMALL) | {
+        "epochs": 60,
+        "batch_size": 50,
+    }
 
 
 def test_every_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
@@ -159,7 +176,10 @@ def test_a_broken_picture_of_one_rank_stops_all_and_the_rest_is_kept(flags, scri
     assert f"rank 1: error: {pictures[100]}: " in done.stdout
     assert "rank 0: error: stopped, as another process of this run had to stop" in done.stdout
     assert not Path("embeddings/shapes/train/meta.json").exists()
-    assert {path.name for path in Path("embeddings/shapes/train/.parts").glob("image*")} == {"image-00000.pt", "image-00002.pt"}
+    assert {path.name for path in Path("embeddings/shapes/train/.parts").glob("image*")} == {
+        "image-00000.pt",
+        "image-00002.pt",
+    }
     pictures[100].write_bytes(whole)
     assert torchrun(3, "-m", "tests.ranks", "cache", 64, *flags).returncode == 0
     os.rename("embeddings", "mended")

@@ -35,7 +35,10 @@ def test_the_built_in_clip_is_small_enough_to_ship():
 def test_shapes_go_from_drawing_to_tables(script):
     world.make("small", train=600, val=100)
     assert script(cache_embeddings.main, "--dataset", "shapes", "--data-root", "small", "--workers", 0)[0] == 0
-    assert script(train_script.main, "--dataset", "shapes", "--recipe", "small", "--epochs", 15, "--batch-size", 512)[0] == 0
+    assert (
+        script(train_script.main, "--dataset", "shapes", "--recipe", "small", "--epochs", 15, "--batch-size", 512)[0]
+        == 0
+    )
     status, printed, _ = script(eval_script.main, "--dataset", "shapes")
     assert status == 0
     result, queries = load_result("shapes", 0, "asymvlm-psd")

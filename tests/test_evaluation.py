@@ -31,7 +31,9 @@ def trained(script):
     make_cache("tiny", relevance=[[i // 3, 39 - i // 3] if i // 3 != 39 - i // 3 else [i // 3] for i in range(120)])
     rng = np.random.default_rng(0)
     z = torch.tensor(rng.normal(size=(12, 64)), dtype=torch.float16)
-    write_texts("tiny", "steps", z, [f"text {i}" for i in range(12)], {}, [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11]])
+    write_texts(
+        "tiny", "steps", z, [f"text {i}" for i in range(12)], {}, [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11]]
+    )
     assert script(train_script.main, *TRAIN, "--method", "asymvlm-psd", "pfe", "--seed", 0, 1)[0] == 0
     return ("--method", "asymvlm-psd", "pfe", "--seed", 0, 1)
 
@@ -60,7 +62,12 @@ def test_plots_that_the_results_do_not_allow_are_not_there(script, trained):
 def test_intervals_hold_the_figures_of_the_run(script, trained):
     assert script(eval_script.main, *EVAL, *trained)[0] == 0
     result, _ = load_result("tiny", 1, "pfe")
-    for section, figure in (("t2i", "R@1"), ("i2t", "AURC"), ("ambiguity", "R@1_described"), ("relevance_i2t", "mAP@R")):
+    for section, figure in (
+        ("t2i", "R@1"),
+        ("i2t", "AURC"),
+        ("ambiguity", "R@1_described"),
+        ("relevance_i2t", "mAP@R"),
+    ):
         low, high = result["intervals"][section][figure]
         assert low <= high
         assert low - 0.1 <= result["metrics"][section][figure] <= high + 0.1
@@ -69,7 +76,10 @@ def test_intervals_hold_the_figures_of_the_run(script, trained):
 def test_all_figures_follow_from_the_file_of_queries(script, trained):
     assert script(eval_script.main, *EVAL, *trained)[0] == 0
     result, arrays = load_result("tiny", 0, "pfe")
-    answers = {d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(d)} for d in ("t2i", "i2t")}
+    answers = {
+        d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(d)}
+        for d in ("t2i", "i2t")
+    }
     again = eval_script.figures(answers, 10)
     assert again["t2i"] == result["t2i"]
     assert all(result["metrics"][key] == values for key, values in again["metrics"].items())
@@ -94,7 +104,9 @@ def test_uncertainty_of_images_is_that_of_the_query_and_of_the_image_retrieved(s
     assert script(eval_script.main, *EVAL, *trained)[0] == 0
     result, arrays = load_result("tiny", 0, "pfe")
     with torch.no_grad():
-        uncertainty = load_adaptor("checkpoints/tiny/0/pfe.pt").adapt_image(EmbeddingCache("tiny", "val").image)[1].numpy()
+        uncertainty = (
+            load_adaptor("checkpoints/tiny/0/pfe.pt").adapt_image(EmbeddingCache("tiny", "val").image)[1].numpy()
+        )
     np.testing.assert_allclose(arrays["i2t_image_uncertainty"], uncertainty[arrays["i2t_query"]], rtol=1e-6)
     np.testing.assert_allclose(arrays["t2i_image_uncertainty"], uncertainty[arrays["t2i_top1"]], rtol=1e-6)
     assert len(result["by_image"]["i2t"]) == 10
@@ -172,8 +184,18 @@ def test_wrong_questions_are_one_line(script, trained, arguments, words):
     [
         ({"t2i_rank": np.array([{"a": 1}], dtype=object)}, None),
         ({"t2i_rank": np.ones(3)}, None),
-        ({f"{d}_{key}": np.ones(4 + (key == "rank")) for d in ("t2i", "i2t") for key in ("query", "top1", "rank", "uncertainty")}, None),
-        ({f"{d}_{key}": np.float64(1) for d in ("t2i", "i2t") for key in ("query", "top1", "rank", "uncertainty")}, None),
+        (
+            {
+                f"{d}_{key}": np.ones(4 + (key == "rank"))
+                for d in ("t2i", "i2t")
+                for key in ("query", "top1", "rank", "uncertainty")
+            },
+            None,
+        ),
+        (
+            {f"{d}_{key}": np.float64(1) for d in ("t2i", "i2t") for key in ("query", "top1", "rank", "uncertainty")},
+            None,
+        ),
         (None, []),
         (None, {"config": 3}),
     ],
@@ -190,7 +212,9 @@ def test_results_that_were_tampered_with_are_refused(script, trained, arrays, do
 
 
 def test_captions_are_listed_most_certain_last(script, trained):
-    status, printed, _ = script(eval_script.main, "--dataset", "tiny", "--most-uncertain", 3, "--least-uncertain", 2, "--json")
+    status, printed, _ = script(
+        eval_script.main, "--dataset", "tiny", "--most-uncertain", 3, "--least-uncertain", 2, "--json"
+    )
     assert status == 0
     rows = json.loads(printed)["asymvlm-psd, seed 0"]
     cache = EmbeddingCache("tiny", "val")
@@ -208,9 +232,13 @@ def test_captions_are_listed_most_certain_last(script, trained):
 def test_prompts_are_placed_among_the_captions(script, workdir):
     world.make("data/shapes", train=20, val=20)
     assert script(cache_embeddings.main, "--dataset", "shapes")[0] == 0
-    assert script(train_script.main, "--dataset", "shapes", "--recipe", "small", "--epochs", 2, "--batch-size", 50)[0] == 0
+    assert (
+        script(train_script.main, "--dataset", "shapes", "--recipe", "small", "--epochs", 2, "--batch-size", 50)[0] == 0
+    )
     (workdir / "prompts.txt").write_text("a picture\n\na big red star in the middle\n")
-    status, printed, _ = script(eval_script.main, "--dataset", "shapes", "--prompts", "something", "@prompts.txt", "--json")
+    status, printed, _ = script(
+        eval_script.main, "--dataset", "shapes", "--prompts", "something", "@prompts.txt", "--json"
+    )
     assert status == 0
     rows = json.loads(printed)["asymvlm-psd, seed 0"]
     assert {row["prompt"] for row in rows} == {"something", "a picture", "a big red star in the middle"}
@@ -219,16 +247,24 @@ def test_prompts_are_placed_among_the_captions(script, workdir):
     with torch.no_grad():
         uncertainty = load_adaptor("checkpoints/shapes/0/asymvlm-psd.pt").adapt_text(cache.text)[1].numpy()
     for row in rows:
-        assert row["percentile"] == pytest.approx(100 * np.mean(uncertainty < row["uncertainty"]), abs=100 / len(uncertainty))
+        assert row["percentile"] == pytest.approx(
+            100 * np.mean(uncertainty < row["uncertainty"]), abs=100 / len(uncertainty)
+        )
         assert len(row["closest"]) == 3 and set(row["closest"]) <= set(cache.images)
     caption = cache.captions[7]
     printed = script(eval_script.main, "--dataset", "shapes", "--prompts", caption, "--json")[1]
     assert json.loads(printed)["asymvlm-psd, seed 0"][0]["uncertainty"] == pytest.approx(uncertainty[7], rel=1e-2)
     assert "percentile" in script(eval_script.main, "--dataset", "shapes", "--prompts", caption)[1]
-    example = next(block for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL) if "adapt_text" in block)
+    example = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+        if "adapt_text" in block
+    )
     shared = {"print": lambda found: rows.append(found)}
     exec(example, shared)
-    assert rows[-1]["a picture"] == pytest.approx(next(row["uncertainty"] for row in rows[:-1] if row["prompt"] == "a picture"), rel=1e-2)
+    assert rows[-1]["a picture"] == pytest.approx(
+        next(row["uncertainty"] for row in rows[:-1] if row["prompt"] == "a picture"), rel=1e-2
+    )
     assert script(eval_script.main, "--dataset", "shapes", *PLAIN)[0] == 0
     assert "hierarchy chains" in load_result("shapes", 0, "asymvlm-psd")[0]["metrics"]
 

@@ -82,7 +82,8 @@ def test_a_configuration_of_a_huge_model_is_refused_at_once(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    ("main", "flags", "folder"), [(cache_embeddings.main, faults.CACHE, "embeddings"), (train_script.main, faults.TRAIN, "checkpoints")]
+    ("main", "flags", "folder"),
+    [(cache_embeddings.main, faults.CACHE, "embeddings"), (train_script.main, faults.TRAIN, "checkpoints")],
 )
 def test_a_file_where_a_folder_must_be_is_one_line(shop, script, main, flags, folder):
     os.chdir(Path("data").parent)
@@ -100,7 +101,11 @@ def test_a_folder_that_may_not_be_written_is_one_line(workdir):
     Path("checkpoints").mkdir(mode=0o755)
     Path("output.txt").touch(mode=0o666)
     Path("output.txt").chmod(0o666)
-    before = {folder: folder.stat().st_mode for folder in (workdir, *workdir.parents) if str(folder).startswith(tempfile.gettempdir())}
+    before = {
+        folder: folder.stat().st_mode
+        for folder in (workdir, *workdir.parents)
+        if str(folder).startswith(tempfile.gettempdir())
+    }
     for folder, mode in before.items():
         folder.chmod(mode | 0o011)  # so that somebody else finds the way here
     assert faults.finish(faults.start(train_script.main, faults.TRAIN, lambda: os.setuid(65534))) == 2

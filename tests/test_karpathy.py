@@ -21,7 +21,14 @@ from utils.cli import UserError
 from utils.metrics import ambiguity_metrics, only_annotated
 from utils.preprocess import load_clip
 
-SHAPES_CLIP = ("--model", "datasets/shapes/clip.json", "--pretrained", "datasets/shapes/clip.safetensors", "--workers", 0)
+SHAPES_CLIP = (
+    "--model",
+    "datasets/shapes/clip.json",
+    "--pretrained",
+    "datasets/shapes/clip.safetensors",
+    "--workers",
+    0,
+)
 SHAPES_CLIP += ("--device", "cpu", "--precision", "fp32")
 # (imgid, cocoid, folder, split, [(sentid, raw)]): neither ids nor splits are in order, and the order of imgids is not that of cocoids.
 ENTRIES = [
@@ -45,7 +52,9 @@ def document():
                 "imgid": imgid,
                 "cocoid": cocoid,
                 "sentids": [sentid for sentid, _ in sentences],
-                "sentences": [{"raw": raw, "tokens": raw.split(), "sentid": sentid, "imgid": imgid} for sentid, raw in sentences],
+                "sentences": [
+                    {"raw": raw, "tokens": raw.split(), "sentid": sentid, "imgid": imgid} for sentid, raw in sentences
+                ],
             }
             for imgid, cocoid, folder, split, sentences in ENTRIES
         ],
@@ -54,7 +63,9 @@ def document():
 
 def draw(path, shade):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(shade).integers(0, 256, size=(16, 16, 3), dtype=np.uint8)).resize((64, 64), 0).save(path)
+    Image.fromarray(np.random.default_rng(shade).integers(0, 256, size=(16, 16, 3), dtype=np.uint8)).resize(
+        (64, 64), 0
+    ).save(path)
 
 
 def write_coco(root, content=None):
@@ -99,7 +110,11 @@ def without_eccv_caption(monkeypatch):
 
 def test_images_come_in_order_of_imgid_and_captions_in_order_of_sentid(tmp_path):
     data = load(write_coco(tmp_path))
-    assert data.image_ids == [70, 60, 40]  # cocoids in order of imgid 1, 2, 4; 60 has no caption and stays in the gallery
+    assert data.image_ids == [
+        70,
+        60,
+        40,
+    ]  # cocoids in order of imgid 1, 2, 4; 60 has no caption and stays in the gallery
     assert data.image_names == ["val2014/70.png", "val2014/60.png", "val2014/40.png"]
     assert data.image_files == [tmp_path / name for name in data.image_names]
     assert data.caption_ids == [2, 9, 11]
@@ -143,7 +158,11 @@ def test_the_order_in_the_file_does_not_matter(tmp_path):
     ("name", "layout", "expected"),
     [
         ("coco", karpathy.COCO, "expected dataset_coco.json and train2014/ or val2014/, found only a.txt, elsewhere/"),
-        ("flickr", karpathy.FLICKR30K, "expected dataset_flickr30k.json and flickr30k-images/ or images/, found only a.txt, elsewhere/"),
+        (
+            "flickr",
+            karpathy.FLICKR30K,
+            "expected dataset_flickr30k.json and flickr30k-images/ or images/, found only a.txt, elsewhere/",
+        ),
     ],
 )
 def test_a_wrong_root_says_what_was_expected_and_what_was_found(tmp_path, name, layout, expected):
@@ -155,7 +174,10 @@ def test_a_wrong_root_says_what_was_expected_and_what_was_found(tmp_path, name, 
 
 def test_a_missing_folder_of_pictures_is_named(tmp_path):
     shutil.rmtree(write_coco(tmp_path) / "train2014")
-    assert "expected train2014/ with the pictures of dataset_coco.json, found only dataset_coco.json, val2014/" in refusal(tmp_path, "train")
+    assert (
+        "expected train2014/ with the pictures of dataset_coco.json, found only dataset_coco.json, val2014/"
+        in refusal(tmp_path, "train")
+    )
     assert load(tmp_path, "test").image_ids == [70, 60, 40]  # which has no picture there
     shutil.rmtree(write_flickr(tmp_path / "flickr") / "flickr30k-images")
     assert "expected flickr30k-images/ or images/ with" in refusal(tmp_path / "flickr", layout=karpathy.FLICKR30K)
@@ -171,7 +193,9 @@ def test_a_split_without_captions_is_refused(tmp_path):
     assert "the images of the split val have no captions" in refusal(write_coco(tmp_path, content), "val")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '{"images": []}', '{"images": {"imgid": 1}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "3", "{}", '{"images": []}', '{"images": {"imgid": 1}}', "[" * 100_000]
+)
 def test_what_is_not_of_the_format_is_refused(tmp_path, text):
     assert "dataset_coco.json: not " in refusal(write_coco(tmp_path, text or " "))
 
@@ -181,7 +205,11 @@ def set_image(row, field, value):
 
 
 def set_sentence(row, k, field, value):
-    return lambda images: images[row]["sentences"][k].update({field: value}) if value is not ... else images[row]["sentences"][k].pop(field)
+    return lambda images: (
+        images[row]["sentences"][k].update({field: value})
+        if value is not ...
+        else images[row]["sentences"][k].pop(field)
+    )
 
 
 BROKEN = {
@@ -195,17 +223,32 @@ BROKEN = {
     "no split": (set_image(2, "split", ...), ["images[2] (imgid 3)", "'split'"]),
     "no file name": (set_image(2, "filename", ...), ["images[2] (imgid 3)", "'filename'"]),
     "no folder": (set_image(2, "filepath", ...), ["images[2] (imgid 3)", "'filepath'"]),
-    "an unknown folder": (set_image(2, "filepath", ".."), ["images[2] (imgid 3)", "'filepath' is '..'", "train2014 or val2014"]),
+    "an unknown folder": (
+        set_image(2, "filepath", ".."),
+        ["images[2] (imgid 3)", "'filepath' is '..'", "train2014 or val2014"],
+    ),
     "a blank caption": (set_sentence(0, 1, "raw", " \n"), ["images[0].sentences[1] (sentid 2)", "'raw'", "not blank"]),
     "null for a caption": (set_sentence(0, 1, "raw", None), ["images[0].sentences[1] (sentid 2)", "'raw'", "null"]),
     "no caption": (set_sentence(0, 1, "raw", ...), ["images[0].sentences[1] (sentid 2)", "'raw'"]),
-    "another image's caption": (set_sentence(0, 0, "imgid", 1), ["images[0].sentences[0] (sentid 9)", "imgid 1", "imgid 4"]),
+    "another image's caption": (
+        set_sentence(0, 0, "imgid", 1),
+        ["images[0].sentences[0] (sentid 9)", "imgid 1", "imgid 4"],
+    ),
     "no captions": (set_image(0, "sentences", ...), ["images[0] (imgid 4)", "'sentences'"]),
     "an object for captions": (set_image(0, "sentences", {}), ["images[0] (imgid 4)", "'sentences'"]),
-    "a text for a caption's object": (lambda images: images[0]["sentences"].insert(1, "a star"), ["images[0].sentences[1]", "no", "object"]),
+    "a text for a caption's object": (
+        lambda images: images[0]["sentences"].insert(1, "a star"),
+        ["images[0].sentences[1]", "no", "object"],
+    ),
     "null for an image": (lambda images: images.insert(1, None), ["images[1]", "not an object"]),
-    "the folder above": (set_image(0, "filename", "../../secret.png"), ["images[0]", "'../../secret.png' lies outside"]),
-    "the other folder": (set_image(0, "filename", "../train2014/10.png"), ["images[0]", "'../train2014/10.png' lies outside"]),
+    "the folder above": (
+        set_image(0, "filename", "../../secret.png"),
+        ["images[0]", "'../../secret.png' lies outside"],
+    ),
+    "the other folder": (
+        set_image(0, "filename", "../train2014/10.png"),
+        ["images[0]", "'../train2014/10.png' lies outside"],
+    ),
     "an absolute name": (set_image(0, "filename", "/etc/hostname"), ["images[0]", "'/etc/hostname' lies outside"]),
     "a null character": (set_image(0, "filename", "a\0.png"), ["images[0]", "a\\x00.png"]),
 }
@@ -242,7 +285,9 @@ def pictures(files):
     """What the built-in CLIP makes of some pictures, one at a time."""
     clip = load_clip("datasets/shapes/clip.json", "datasets/shapes/clip.safetensors")
     with torch.no_grad():
-        return torch.cat([clip.model.encode_image(clip.transform(Image.open(file).convert("RGB"))[None]) for file in files])
+        return torch.cat(
+            [clip.model.encode_image(clip.transform(Image.open(file).convert("RGB"))[None]) for file in files]
+        )
 
 
 def check_rows(cache, file_of_caption):
@@ -258,7 +303,11 @@ def check_rows(cache, file_of_caption):
 def test_small_files_go_through_all_scripts(script, workdir, dataset):
     root = (write_coco if dataset == "coco-karpathy" else write_flickr)(workdir / "data" / dataset)
     assert script(cache_embeddings.main, "--dataset", dataset, "--split", "train", "val", "test", *SHAPES_CLIP)[0] == 0
-    for split, parts in (("train", ("train", "restval") if dataset == "coco-karpathy" else ("train",)), ("val", ("val",)), ("test", ("test",))):
+    for split, parts in (
+        ("train", ("train", "restval") if dataset == "coco-karpathy" else ("train",)),
+        ("val", ("val",)),
+        ("test", ("test",)),
+    ):
         cache = EmbeddingCache(dataset, split)
         plain = sorted(
             (sentid, raw, root / (folder if dataset == "coco-karpathy" else "flickr30k-images") / f"{cocoid}.png")
@@ -270,7 +319,21 @@ def test_small_files_go_through_all_scripts(script, workdir, dataset):
         check_rows(cache, [(raw, file) for _, raw, file in plain])
     assert load_texts(dataset, "ladder", cache.embed_dim)[0] == list(DATASETS["coco"].ladder)
     assert script(train_script.main, "--dataset", dataset, "--epochs", 1)[0] == 0
-    assert script(eval_script.main, "--dataset", dataset, "--split", "test", "--uncer_levels", 1, "--no-plots", "--resamples", 5)[0] == 0
+    assert (
+        script(
+            eval_script.main,
+            "--dataset",
+            dataset,
+            "--split",
+            "test",
+            "--uncer_levels",
+            1,
+            "--no-plots",
+            "--resamples",
+            5,
+        )[0]
+        == 0
+    )
 
 
 def test_a_missing_test_split_names_the_command_that_makes_it(script, workdir):
@@ -308,16 +371,40 @@ def test_each_coco_caption_has_the_embedding_of_its_own_picture(coco_root, scrip
         (workdir / "mine" / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, workdir / "mine" / folder / file.name)
         sentences = [{"raw": text, "sentid": sentid, "imgid": imgids[row]} for sentid, text in captions[::-1]]
-        entry = {"filename": file.name, "filepath": folder, "cocoid": image_id, "imgid": imgids[row], "sentences": sentences}
+        entry = {
+            "filename": file.name,
+            "filepath": folder,
+            "cocoid": image_id,
+            "imgid": imgids[row],
+            "sentences": sentences,
+        }
         images.append(entry | {"split": ("train", "restval", "val", "test")[row % 4]})
     (workdir / "mine" / "dataset_coco.json").write_text(json.dumps({"images": images}))
-    call = ("--dataset", "coco-karpathy", "--data-root", "mine", "--split", "train", "val", "test", "--name", "mine", *SHAPES_CLIP)
+    call = (
+        "--dataset",
+        "coco-karpathy",
+        "--data-root",
+        "mine",
+        "--split",
+        "train",
+        "val",
+        "test",
+        "--name",
+        "mine",
+        *SHAPES_CLIP,
+    )
     assert script(cache_embeddings.main, *call)[0] == 0
     for split, rows in (("train", (0, 1)), ("val", (2,)), ("test", (3,))):
         cache = EmbeddingCache("mine", split)
         members = [part for row, part in enumerate(sample) if row % 4 in rows]
         assert len(cache.image) == len(members) == 5 * len(rows)
-        check_rows(cache, [(text, file) for _, text, file in sorted((i, text, file) for _, file, texts in members for i, text in texts)])
+        check_rows(
+            cache,
+            [
+                (text, file)
+                for _, text, file in sorted((i, text, file) for _, file, texts in members for i, text in texts)
+            ],
+        )
 
 
 # ECCV Caption. The stand-in has the interface of eccv_caption 0.1.0: Metrics().coco_gts["t2i"] and .eccv_gts["t2i"], {caption id: [image ids]}.
@@ -347,7 +434,10 @@ def test_captions_that_nobody_looked_into_give_no_relevance(tmp_path, monkeypatc
 
 def test_a_caption_of_another_image_than_eccv_caption_has_it_is_refused(tmp_path, monkeypatch):
     stand_in(monkeypatch, {2: [40], 9: [40], 11: [71]}, {2: [70, 40]})
-    assert "dataset_coco.json: sentid 11 belongs to cocoid 70 here and to cocoid 71 in the package eccv_caption" in refusal(write_coco(tmp_path))
+    assert (
+        "dataset_coco.json: sentid 11 belongs to cocoid 70 here and to cocoid 71 in the package eccv_caption"
+        in refusal(write_coco(tmp_path))
+    )
 
 
 def test_another_version_of_eccv_caption_is_refused(tmp_path, monkeypatch):
@@ -360,12 +450,29 @@ def test_another_version_of_eccv_caption_is_refused(tmp_path, monkeypatch):
 def test_figures_about_relevance_are_those_of_the_annotated_captions(script, workdir, monkeypatch):
     stand_in(monkeypatch, {2: [40], 9: [40], 11: [70]}, {2: [70, 40, 60], 9: [40]})
     write_coco(workdir / "data" / "coco-karpathy")
-    assert script(cache_embeddings.main, "--dataset", "coco-karpathy", "--split", "train", "val", "test", *SHAPES_CLIP)[0] == 0
+    assert (
+        script(cache_embeddings.main, "--dataset", "coco-karpathy", "--split", "train", "val", "test", *SHAPES_CLIP)[0]
+        == 0
+    )
     cache = EmbeddingCache("coco-karpathy", "test")
     assert (cache.relevance, cache.annotated) == ([[0, 1, 2], [2], [0]], [0, 1])
     assert "annotated" not in EmbeddingCache("coco-karpathy", "val").meta
     assert script(train_script.main, "--dataset", "coco-karpathy", "--epochs", 1)[0] == 0
-    assert script(eval_script.main, "--dataset", "coco-karpathy", "--split", "test", "--uncer_levels", 1, "--no-plots", "--resamples", 5)[0] == 0
+    assert (
+        script(
+            eval_script.main,
+            "--dataset",
+            "coco-karpathy",
+            "--split",
+            "test",
+            "--uncer_levels",
+            1,
+            "--no-plots",
+            "--resamples",
+            5,
+        )[0]
+        == 0
+    )
     result, queries = load_result("coco-karpathy", 0, "asymvlm-psd")
     hits = [queries["t2i_top1"][caption] in cache.relevance[caption] for caption in (0, 1)]
     assert result["metrics"]["ambiguity"]["R@1_described"] == np.mean(hits)
@@ -374,7 +481,12 @@ def test_figures_about_relevance_are_those_of_the_annotated_captions(script, wor
 
 
 def test_captions_that_are_not_annotated_do_not_enter_the_figures():
-    answers = {"uncertainty": [3.0, 2.0, 9.0, 1.0], "relevant": [3, 2, 1, 1], "relevant_rank": [1, 1, 9, 2], "words": [2, 3, 5, 4]}
+    answers = {
+        "uncertainty": [3.0, 2.0, 9.0, 1.0],
+        "relevant": [3, 2, 1, 1],
+        "relevant_rank": [1, 1, 9, 2],
+        "words": [2, 3, 5, 4],
+    }
     answers = {key: np.array(values) for key, values in answers.items()}
     figures = ambiguity_metrics(only_annotated(answers | {"annotated": np.array([True, True, False, True])}))
     assert figures["spearman"] == pytest.approx(1.0)
@@ -411,7 +523,11 @@ def test_the_real_package_names_cocos_captions_by_annotation_id(coco_root, tmp_p
     data = load(tmp_path)
     known = [caption_id for caption_id in data.caption_ids if caption_id in metrics.coco_gts["t2i"]]
     assert known
-    assert [data.caption_ids[caption] for caption in data.annotated] == [i for i in data.caption_ids if i in metrics.eccv_gts["t2i"]]
+    assert [data.caption_ids[caption] for caption in data.annotated] == [
+        i for i in data.caption_ids if i in metrics.eccv_gts["t2i"]
+    ]
     for caption in data.annotated:
-        rows = [data.image_ids.index(i) for i in metrics.eccv_gts["t2i"][data.caption_ids[caption]] if i in data.image_ids]
+        rows = [
+            data.image_ids.index(i) for i in metrics.eccv_gts["t2i"][data.caption_ids[caption]] if i in data.image_ids
+        ]
         assert data.relevance[caption] == sorted(rows)

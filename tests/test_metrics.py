@@ -8,7 +8,15 @@ import torch
 from scipy import stats
 
 import utils.metrics
-from utils.metrics import aurc, level_statistics, partial_spearman, rank_queries, recall_by_level, retrieval_metrics, spearman
+from utils.metrics import (
+    aurc,
+    level_statistics,
+    partial_spearman,
+    rank_queries,
+    recall_by_level,
+    retrieval_metrics,
+    spearman,
+)
 
 
 def test_docstring_examples_hold():
@@ -41,7 +49,9 @@ def test_ranks_equal_those_of_a_full_sort(tile, ties, monkeypatch):
     rng = np.random.default_rng(tile)
     image_of_caption = rng.integers(0, 20, size=61)
     image_of_caption[image_of_caption == 4] = 5  # an image without captions stays in the gallery
-    similarity = rng.integers(0, 4, size=(20, 61)).astype(np.float32) if ties else rng.normal(size=(20, 61)).astype(np.float32)
+    similarity = (
+        rng.integers(0, 4, size=(20, 61)).astype(np.float32) if ties else rng.normal(size=(20, 61)).astype(np.float32)
+    )
     uncertainty = rng.random(61)
     answers = rank_queries(lambda i, j: torch.from_numpy(similarity)[i][:, j], image_of_caption, 20, uncertainty)
     t2i_rank, t2i_top, i2t_rank, i2t_top = slow_answers(similarity, image_of_caption)
@@ -59,10 +69,16 @@ def test_ranks_equal_those_of_a_full_sort(tile, ties, monkeypatch):
 
 def test_permuting_captions_permutes_their_answers():
     rng = np.random.default_rng(0)
-    image_of_caption, similarity, uncertainty = rng.permutation(np.repeat(np.arange(10), 3)), rng.normal(size=(10, 30)), rng.random(30)
+    image_of_caption, similarity, uncertainty = (
+        rng.permutation(np.repeat(np.arange(10), 3)),
+        rng.normal(size=(10, 30)),
+        rng.random(30),
+    )
     order = rng.permutation(30)
     one = rank_queries(lambda i, j: torch.from_numpy(similarity)[i][:, j], image_of_caption, 10, uncertainty)
-    two = rank_queries(lambda i, j: torch.from_numpy(similarity[:, order])[i][:, j], image_of_caption[order], 10, uncertainty[order])
+    two = rank_queries(
+        lambda i, j: torch.from_numpy(similarity[:, order])[i][:, j], image_of_caption[order], 10, uncertainty[order]
+    )
     assert (one["t2i"]["rank"][order] == two["t2i"]["rank"]).all()
     assert (one["i2t"]["top1"] == order[two["i2t"]["top1"]]).all()
     for first, second in zip(retrieval_metrics(one["t2i"], 5), retrieval_metrics(two["t2i"], 5), strict=True):

@@ -22,7 +22,15 @@ class Branch(nn.Module):
 
     def __init__(self, name, temperature=False):
         super().__init__()
-        layers = [nn.Linear(DIM, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, DIM)]
+        layers = [
+            nn.Linear(DIM, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, DIM),
+        ]
         setattr(self, name, nn.Sequential(*layers))
         if temperature:
             self.temperature = nn.Parameter(torch.tensor(2.5))
@@ -31,7 +39,9 @@ class Branch(nn.Module):
 class Bayes(nn.Module):
     def __init__(self):
         super().__init__()
-        self.mod = nn.Sequential(nn.Linear(DIM, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1024, DIM))
+        self.mod = nn.Sequential(
+            nn.Linear(DIM, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1024, DIM)
+        )
         for block in ("block_mu", "block_alpha", "block_beta"):
             setattr(self, block, nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM)))
 
@@ -110,7 +120,13 @@ def test_scale_and_shift_of_pcmepp_are_taken_over(workdir):
 
 
 def test_a_state_dict_of_something_else_is_refused(workdir):
-    for content in ({"conv.weight": torch.zeros(3)}, {"img_enc.logvar.0.weight": torch.zeros(3)}, {}, [1], {"text_adaptor.etta.6.bias": 3}):
+    for content in (
+        {"conv.weight": torch.zeros(3)},
+        {"img_enc.logvar.0.weight": torch.zeros(3)},
+        {},
+        [1],
+        {"text_adaptor.etta.6.bias": 3},
+    ):
         torch.save(content, "asymvlm-psd.pt")
         with pytest.raises(UserError, match=r"asymvlm-psd\.pt"):
             load_adaptor("asymvlm-psd.pt")

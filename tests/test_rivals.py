@@ -62,7 +62,9 @@ def test_loss_matches_the_golden_file(method):
 @pytest.mark.parametrize("method", LOSSES)
 def test_adaptor_gives_the_golden_loss(method):
     names = [name for name in ARGUMENTS[method] if name not in ("shift", "negative_scale")]
-    assert METHODS[method](16).double().loss(*golden(method, *names)).item() == pytest.approx(GOLDEN[method]["loss"], rel=1e-9)
+    assert METHODS[method](16).double().loss(*golden(method, *names)).item() == pytest.approx(
+        GOLDEN[method]["loss"], rel=1e-9
+    )
 
 
 def test_probvlm_variance_matches_the_golden_file():
@@ -90,7 +92,12 @@ def slow_pcmepp(mean_image, log_var_image, mean_text, log_var_text, shift, negat
         for j in range(batch):
             distance = 0
             for d in range(mean_image.shape[1]):
-                distance = distance + (mean_image[i, d] - mean_text[j, d]) ** 2 + torch.exp(log_var_image[i, d]) + torch.exp(log_var_text[j, d])
+                distance = (
+                    distance
+                    + (mean_image[i, d] - mean_text[j, d]) ** 2
+                    + torch.exp(log_var_image[i, d])
+                    + torch.exp(log_var_text[j, d])
+                )
             p = 1 / (1 + torch.exp(negative_scale * distance - shift))
             total = total - (torch.log(p) if i == j else torch.log(1 - p))
     return 2 * total / batch**2
@@ -103,7 +110,11 @@ def slow_prolip(mean_image, log_var_image, mean_text, log_var_text):
         for j in range(batch):
             logit = 0
             for d in range(dim):
-                logit = logit + mean_image[i, d] * mean_text[j, d] - (torch.exp(log_var_image[i, d]) + torch.exp(log_var_text[j, d])) / 2
+                logit = (
+                    logit
+                    + mean_image[i, d] * mean_text[j, d]
+                    - (torch.exp(log_var_image[i, d]) + torch.exp(log_var_text[j, d])) / 2
+                )
             contrast = contrast + torch.log(1 + torch.exp(-logit if i == j else logit))
     for mean, log_var in [(mean_image, log_var_image), (mean_text, log_var_text)]:
         for b in range(batch):
@@ -117,7 +128,12 @@ def slow_probvlm(mean_image, inv_alpha_image, beta_image, z_image, mean_text, in
     """Absolute error and generalised-Gaussian likelihood of each modality's own embedding and, 1e-4 of it, the other's."""
     total, (batch, dim) = 0, mean_image.shape
     image, text = (mean_image, inv_alpha_image, beta_image), (mean_text, inv_alpha_text, beta_text)
-    for weight, (mean, inv_alpha, beta), target in [(1, image, z_image), (1, text, z_text), (1e-4, image, z_text), (1e-4, text, z_image)]:
+    for weight, (mean, inv_alpha, beta), target in [
+        (1, image, z_image),
+        (1, text, z_text),
+        (1e-4, image, z_text),
+        (1e-4, text, z_image),
+    ]:
         for n in range(batch):
             for d in range(dim):
                 error = torch.abs(mean[n, d] - target[n, d])
@@ -167,10 +183,15 @@ def test_loss_and_gradient_equal_a_slow_loop(method):
 def test_sampled_distance_is_the_expected_squared_distance_of_draws():
     generator = torch.Generator().manual_seed(0)
     mean_image, log_var_image, mean_text, log_var_text = (torch.randn(n, 6, generator=generator) for n in (2, 2, 3, 3))
-    noise_image, noise_text = torch.randn(200_000, 2, 1, 6, generator=generator), torch.randn(200_000, 1, 3, 6, generator=generator)
+    noise_image, noise_text = (
+        torch.randn(200_000, 2, 1, 6, generator=generator),
+        torch.randn(200_000, 1, 3, 6, generator=generator),
+    )
     image = mean_image[:, None] + noise_image * (log_var_image / 2).exp()[:, None]
     sampled = (image - (mean_text + noise_text * (log_var_text / 2).exp())).square().sum(dim=-1).mean(dim=0)  # (2, 3)
-    torch.testing.assert_close(closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text), sampled, rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text), sampled, rtol=0.02, atol=0
+    )
 
 
 # The ends.
@@ -183,7 +204,9 @@ def test_sampled_distance_is_the_expected_squared_distance_of_draws():
 @pytest.mark.parametrize("method", ["pcmepp", "prolip"])
 def test_gaussian_losses_are_finite_at_the_extremes(method, means, image_log_var, text_log_var, dtype):
     mean = unit(torch.randn(8, 512, dtype=dtype, generator=torch.Generator().manual_seed(0)))
-    mean_image, mean_text = {"random": (mean, mean.roll(1, 0)), "equal": (mean, mean), "zero": (0 * mean, 0 * mean)}[means]
+    mean_image, mean_text = {"random": (mean, mean.roll(1, 0)), "equal": (mean, mean), "zero": (0 * mean, 0 * mean)}[
+        means
+    ]
     log_var_image = torch.full_like(mean, image_log_var).requires_grad_()
     log_var_text = torch.full_like(mean, text_log_var).requires_grad_()
     adaptor = METHODS[method](512).to(dtype)
@@ -213,12 +236,19 @@ def test_pairwise_sigmoid_loss_is_accurate_for_sure_pairs_in_float32():
 def test_pairwise_losses_in_float32_agree_with_float64():
     generator = torch.Generator().manual_seed(0)
     mean_image, mean_text = (unit(torch.randn(64, 512, generator=generator)) for _ in range(2))
-    arguments = [mean_image, torch.randn(64, 512, generator=generator) - 7, mean_text, torch.randn(64, 512, generator=generator) - 7]
+    arguments = [
+        mean_image,
+        torch.randn(64, 512, generator=generator) - 7,
+        mean_text,
+        torch.randn(64, 512, generator=generator) - 7,
+    ]
     wide = [x.double() for x in arguments]
     for function in (closed_form_sampled_distance, pairwise_logits):
         torch.testing.assert_close(function(*arguments).double(), function(*wide), rtol=1e-5, atol=1e-6)
     for loss, extra in [(matching_loss, (torch.tensor(5.0), torch.tensor(5.0))), (prolip_loss, ())]:
-        assert loss(*arguments, *extra).item() == pytest.approx(loss(*wide, *(x.double() for x in extra)).item(), rel=1e-5)
+        assert loss(*arguments, *extra).item() == pytest.approx(
+            loss(*wide, *(x.double() for x in extra)).item(), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -265,12 +295,16 @@ def exact_variance(inv_alpha, beta):
 
 def test_probvlm_variance_equals_the_ratio_of_gammas():
     rng = np.random.default_rng(0)
-    inv_alpha = np.concatenate([rng.uniform(0, 3, (30, 7)), rng.uniform(0, 1e-4, (5, 7)), rng.uniform(5e3, 5e5, (5, 7))])
+    inv_alpha = np.concatenate(
+        [rng.uniform(0, 3, (30, 7)), rng.uniform(0, 1e-4, (5, 7)), rng.uniform(5e3, 5e5, (5, 7))]
+    )
     beta = np.concatenate([rng.uniform(0, 8, (20, 7)), rng.uniform(0, 0.01, (20, 7))])
     exact = exact_variance(inv_alpha, beta)
     wide = mean_variance(torch.tensor(inv_alpha), torch.tensor(beta))
     np.testing.assert_allclose(wide.numpy(), exact, rtol=1e-10)
-    np.testing.assert_allclose(mean_variance(*(torch.tensor(x, dtype=torch.float32) for x in (inv_alpha, beta))).numpy(), exact, rtol=1e-3)
+    np.testing.assert_allclose(
+        mean_variance(*(torch.tensor(x, dtype=torch.float32) for x in (inv_alpha, beta))).numpy(), exact, rtol=1e-3
+    )
 
 
 def test_probvlm_variance_is_that_of_the_normal_and_the_laplace_distribution():
@@ -331,14 +365,18 @@ def test_similarity_is_the_cosine_of_the_means(method):
     cosine = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
     torch.testing.assert_close(adaptor.similarity(z_image, z_text), cosine)
     if method != "probvlm":  # the others rank as the frozen embeddings do
-        torch.testing.assert_close(cosine, torch.nn.functional.cosine_similarity(z_image[:, None], z_text[None], dim=-1))
+        torch.testing.assert_close(
+            cosine, torch.nn.functional.cosine_similarity(z_image[:, None], z_text[None], dim=-1)
+        )
 
 
 def test_half_precision_is_raised_before_it_is_summed():
     log_var = torch.full((1, 512), 5.0, dtype=torch.float16)  # the sum, 75,988, is beyond float16
     assert total_variance(log_var).item() == pytest.approx(512 * math.exp(5.0), rel=1e-5)
     ones = torch.ones(1, 512, dtype=torch.float16)
-    assert mutual_likelihood_loss(20 * ones, ones, 0 * ones, ones).item() == pytest.approx(512 * (200 + math.log(2)), rel=1e-5)
+    assert mutual_likelihood_loss(20 * ones, ones, 0 * ones, ones).item() == pytest.approx(
+        512 * (200 + math.log(2)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,7 +397,9 @@ def test_autocast_lowers_the_products_of_the_pairs_and_nothing_else(function, me
         lowered = function(*arguments)
     assert lowered.dtype == torch.float32
     for module in ("pcmepp", "prolip"):
-        monkeypatch.setattr(f"models.{module}.loss.pairwise_products", lambda x, y: (x.bfloat16() @ y.bfloat16().T).float())
+        monkeypatch.setattr(
+            f"models.{module}.loss.pairwise_products", lambda x, y: (x.bfloat16() @ y.bfloat16().T).float()
+        )
     assert torch.equal(lowered, function(*(x.float() for x in arguments)))
 
 
@@ -372,5 +412,7 @@ def test_constants_are_those_of_the_golden_file():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: peak memory cannot be read")
 @pytest.mark.parametrize("method", LOSSES)
 def test_a_step_at_batch_2048_stays_within_its_memory(method):
-    script = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, method], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    script = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, method], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert 50 < float(script.stdout) < MEMORY_LIMIT

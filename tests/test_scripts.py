@@ -28,7 +28,9 @@ QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size"
 
 def test_the_users_two_commands_parse_and_say_what_is_missing(workdir):
     for command in (["train.py", "--method", "asymvlm-psd"], ["eval.py", "--uncer_levels", "10"]):
-        done = subprocess.run([sys.executable, REPOSITORY / command[0], *command[1:]], cwd=workdir, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, REPOSITORY / command[0], *command[1:]], cwd=workdir, capture_output=True, text=True
+        )
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
         assert "cache_embeddings.py --dataset coco" in done.stderr
@@ -58,7 +60,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(script):
     for seed in (0, 0, 1):
         assert script(train_script.main, *QUICK, "--seed", seed)[0] == 0
         assert script(eval_script.main, "--dataset", "tiny", *PLAIN, "--uncer_levels", 5, "--seed", seed)[0] == 0
-        files = (f"checkpoints/tiny/{seed}/asymvlm-psd.pt", f"results/tiny/{seed}/asymvlm-psd.json", f"results/tiny/{seed}/asymvlm-psd.npz")
+        files = (
+            f"checkpoints/tiny/{seed}/asymvlm-psd.pt",
+            f"results/tiny/{seed}/asymvlm-psd.json",
+            f"results/tiny/{seed}/asymvlm-psd.npz",
+        )
         written.append([Path(file).read_bytes() for file in files])
     assert written[0] == written[1]
     assert all(a != b for a, b in zip(written[0], written[2], strict=True))
@@ -68,12 +74,20 @@ def test_the_paper_recipe_is_the_default(script):
     make_cache("tiny")
     assert script(train_script.main, "--dataset", "tiny", "--epochs", 1)[0] == 0
     recipe = torch.load("checkpoints/tiny/0/asymvlm-psd.pt", weights_only=True)["recipe"]
-    assert (recipe["optimizer"], recipe["lr"], recipe["weight_decay"], recipe["batch_size"]) == ("sgd", 1e-2, 5e-4, 2048)
+    assert (recipe["optimizer"], recipe["lr"], recipe["weight_decay"], recipe["batch_size"]) == (
+        "sgd",
+        1e-2,
+        5e-4,
+        2048,
+    )
 
 
 def test_uncertainty_learns_how_noisy_a_caption_is(script):
     make_cache("noisy", images=400, captions_per_image=4, dim=32)
-    assert script(train_script.main, "--dataset", "noisy", "--recipe", "small", "--epochs", 12, "--batch-size", 400)[0] == 0
+    assert (
+        script(train_script.main, "--dataset", "noisy", "--recipe", "small", "--epochs", 12, "--batch-size", 400)[0]
+        == 0
+    )
     cache = EmbeddingCache("noisy", "train")
     noise = -torch.nn.functional.cosine_similarity(cache.text.float(), cache.image[cache.image_of_caption].float())
     adaptor = load_adaptor("checkpoints/noisy/0/asymvlm-psd.pt")
@@ -98,8 +112,12 @@ def test_results_equal_a_plain_evaluation_with_the_full_matrix(method, script):
     t2i = similarity.argmax(0) == image_of_caption
     retrieved = similarity.argmax(1)
     i2t = image_of_caption[retrieved] == np.arange(30)
-    assert result["t2i"] == pytest.approx([part.mean() for part in np.split(t2i[np.argsort(uncertainty, kind="stable")], 10)])
-    assert result["i2t"] == pytest.approx([part.mean() for part in np.split(i2t[np.argsort(uncertainty[retrieved], kind="stable")], 10)])
+    assert result["t2i"] == pytest.approx(
+        [part.mean() for part in np.split(t2i[np.argsort(uncertainty, kind="stable")], 10)]
+    )
+    assert result["i2t"] == pytest.approx(
+        [part.mean() for part in np.split(i2t[np.argsort(uncertainty[retrieved], kind="stable")], 10)]
+    )
     assert result["metrics"]["t2i"]["R@1"] == pytest.approx(t2i.mean())
     assert set(result["metrics"]["i2t"]) == {"R@1", "R@5", "R@10", "S", "R2", "-S*R2", "AURC", "E-AURC", "ties"}
     assert (queries["t2i_top1"] == similarity.argmax(0)).all()
@@ -114,7 +132,9 @@ def test_relevance_gives_the_figures_against_exact_ambiguity(script):
     assert script(eval_script.main, "--dataset", "tiny", *PLAIN)[0] == 0
     result, queries = load_result("tiny", 0, "asymvlm-psd")
     own = EmbeddingCache("tiny", "val").image_of_caption.tolist()  # always right, listed or not
-    described = np.mean([top in (*rows, image) for top, rows, image in zip(queries["t2i_top1"], relevance, own, strict=True)])
+    described = np.mean(
+        [top in (*rows, image) for top, rows, image in zip(queries["t2i_top1"], relevance, own, strict=True)]
+    )
     assert set(result["metrics"]["ambiguity"]) == {"spearman", "partial_spearman_given_length", "R@1_described"}
     assert result["metrics"]["ambiguity"]["R@1_described"] == pytest.approx(described)
 
@@ -122,7 +142,9 @@ def test_relevance_gives_the_figures_against_exact_ambiguity(script):
 def test_several_methods_and_seeds_give_one_table(script):
     make_cache("tiny")
     assert script(train_script.main, *QUICK, "--method", "asymvlm-psd", "asymvlm-vmf", "--seed", 0, 1)[0] == 0
-    status, printed, _ = script(eval_script.main, "--dataset", "tiny", *PLAIN, "--method", "asymvlm-psd", "asymvlm-vmf", "--seed", 0, 1)
+    status, printed, _ = script(
+        eval_script.main, "--dataset", "tiny", *PLAIN, "--method", "asymvlm-psd", "asymvlm-vmf", "--seed", 0, 1
+    )
     assert status == 0
     table = Path("results/tiny/comparison.md").read_text()
     for row in ("frozen cosine", "softmax-entropy", "caption-length", "asymvlm-psd", "asymvlm-vmf"):
@@ -130,7 +152,11 @@ def test_several_methods_and_seeds_give_one_table(script):
         assert row in printed
     runs = [load_result("tiny", seed, "asymvlm-vmf")[0]["metrics"]["t2i"]["AURC"] for seed in (0, 1)]
     assert f"{np.mean(runs):.3f} ± {np.std(runs, ddof=1):.3f}" in table
-    line = next(line for line in Path("results/tiny/comparison.csv").read_text().splitlines() if line.startswith("text-to-image,asymvlm-vmf,AURC,"))
+    line = next(
+        line
+        for line in Path("results/tiny/comparison.csv").read_text().splitlines()
+        if line.startswith("text-to-image,asymvlm-vmf,AURC,")
+    )
     assert [float(value) for value in line.split(",")[3:]] == pytest.approx([np.mean(runs), np.std(runs, ddof=1)])
 
 
@@ -139,7 +165,10 @@ def test_softmax_entropy_baseline_equals_scipys(script):
     assert script(train_script.main, *QUICK)[0] == 0
     assert script(eval_script.main, "--dataset", "tiny", *PLAIN)[0] == 0
     cache = EmbeddingCache("tiny", "val")
-    image, text = (z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1, keepdims=True) for z in (cache.image, cache.text))
+    image, text = (
+        z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1, keepdims=True)
+        for z in (cache.image, cache.text)
+    )
     expected = stats.entropy(special.softmax(100 * image @ text.T, axis=0), axis=0)
     found = np.load("results/tiny/baselines/softmax-entropy.npz")["t2i_uncertainty"]
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -201,7 +230,11 @@ def test_a_loss_that_is_not_finite_stops_with_method_epoch_and_step(script):
         (eval_script.main, ("--dataset", "tiny", "--prompts", "a", "--most-uncertain", 1), ["one at a time"]),
         (eval_script.main, ("--dataset", "tiny", "--compare", "pfe", "prolip", "--resamples", 0), ["--resamples 0"]),
         (train_script.main, ("--dataset", "tiny", "--device", "cuda:9"), ["--device cuda:9", "cpu"]),
-        (eval_script.main, ("--dataset", "tiny"), ["checkpoints/tiny/0/asymvlm-psd.pt", "train.py --dataset tiny --method asymvlm-psd --seed 0"]),
+        (
+            eval_script.main,
+            ("--dataset", "tiny"),
+            ["checkpoints/tiny/0/asymvlm-psd.pt", "train.py --dataset tiny --method asymvlm-psd --seed 0"],
+        ),
         (eval_script.main, ("--dataset", "tiny", "--uncer_levels", 0), ["--uncer_levels", "at least 1"]),
         (eval_script.main, ("--dataset", "tiny", "--uncer_levels", 41), ["--uncer_levels 41", "40"]),
         (eval_script.main, ("--dataset", "tiny", "--split", "test"), ["no test split", "train, val"]),
@@ -358,7 +391,9 @@ def test_a_finished_run_is_not_trained_again_by_resume(script, one_thread):
         ((), {"meta": {"model": "other"}}, "clip was "),
     ],
 )
-def test_a_state_of_other_settings_is_refused_with_the_difference(script, monkeypatch, one_thread, flags, changes, expected):
+def test_a_state_of_other_settings_is_refused_with_the_difference(
+    script, monkeypatch, one_thread, flags, changes, expected
+):
     make_cache("tiny")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in_epoch(patch, 4, die)
@@ -373,7 +408,16 @@ def test_a_state_of_other_settings_is_refused_with_the_difference(script, monkey
 
 
 @pytest.mark.parametrize(
-    "change", [{"progress": {}}, {"log": 3}, {"log": [1]}, {"state_dict": {}}, {"config": 3}, {"recipe": None}, {"progress": None}]
+    "change",
+    [
+        {"progress": {}},
+        {"log": 3},
+        {"log": [1]},
+        {"state_dict": {}},
+        {"config": 3},
+        {"recipe": None},
+        {"progress": None},
+    ],
 )
 def test_a_state_that_is_none_is_refused(script, monkeypatch, one_thread, change):
     make_cache("tiny")
@@ -430,7 +474,9 @@ def test_two_runs_of_one_method_and_seed_are_refused(script, one_thread):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_one_and_a_batch_all_alike_are_trained_on(method, script, one_thread):
     make_cache("tiny", images=3, captions_per_image=1)
-    assert script(train_script.main, *QUICK, "--method", method, "--batch-size", 2)[0] == 0  # the last batch is one pair
+    assert (
+        script(train_script.main, *QUICK, "--method", method, "--batch-size", 2)[0] == 0
+    )  # the last batch is one pair
     for split in ("train", "val"):
         alike = torch.ones(4, 64).half()
         write_split(Path("embeddings/alike") / split, alike, alike, [0, 1, 2, 3], ["a"] * 4, ["a.png"] * 4, None, {})

@@ -18,9 +18,21 @@ from scipy.stats import spearmanr
 from datasets import DATASETS
 from datasets.coco import CocoCaptions, read_rgb
 from datasets.shapes import world
-from datasets.shapes.world import Caption, describes, draw_scene, make, make_split, paint, relevant_images, write_caption, write_full_description
+from datasets.shapes.world import (
+    Caption,
+    describes,
+    draw_scene,
+    make,
+    make_split,
+    paint,
+    relevant_images,
+    write_caption,
+    write_full_description,
+)
 
-SMALL_SPLIT_SHA256 = "f873d81e40da83c16f20eddeb3aa68c7fb18fbeaa1a31c2c85142c65037fcf57"  # where it changes, the CLIP is outdated
+SMALL_SPLIT_SHA256 = (
+    "f873d81e40da83c16f20eddeb3aa68c7fb18fbeaa1a31c2c85142c65037fcf57"  # where it changes, the CLIP is outdated
+)
 ATTRIBUTES = ("shape", "colour", "size", "cell")
 TIP = 2  # pixels by which the tip of a big star, triangle or heart may reach over the border of its cell
 
@@ -33,7 +45,10 @@ def captions_of(document):
     """(caption, scene it was written for) of every annotation of a split."""
     scene_of = {image["id"]: image["scene"] for image in document["images"]}
     for entry in document["annotations"]:
-        yield Caption(entry["caption"], tuple(entry["mentions"]), tuple(entry["backgrounds"])), scene_of[entry["image_id"]]
+        yield (
+            Caption(entry["caption"], tuple(entry["mentions"]), tuple(entry["backgrounds"])),
+            scene_of[entry["image_id"]],
+        )
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +76,26 @@ def described_by_search(mentions, objects):
 
 
 def random_mention(rng):
-    values = {"shape": list(world.SHAPES)[:3], "colour": list(world.COLOURS)[:3], "size": list(world.SIZES), "cell": list(world.CELLS)}
+    values = {
+        "shape": list(world.SHAPES)[:3],
+        "colour": list(world.COLOURS)[:3],
+        "size": list(world.SIZES),
+        "cell": list(world.CELLS),
+    }
     return {name: tuple(rng.sample(values[name], rng.randint(1, 3))) for name in ATTRIBUTES if rng.random() < 0.35}
 
 
 def test_describes_equals_a_recursive_search_on_captions_of_other_scenes():
     rng = random.Random(0)
     scenes = random_scenes(60)
-    captions = [write(scene, rng) for scene in scenes for write in (write_caption, write_caption, write_full_description)]
+    captions = [
+        write(scene, rng) for scene in scenes for write in (write_caption, write_caption, write_full_description)
+    ]
     answers = Counter()
     for caption, scene in itertools.product(captions, scenes):
-        expected = scene["background"] in caption.backgrounds and described_by_search(list(caption.mentions), scene["objects"])
+        expected = scene["background"] in caption.backgrounds and described_by_search(
+            list(caption.mentions), scene["objects"]
+        )
         assert describes(caption, scene) == expected, (caption, scene)
         answers[expected] += 1
     assert min(answers[True], answers[False]) > 500  # both answers have been put to the test
@@ -130,7 +154,9 @@ def test_relevance_lists_the_images_that_a_caption_describes_its_own_among_them(
             if scene["background"] in entry["backgrounds"] and described_by_search(entry["mentions"], scene["objects"])
         ]
         assert relevance[str(entry["id"])] == expected
-    assert all(entry["image_id"] in relevance[str(entry["id"])] for entry in split["annotations"])  # so ambiguity is at least 1
+    assert all(
+        entry["image_id"] in relevance[str(entry["id"])] for entry in split["annotations"]
+    )  # so ambiguity is at least 1
 
 
 def test_equal_texts_have_equal_ambiguity(split, relevance):
@@ -149,7 +175,11 @@ def test_equal_texts_of_a_large_sample_say_the_same():
         text = caption.text.lower().rstrip(".")
         mentions = sorted(json.dumps(mention, sort_keys=True) for mention in caption.mentions if mention)
         least = max(len(caption.mentions), 1)  # every scene has an object: to speak of something is to say nothing
-        assert said.setdefault(text, (mentions, least, caption.backgrounds)) == (mentions, least, caption.backgrounds), text
+        assert said.setdefault(text, (mentions, least, caption.backgrounds)) == (
+            mentions,
+            least,
+            caption.backgrounds,
+        ), text
     assert 1000 < len(said) < 8000
 
 
@@ -198,7 +228,9 @@ def test_the_same_scene_gives_the_same_pixels():
 
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_an_object_lies_in_its_cell_and_has_its_colour(shape):
-    for cell, (colour, shade) in zip(range(9), itertools.cycle([("red", 12), ("blue", -12), ("white", 12), ("black", -12)]), strict=False):
+    for cell, (colour, shade) in zip(
+        range(9), itertools.cycle([("red", 12), ("blue", -12), ("white", 12), ("black", -12)]), strict=False
+    ):
         scene = one_object(shape, colour, "big", cell, "grey", shade=shade, turn=9, dx=1, dy=-1)
         pixels = painted(scene)
         changed = np.argwhere((pixels != world.RGB["grey"]).any(axis=2))
@@ -215,7 +247,10 @@ def test_random_scenes_show_every_object_in_its_cell_and_nothing_else():
     for scene in random_scenes(200):
         pixels = painted(scene)
         background = np.array(world.RGB[scene["background"]])
-        colour_of = {thing["cell"]: np.clip(np.array(world.RGB[thing["colour"]]) + thing["shade"], 0, 255) for thing in scene["objects"]}
+        colour_of = {
+            thing["cell"]: np.clip(np.array(world.RGB[thing["colour"]]) + thing["shade"], 0, 255)
+            for thing in scene["objects"]
+        }
         assert len(colour_of) == len(scene["objects"])  # a cell each
         for cell in range(9):
             row, column = divmod(cell, 3)
@@ -232,7 +267,10 @@ def test_no_object_has_the_colour_of_the_background():
 
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_larger_objects_cover_more_pixels(shape):
-    areas = [(painted(one_object(shape, size=size)) != world.RGB["white"]).any(axis=2).sum() for size in ("small", "medium", "big")]
+    areas = [
+        (painted(one_object(shape, size=size)) != world.RGB["white"]).any(axis=2).sum()
+        for size in ("small", "medium", "big")
+    ]
     assert areas[0] < areas[1] < areas[2]
 
 
@@ -258,7 +296,8 @@ def test_a_split_has_known_bytes():
 
 def test_a_split_depends_on_seed_and_name_and_grows_at_its_end():
     texts = {
-        key: [entry["caption"] for entry in make_split(key[0], key[1], 20)["annotations"]] for key in itertools.product((0, 1), ("train", "val"))
+        key: [entry["caption"] for entry in make_split(key[0], key[1], 20)["annotations"]]
+        for key in itertools.product((0, 1), ("train", "val"))
     }
     for one, other in itertools.combinations(texts.values(), 2):
         assert one != other
@@ -300,14 +339,18 @@ def test_the_files_are_read_by_our_loader_scene_by_scene(made):
         assert (np.asarray(read_rgb(path)) == painted(image["scene"])).all()
     relevant = relevant_images(document)
     ids = [image["id"] for image in document["images"]]
-    assert [[ids[row] for row in rows] for rows in data.relevance] == [relevant[str(entry["id"])] for entry in document["annotations"]]
+    assert [[ids[row] for row in rows] for rows in data.relevance] == [
+        relevant[str(entry["id"])] for entry in document["annotations"]
+    ]
 
 
 def test_made_twice_the_files_are_equal(made, tmp_path):
     make(tmp_path / "again", seed=5, train=6, val=4)
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
     assert len(files) == 6 + 4 + 3
-    assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
+    )
     assert all((made / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
 
 

@@ -81,7 +81,9 @@ def test_evaluation_reads_a_cache_in_many_files(script, workdir):
             it = EmbeddingCache("it", split)
             meta = {"embed_dim": 16, "dtype": "float16"}
             folder = Path("embeddings") / name / split
-            write_split(folder, it.image, it.text, it.image_of_caption.tolist(), it.captions, it.images, None, meta, shard_rows)
+            write_split(
+                folder, it.image, it.text, it.image_of_caption.tolist(), it.captions, it.images, None, meta, shard_rows
+            )
         training = ("--dataset", name, "--recipe", "small", "--epochs", 2, "--precision", "fp32", "--batch-size", 120)
         assert script(train_script.main, *training)[0] == 0
         assert script(eval_script.main, "--dataset", name, "--resamples", 0, "--no-plots", "--uncer_levels", 4)[0] == 0
@@ -172,10 +174,18 @@ def put(key, value):
             "image_of_caption.pt: not the file that meta.json names",
         ),
         ("text-00002.pt", replace(torch.ones(31, 16).half()), "text-00002.pt: not the tensor of shape (32, 16)"),
-        ("text-00002.pt", replace(torch.ones(32, 16)), "text-00002.pt: not the tensor of shape (32, 16), torch.float16"),
+        (
+            "text-00002.pt",
+            replace(torch.ones(32, 16)),
+            "text-00002.pt: not the tensor of shape (32, 16), torch.float16",
+        ),
         ("text-00000.pt", replace(torch.full((32, 16), float("nan")).half()), "text-00000.pt: row"),
         ("image_of_caption.pt", Path.unlink, "image_of_caption.pt: no such file"),
-        ("image_of_caption.pt", replace(torch.full((120,), 40)), "image_of_caption.pt: expected 120 image rows from 0 to 39"),
+        (
+            "image_of_caption.pt",
+            replace(torch.full((120,), 40)),
+            "image_of_caption.pt: expected 120 image rows from 0 to 39",
+        ),
         ("image_of_caption.pt", replace(torch.zeros(120)), "image_of_caption.pt: expected 120 image rows"),
         ("meta.json", put("text", [[0, "x"]]), "'shards' is not the index"),
         ("meta.json", put("text", [[-5, "x"], [125, "x"]]), "'shards' is not the index"),
@@ -188,7 +198,9 @@ def put(key, value):
 )
 def test_a_file_that_cannot_be_right_is_one_line(both, script, file, change, expected):
     change(FOLDER / file)
-    status, _, line = script(train_script.main, "--dataset", "many", "--recipe", "small", "--epochs", 1, "--precision", "fp32")
+    status, _, line = script(
+        train_script.main, "--dataset", "many", "--recipe", "small", "--epochs", 1, "--precision", "fp32"
+    )
     assert status == 2
     assert expected in line
     assert not list(Path("checkpoints").rglob("*.pt"))
@@ -213,7 +225,14 @@ def test_one_file_or_many_replaces_the_other(both):
     write_split(FOLDER, *content, {"embed_dim": 16, "dtype": "float16"})
     assert names() == {"image.pt", "text.pt", "cap_id_to_img_id.json", "captions.json", "images.json", "meta.json"}
     write_split(FOLDER, *content, {"embed_dim": 16, "dtype": "float16"}, shard_rows=1000)
-    assert names() == {"image-00000.pt", "text-00000.pt", "captions-00000.json", "images-00000.json", "image_of_caption.pt", "meta.json"}
+    assert names() == {
+        "image-00000.pt",
+        "text-00000.pt",
+        "captions-00000.json",
+        "images-00000.json",
+        "image_of_caption.pt",
+        "meta.json",
+    }
 
 
 # Larger than memory.
@@ -253,9 +272,25 @@ def test_a_cache_of_2_gb_is_trained_on_within_1_gb(workdir):
     shards = {"image": index, "text": index, "image_of_caption": sha256(folder / "image_of_caption.pt")}
     save_json({"embed_dim": width, "dtype": "float32", "shards": shards}, folder / "meta.json")
     size = sum(file.stat().st_size for file in folder.glob("*.pt"))
-    flags = ("--dataset", "large", "--recipe", "small", "--epochs", 1, "--batch-size", 512, "--optimizer", "sgd", "--shuffle-buffer", 10_000)
+    flags = (
+        "--dataset",
+        "large",
+        "--recipe",
+        "small",
+        "--epochs",
+        1,
+        "--batch-size",
+        512,
+        "--optimizer",
+        "sgd",
+        "--shuffle-buffer",
+        10_000,
+    )
     done = subprocess.run(
-        [sys.executable, "-c", ANONYMOUS, *map(str, flags)], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+        [sys.executable, "-c", ANONYMOUS, *map(str, flags)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
     )
     for file in folder.glob("*.pt"):
         file.unlink()  # pytest keeps the folders of its last runs
@@ -286,14 +321,21 @@ def pictures(tmp_path_factory):
     world.make(root, train=600, val=10)
     document = json.loads((root / "annotations/captions_train.json").read_text())
     caption_of = {entry["image_id"]: entry["caption"] for entry in document["annotations"]}
-    return {f"{n:09d}": ((root / "train" / e["file_name"]).read_bytes(), caption_of[e["id"]]) for n, e in enumerate(document["images"])}
+    return {
+        f"{n:09d}": ((root / "train" / e["file_name"]).read_bytes(), caption_of[e["id"]])
+        for n, e in enumerate(document["images"])
+    }
 
 
 def samples_of(pictures, start, stop):
     """What img2dataset writes of some pictures."""
     files = {}
     for key, (picture, caption) in list(pictures.items())[start:stop]:
-        files |= {f"{key}.png": picture, f"{key}.txt": caption.encode(), f"{key}.json": json.dumps({"caption": caption, "key": key}).encode()}
+        files |= {
+            f"{key}.png": picture,
+            f"{key}.txt": caption.encode(),
+            f"{key}.json": json.dumps({"caption": caption, "key": key}).encode(),
+        }
     return files
 
 
@@ -306,7 +348,20 @@ def tiny(tmp_path_factory):
 def call(script, tiny, monkeypatch, capsys):
     """Calls cache_embeddings.py on ./tars with a tiny CLIP; returns (exit status, stderr)."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = ("--dataset", "webdataset", "--data-root", "tars", "--split", "train", "--name", "web", "--device", "cpu", "--workers", 0)
+    flags = (
+        "--dataset",
+        "webdataset",
+        "--data-root",
+        "tars",
+        "--split",
+        "train",
+        "--name",
+        "web",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+    )
     Path("tars").mkdir()
 
     def with_flags(*more):
@@ -325,7 +380,9 @@ def cache_embeddings_run(*flags):
 
 
 def all_bytes(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
 
 
 def test_a_tar_becomes_the_same_embeddings_as_its_pictures_and_captions(call, pictures, tiny):
@@ -337,19 +394,40 @@ def test_a_tar_becomes_the_same_embeddings_as_its_pictures_and_captions(call, pi
     assert cache.images == keys
     assert cache.captions == [pictures[key][1] for key in keys]
     assert cache.image_of_caption.tolist() == list(range(75))
-    assert (cache.meta["image_count"], cache.meta["skipped"], [rows for rows, _ in cache.meta["shards"]["text"]]) == (75, [], [70, 5])
+    assert (cache.meta["image_count"], cache.meta["skipped"], [rows for rows, _ in cache.meta["shards"]["text"]]) == (
+        75,
+        [],
+        [70, 5],
+    )
     Path("table").mkdir()
     with open("table/train.csv", "w", encoding="utf-8") as file:
         file.write("filepath\ttitle\n")
         for key in keys:
             Path(f"table/{key}.png").write_bytes(pictures[key][0])
             file.write(f"{key}.png\t{pictures[key][1]}\n")
-    plain = ("--dataset", "csv", "--data-root", "table", "--csv-separator", "\\t", "--split", "train", "--name", "plain", "--device", "cpu")
+    plain = (
+        "--dataset",
+        "csv",
+        "--data-root",
+        "table",
+        "--csv-separator",
+        "\\t",
+        "--split",
+        "train",
+        "--name",
+        "plain",
+        "--device",
+        "cpu",
+    )
     assert cache_embeddings_run(*plain, "--workers", 0, "--model", tiny[0], "--pretrained", tiny[1]) == 0
     expected = EmbeddingCache("plain", "train")
-    torch.testing.assert_close(cache.image.float(), expected.image.float(), rtol=2e-2, atol=2e-3)  # other chunks: other last bits
+    torch.testing.assert_close(
+        cache.image.float(), expected.image.float(), rtol=2e-2, atol=2e-3
+    )  # other chunks: other last bits
     torch.testing.assert_close(cache.text.float(), expected.text.float(), rtol=2e-2, atol=2e-3)
-    assert (cache.image.float() - cache.image.float().roll(1, dims=0)).abs().max() > 0.1  # rows differ by more than that
+    assert (
+        cache.image.float() - cache.image.float().roll(1, dims=0)
+    ).abs().max() > 0.1  # rows differ by more than that
 
 
 def test_bytes_depend_on_neither_batch_size_nor_workers(call, pictures):
@@ -417,7 +495,9 @@ def test_a_tar_that_was_mended_is_encoded_again_and_the_others_are_not(call, pic
     assert (status, "tars/00001.tar: 000000005: " in stderr, "--max-broken" in stderr) == (2, True, True)
     write_tar("tars/00001.tar", samples_of(pictures, 5, 10))
     written, write = [], TarParts.write_tar
-    monkeypatch.setattr(TarParts, "write_tar", lambda self, number, *rest: written.append(number) or write(self, number, *rest))
+    monkeypatch.setattr(
+        TarParts, "write_tar", lambda self, number, *rest: written.append(number) or write(self, number, *rest)
+    )
     assert call()[0] == 0
     assert written == [1]
     assert len(EmbeddingCache("web", "train").text) == 10
@@ -434,7 +514,12 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     write_tar("tars/00001.tar", samples_of(pictures, 6, 9))
     status, stderr = call()
     assert status == 2
-    for key, reason in (("0", "cannot identify"), ("1", "no picture"), ("2", "no caption"), ("3", "no caption in UTF-8 beside it")):
+    for key, reason in (
+        ("0", "cannot identify"),
+        ("1", "no picture"),
+        ("2", "no caption"),
+        ("3", "no caption in UTF-8 beside it"),
+    ):
         assert f"00000.tar: 00000000{key}: {reason}" in stderr
     assert "(4 broken samples so far" in stderr.splitlines()[-1]
     assert call("--max-broken", 3)[0] == 2
@@ -491,7 +576,11 @@ def test_a_tar_that_ends_between_two_samples_is_refused(call, pictures, how):
     content = Path("tars/whole.bin").read_bytes()
     Path("tars/cut.bin").write_bytes(content[:start])
     Path("zeros.tar").write_bytes(content[:start] + bytes(2**21))
-    root = {"pipe": "pipe:cat tars/cut.bin", "failing pipe": "pipe:cat tars/whole.bin; exec >&-; sleep 0.3; exit 18", "zeros": "zeros.tar"}[how]
+    root = {
+        "pipe": "pipe:cat tars/cut.bin",
+        "failing pipe": "pipe:cat tars/whole.bin; exec >&-; sleep 0.3; exit 18",
+        "zeros": "zeros.tar",
+    }[how]
     status, stderr = call("--data-root", root)
     assert (status, f"{root}: cannot be used to its end" in stderr.splitlines()[-1]) == (2, True)
     assert not Path("embeddings/web/train/meta.json").exists()
@@ -504,7 +593,10 @@ def test_whole_tars_are_read_through_pipes_and_packed_under_any_name(call, pictu
     for root in ("packed.tar", "pipe:cat tars/00000.tar", "tars/*.tar"):
         assert call("--name", "other", "--data-root", root, "--overwrite")[0] == 0
         for file in ("image-00000.pt", "text-00000.pt", "captions-00000.json"):
-            assert Path(f"embeddings/other/train/{file}").read_bytes() == Path(f"embeddings/plain/train/{file}").read_bytes()
+            assert (
+                Path(f"embeddings/other/train/{file}").read_bytes()
+                == Path(f"embeddings/plain/train/{file}").read_bytes()
+            )
 
 
 def test_keys_with_dots_are_refused_and_other_fields_are_not(call, pictures):
@@ -542,7 +634,14 @@ def test_tars_leave_nothing_of_what_was_there_before(call, pictures):
     assert call("--overwrite")[0] == 0
     assert EmbeddingCache("web", "train").relevance is None
     names = {path.name for path in Path("embeddings/web/train").iterdir()}
-    assert names == {"image-00000.pt", "text-00000.pt", "captions-00000.json", "images-00000.json", "image_of_caption.pt", "meta.json"}
+    assert names == {
+        "image-00000.pt",
+        "text-00000.pt",
+        "captions-00000.json",
+        "images-00000.json",
+        "image_of_caption.pt",
+        "meta.json",
+    }
 
 
 def test_a_cache_that_another_run_finished_meanwhile_is_not_made_over(call, pictures, monkeypatch):
@@ -607,12 +706,29 @@ def test_the_missing_package_is_named(call, pictures, monkeypatch):
 def test_an_ordinary_data_set_goes_into_files_of_so_many_rows(script, tiny, workdir, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     world.make("small", train=40, val=10)
-    flags = ("--dataset", "shapes", "--data-root", "small", "--device", "cpu", "--workers", 0, "--model", tiny[0], "--pretrained", tiny[1])
+    flags = (
+        "--dataset",
+        "shapes",
+        "--data-root",
+        "small",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        "--model",
+        tiny[0],
+        "--pretrained",
+        tiny[1],
+    )
     assert script(cache_embeddings.main, *flags, "--name", "one")[0] == 0
     assert script(cache_embeddings.main, *flags, "--name", "many", "--shard-rows", 16)[0] == 0
     one, many = (EmbeddingCache(name, "val") for name in ("one", "many"))
     assert torch.equal(one.text, many.text)
-    assert (one.captions, one.relevance, one.meta["caption_ids"]) == (many.captions, many.relevance, many.meta["caption_ids"])
+    assert (one.captions, one.relevance, one.meta["caption_ids"]) == (
+        many.captions,
+        many.relevance,
+        many.meta["caption_ids"],
+    )
     assert EmbeddingCache("many", "val", mapped=True).mapped
     assert "whole already" in many_again(script, flags)
 

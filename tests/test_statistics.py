@@ -63,7 +63,9 @@ def slow_relevant(similarity, relevance):
 def test_right_answers_equal_a_plain_loop(block, ties, monkeypatch):
     monkeypatch.setattr(utils.metrics, "RELEVANT_BLOCK", block)
     rng = np.random.default_rng(block)
-    similarity = rng.integers(0, 5, (23, 17)).astype(np.float32) if ties else rng.normal(size=(23, 17)).astype(np.float32)
+    similarity = (
+        rng.integers(0, 5, (23, 17)).astype(np.float32) if ties else rng.normal(size=(23, 17)).astype(np.float32)
+    )
     relevance = [sorted(rng.choice(17, size=rng.integers(1, 17), replace=False).tolist()) for _ in range(23)]
     found = rank_relevant(lambda q, a: torch.from_numpy(similarity)[q][:, a], relevance, 17)
     ranks, precisions = slow_relevant(similarity, relevance)
@@ -84,7 +86,9 @@ def test_a_perfect_order_has_an_average_precision_of_one():
 @pytest.mark.parametrize("ties", [False, True])
 def test_auroc_equals_scikit_learns(ties):
     answers = random_answers(ties=ties)
-    assert auroc(answers["rank"] == 1, answers["uncertainty"]) == pytest.approx(roc_auc_score(answers["rank"] > 1, answers["uncertainty"]))
+    assert auroc(answers["rank"] == 1, answers["uncertainty"]) == pytest.approx(
+        roc_auc_score(answers["rank"] > 1, answers["uncertainty"])
+    )
 
 
 def test_auroc_without_errors_is_undefined():
@@ -119,7 +123,10 @@ def test_hierarchy_metrics_equal_counted_pairs():
     chains = [list(range(i, i + 4)) for i in range(0, 40, 4)] + [[3], [7, 2]]
     taus, steps = [], []
     for chain in (chain for chain in chains if len(chain) > 1):
-        pairs = [np.sign(uncertainty[chain[a]] - uncertainty[chain[b]]) for a, b in itertools.combinations(range(len(chain)), 2)]
+        pairs = [
+            np.sign(uncertainty[chain[a]] - uncertainty[chain[b]])
+            for a, b in itertools.combinations(range(len(chain)), 2)
+        ]
         taus.append(np.mean(pairs))
         steps += [uncertainty[b] < uncertainty[a] for a, b in itertools.pairwise(chain)]
     found = hierarchy_metrics(uncertainty, chains)
@@ -156,7 +163,11 @@ def test_a_resample_has_as_many_queries_and_is_the_same_at_every_call():
 @pytest.mark.parametrize("ties", [False, True])
 def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
     answers = random_answers(queries=97, ties=ties)
-    retrieval, ambiguity, relevance = bootstrap_retrieval(answers, 10, 25), bootstrap_ambiguity(answers, 25), bootstrap_relevance(answers, 25)
+    retrieval, ambiguity, relevance = (
+        bootstrap_retrieval(answers, 10, 25),
+        bootstrap_ambiguity(answers, 25),
+        bootstrap_relevance(answers, 25),
+    )
     for i, count in enumerate(resample(97, 25)):
         drawn = {key: np.repeat(values, count) for key, values in answers.items()}
         expected = retrieval_metrics(drawn, 10)[1]

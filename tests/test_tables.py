@@ -100,9 +100,18 @@ def test_two_tables_of_one_split_are_refused(tmp_path):
 BROKEN = {
     "no row": ("filepath,title\n", ["holds no row"]),
     "nothing": ("", ["no column 'filepath'", "found: nothing", "--csv-img-key"]),
-    "another column for images": ("file,title\na.png,one\n", ["no column 'filepath'", "'file', 'title'", "--csv-img-key"]),
-    "another column for captions": ("filepath,text\na.png,one\n", ["no column 'title'", "'filepath', 'text'", "--csv-caption-key"]),
-    "another separator": ("filepath\ttitle\na.png\tone\n", ["no column 'filepath'", "'filepath\\ttitle'", "--csv-separator"]),
+    "another column for images": (
+        "file,title\na.png,one\n",
+        ["no column 'filepath'", "'file', 'title'", "--csv-img-key"],
+    ),
+    "another column for captions": (
+        "filepath,text\na.png,one\n",
+        ["no column 'title'", "'filepath', 'text'", "--csv-caption-key"],
+    ),
+    "another separator": (
+        "filepath\ttitle\na.png\tone\n",
+        ["no column 'filepath'", "'filepath\\ttitle'", "--csv-separator"],
+    ),
     "a column twice": ("filepath,title,title\na.png,one,two\n", ["more than one column 'title'"]),
     "a blank caption": ("filepath,title\na.png,one\nb.png, \n", ["line 3", "blank 'title'"]),
     "a blank image file": ("filepath,title\n,one\n", ["line 2", "blank 'filepath'"]),
@@ -112,7 +121,10 @@ BROKEN = {
     "a quotation that ends too soon": ('filepath,title\na.png,"one" more\n', ["line 2", "not readable"]),
     "bytes that are not UTF-8": (b"filepath,title\na.png,\xff\xfe\n", ["UTF-8"]),
     "the folder above": ("filepath,title\na.png,one\n../b.png,two\n", ["line 3", "'../b.png' lies outside"]),
-    "the folder above, on a detour": ("filepath,title\na/../../b.png,two\n", ["line 2", "'a/../../b.png' lies outside"]),
+    "the folder above, on a detour": (
+        "filepath,title\na/../../b.png,two\n",
+        ["line 2", "'a/../../b.png' lies outside"],
+    ),
     "an absolute name": ("filepath,title\n/etc/hostname,one\n", ["line 2", "'/etc/hostname' lies outside"]),
     "a null character": ("filepath,title\na\0.png,one\n", ["line 2"]),
 }
@@ -164,7 +176,10 @@ def test_a_cache_of_another_name_is_missed_with_the_flags_that_make_it(script, w
     assert script(cache_embeddings.main, *call)[0] == 0
     status, _, last = script(train_script.main, "--dataset", "mine")
     assert status == 2
-    assert "cache_embeddings.py --dataset {coco,coco-karpathy,csv,flickr30k,shapes,webdataset} --name mine --split train" in last
+    assert (
+        "cache_embeddings.py --dataset {coco,coco-karpathy,csv,flickr30k,shapes,webdataset} --name mine --split train"
+        in last
+    )
 
 
 def test_bad_tables_end_in_one_line_and_nothing_is_written(script, workdir):
@@ -176,16 +191,40 @@ def test_bad_tables_end_in_one_line_and_nothing_is_written(script, workdir):
     assert [path.name for path in workdir.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize(("name", "separator", "flags"), [("val.tsv", "\t", ()), ("val.csv", ";", ("--csv-separator", ";"))])
+@pytest.mark.parametrize(
+    ("name", "separator", "flags"), [("val.tsv", "\t", ()), ("val.csv", ";", ("--csv-separator", ";"))]
+)
 def test_each_coco_caption_has_the_embedding_of_its_own_picture(coco_root, script, workdir, name, separator, flags):
     sample = coco_sample(coco_root)
-    rows = [(file, text) for k in range(5) for _, file, captions in sample for _, text in captions[k : k + 1]]  # rows of an image stand apart
-    write(workdir / "mine", [(f"pictures/{file.name}", text) for file, text in rows], name, ("image", "caption"), separator)
+    rows = [
+        (file, text) for k in range(5) for _, file, captions in sample for _, text in captions[k : k + 1]
+    ]  # rows of an image stand apart
+    write(
+        workdir / "mine",
+        [(f"pictures/{file.name}", text) for file, text in rows],
+        name,
+        ("image", "caption"),
+        separator,
+    )
     (workdir / "mine" / "pictures").mkdir()
     for _, file, _ in sample:
         shutil.copy(file, workdir / "mine" / "pictures" / file.name)
     keys = ("--csv-img-key", "image", "--csv-caption-key", "caption")
-    assert script(cache_embeddings.main, "--dataset", "csv", "--data-root", "mine", "--split", "val", *keys, *flags, *SHAPES_CLIP)[0] == 0
+    assert (
+        script(
+            cache_embeddings.main,
+            "--dataset",
+            "csv",
+            "--data-root",
+            "mine",
+            "--split",
+            "val",
+            *keys,
+            *flags,
+            *SHAPES_CLIP,
+        )[0]
+        == 0
+    )
     cache = EmbeddingCache("csv", "val")
     assert cache.images == [f"pictures/{file.name}" for _, file, _ in sample]
     check_rows(cache, [(text, file) for file, text in rows])

@@ -44,7 +44,12 @@ def von_mises_fisher(x, eta):
 
 def gaussians(weights, z_image, z_text):
     mean_image, mean_text = F.normalize(z_image, dim=1), F.normalize(z_text, dim=1)
-    return mean_image, run_mlp(weights, "image_head.log_var", mean_image), mean_text, run_mlp(weights, "text_head.log_var", mean_text)
+    return (
+        mean_image,
+        run_mlp(weights, "image_head.log_var", mean_image),
+        mean_text,
+        run_mlp(weights, "text_head.log_var", mean_text),
+    )
 
 
 def pcmepp(weights, z_image, z_text):
@@ -60,7 +65,10 @@ def prolip(weights, z_image, z_text):
     variances = (log_var_image.exp()[:, None] + log_var_text.exp()).sum(dim=2)  # of (B, B, D)
     logits = mean_image @ mean_text.T - variances / 2
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
-    bottleneck = sum(-0.5 * (1 + v / 2 - m**2 - torch.exp(v / 2)).mean() for m, v in ((mean_image, log_var_image), (mean_text, log_var_text)))
+    bottleneck = sum(
+        -0.5 * (1 + v / 2 - m**2 - torch.exp(v / 2)).mean()
+        for m, v in ((mean_image, log_var_image), (mean_text, log_var_text))
+    )
     return -F.logsigmoid(signs * logits).sum() / len(logits) + 1e-5 * bottleneck
 
 
@@ -72,7 +80,9 @@ def pfe(weights, z_image, z_text):
 def probvlm(weights, z_image, z_text):
     def adapt(name, z):
         h = run_mlp(weights, f"{name}_bayescap.mod", z, (0, 2, 5)) + z
-        mean, alpha, beta = (run_mlp(weights, f"{name}_bayescap.block_{block}", h, (0, 2)) for block in ("mu", "alpha", "beta"))
+        mean, alpha, beta = (
+            run_mlp(weights, f"{name}_bayescap.block_{block}", h, (0, 2)) for block in ("mu", "alpha", "beta")
+        )
         return mean, F.softplus(alpha), F.softplus(beta)
 
     def fit(mean, alpha, beta, target):

@@ -72,7 +72,9 @@ def bootstrap_ambiguity(answers, resamples=RESAMPLES):
 
     Args: answers: "t2i", as for `metrics.ambiguity_metrics`. Returns: {figure: (resamples,) array; nan where undefined}.
     """
-    fields = {"u": answers["uncertainty"], "a": answers["relevant"]} | ({"w": answers["words"]} if "words" in answers else {})
+    fields = {"u": answers["uncertainty"], "a": answers["relevant"]} | (
+        {"w": answers["words"]} if "words" in answers else {}
+    )
     group = {name: np.unique(values, return_inverse=True)[1] for name, values in fields.items()}
     names = ("spearman", "partial_spearman_given_length", "R@1_described")
     found = {name: np.empty(resamples) for name in names}

@@ -48,7 +48,13 @@ def save_adaptor(adaptor, method, recipe, config, path):
 def describe(adaptor, method, recipe, config):
     """What `save_adaptor` writes, a copy on the CPU."""
     weights = _copy(adaptor.state_dict())
-    return {"state_dict": weights, "method": method, "embed_dim": adaptor.embed_dim, "recipe": asdict(recipe), "config": config}
+    return {
+        "state_dict": weights,
+        "method": method,
+        "embed_dim": adaptor.embed_dim,
+        "recipe": asdict(recipe),
+        "config": config,
+    }
 
 
 def describe_progress(optimizer, schedule, order, log):
@@ -56,7 +62,12 @@ def describe_progress(optimizer, schedule, order, log):
 
     Args: order: the generator of the permutations. log: one record for every epoch that is done.
     """
-    progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "order": order.get_state(), "random": torch.get_rng_state()}
+    progress = {
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "order": order.get_state(),
+        "random": torch.get_rng_state(),
+    }
     return {"progress": _copy(progress), "log": list(log)}
 
 
@@ -73,7 +84,9 @@ def restore_progress(content, path, adaptor, optimizer, schedule, order):
         torch.set_rng_state(content["progress"]["random"])
         return [{"epoch": epoch, **record} for epoch, record in enumerate(content["log"], start=1)]
     except Exception as error:  # noqa: BLE001  a file of other things raises nearly anything, and nothing but the restoring stands in this block
-        raise UserError(f"{path}: not the state of such a run ({' '.join(str(error).split())[:120]}); start anew, without --resume") from None
+        raise UserError(
+            f"{path}: not the state of such a run ({' '.join(str(error).split())[:120]}); start anew, without --resume"
+        ) from None
 
 
 def load_run(path, recipe, config):
@@ -90,7 +103,9 @@ def load_run(path, recipe, config):
         raise UserError(f"{path}: does not tell of which run it is; start anew, without --resume")
     changed = differences(known[0], config) or differences(known[1], asdict(recipe))
     if changed:
-        raise UserError(f"{path}: of a run with other settings: {changed}; resume it with those, or start anew, without --resume")
+        raise UserError(
+            f"{path}: of a run with other settings: {changed}; resume it with those, or start anew, without --resume"
+        )
     return content
 
 
@@ -126,7 +141,12 @@ def load_adaptor(path, device="cpu", method=None):
         expected = {key: value.shape for key, value in METHODS[found](embed_dim).state_dict().items()}
     for key in sorted(expected.keys() | weights.keys(), key=str):
         tensor = weights.get(key)
-        if key not in expected or not isinstance(tensor, torch.Tensor) or tensor.shape != expected[key] or not tensor.is_floating_point():
+        if (
+            key not in expected
+            or not isinstance(tensor, torch.Tensor)
+            or tensor.shape != expected[key]
+            or not tensor.is_floating_point()
+        ):
             raise UserError(f"{path}: its weights do not fit {found} at width {embed_dim} ({key!r}); train again")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key!r} is not finite; train again")
@@ -141,16 +161,23 @@ def _from_the_papers_repository(content, path, method):
         raise UserError(f"{path}: not a checkpoint: neither one of ours nor a state dict of the paper's repository")
     for methods, names in PAPER_NAMES:
         renamed = {
-            ours + key.removeprefix(theirs): value for key, value in content.items() for theirs, ours in names.items() if key.startswith(theirs)
+            ours + key.removeprefix(theirs): value
+            for key, value in content.items()
+            for theirs, ours in names.items()
+            if key.startswith(theirs)
         }
         if len(renamed) < len(content) or not all(any(key.startswith(theirs) for key in content) for theirs in names):
             continue
         for key in ("shift", "negative_scale"):  # () here, (1,) there
             if isinstance(renamed.get(key), torch.Tensor) and renamed[key].numel() == 1:
                 renamed[key] = renamed[key].reshape(())
-        found = next((name for name in (method, path.stem) if name in methods), methods[0] if len(methods) == 1 else None)
+        found = next(
+            (name for name in (method, path.stem) if name in methods), methods[0] if len(methods) == 1 else None
+        )
         if found is None:
-            raise UserError(f"{path}: may be of {' or of '.join(methods)}; name the file <method>.pt or give load_adaptor its method")
+            raise UserError(
+                f"{path}: may be of {' or of '.join(methods)}; name the file <method>.pt or give load_adaptor its method"
+            )
         bias = next((value for key, value in renamed.items() if key.endswith((".6.bias", ".mod.5.bias"))), None)
         return found, bias.numel() if isinstance(bias, torch.Tensor) else None, renamed
     raise UserError(f"{path}: parameters such as {next(iter(content))!r} belong to no method known here")

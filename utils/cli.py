@@ -77,7 +77,9 @@ def run(main, argv=None):
     Returns: exit status: 0; 2 after a UserError, a full disk or a file that may not be read or written; 130 after Ctrl-C.
     """
     rank, ranks = torchrun_rank()
-    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
     for noisy in ("httpx", "huggingface_hub", "open_clip", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     name = (os.path.basename(sys.argv[0]) or "python") + (f", rank {rank}" if ranks > 1 else "")

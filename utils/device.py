@@ -24,7 +24,9 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise UserError(
+            f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
     if device.type == "cpu":
         _keep_freed_memory()
     return device

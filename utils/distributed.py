@@ -29,7 +29,9 @@ def joined(device, timeout=None):
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run do not find each other ({str(error).splitlines()[0][:160]}); start them with torchrun") from None
+        raise UserError(
+            f"the processes of this run do not find each other ({str(error).splitlines()[0][:160]}); start them with torchrun"
+        ) from None
     yield
     dist.destroy_process_group()
 
@@ -68,7 +70,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows):
         ctx.sizes = [len(share) for share in torch.empty(rows).tensor_split(world_size())]
-        padded = torch.cat([x, x.new_zeros(ctx.sizes[0] - len(x), *x.shape[1:])])  # the backends exchange tensors of one size
+        padded = torch.cat(
+            [x, x.new_zeros(ctx.sizes[0] - len(x), *x.shape[1:])]
+        )  # the backends exchange tensors of one size
         shares = [torch.empty_like(padded) for _ in ctx.sizes]
         with _answered():
             dist.all_gather(shares, padded)
@@ -76,7 +80,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.split(ctx.sizes)[rank()] * world_size(), None  # times W: the average over ranks is to be the sum of the shares'
+        return gradient.split(ctx.sizes)[
+            rank()
+        ] * world_size(), None  # times W: the average over ranks is to be the sum of the shares'
 
 
 def average_gradients(parameters):
@@ -90,7 +96,9 @@ def average_gradients(parameters):
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     with _answered():
         dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / world_size()).split([gradient.numel() for gradient in gradients]), strict=True):
+    for gradient, mean in zip(
+        gradients, (flat / world_size()).split([gradient.numel() for gradient in gradients]), strict=True
+    ):
         gradient.copy_(mean.view_as(gradient))
 
 
@@ -148,4 +156,6 @@ def _answered():
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:160]
-        raise UserError(f"lost another process of this run ({reason}); give the same command again, to train.py with --resume") from None
+        raise UserError(
+            f"lost another process of this run ({reason}); give the same command again, to train.py with --resume"
+        ) from None

@@ -28,7 +28,9 @@ def encode_images(clip, files, parts, batch_size, workers, skip_broken=False):
     ranges = [part_rows(part, len(files)) for part in parts]
     batches = [rows[start : start + batch_size] for rows in ranges for start in range(0, len(rows), batch_size)]
     images = CocoImages(files, clip.transform)
-    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_interrupts)
+    loader = DataLoader(
+        images, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_interrupts
+    )
     encoded, broken, failed = [], {}, []
     with tqdm(total=sum(map(len, ranges)), desc="images", unit="image", disable=not is_first()) as bar:
         for batch, (pictures, errors) in zip(batches, loader, strict=True):
@@ -36,7 +38,9 @@ def encode_images(clip, files, parts, batch_size, workers, skip_broken=False):
             failed += [error for error in errors if error and not skip_broken]
             if pictures is not None and not failed:
                 whole = torch.tensor([not error for error in errors])
-                encoded.append(torch.cat(in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device))[whole])
+                encoded.append(
+                    torch.cat(in_chunks(clip.model.encode_image, pictures.to(clip.dtype), clip.device))[whole]
+                )
             bar.update(len(batch))
             if batch.stop in part_ending_at and not failed:
                 yield part_ending_at[batch.stop], torch.cat(encoded) if encoded else torch.empty(0), broken
@@ -44,7 +48,9 @@ def encode_images(clip, files, parts, batch_size, workers, skip_broken=False):
     for error in failed[:-1]:
         logging.error(error)
     if failed:
-        raise UserError(f"{failed[-1]} ({len(failed)} broken image files in all; mend them, or leave them out with --skip-broken)")
+        raise UserError(
+            f"{failed[-1]} ({len(failed)} broken image files in all; mend them, or leave them out with --skip-broken)"
+        )
 
 
 def leave_interrupts(worker):
@@ -81,10 +87,16 @@ def note_texts(contents, clip):
     cut, unknown = (sum(content[key] for content in contents) for key in ("cut", "unknown"))
     if cut:
         length = clip.info["context_length"]
-        logging.warning("note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, length)
+        logging.warning(
+            "note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, length
+        )
     if unknown:
         example = next(content["example"] for content in contents if content["unknown"])[:80]
-        logging.warning("note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings", unknown, example)
+        logging.warning(
+            "note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings",
+            unknown,
+            example,
+        )
 
 
 def in_chunks(encode, inputs, device):
@@ -101,5 +113,7 @@ def stored(z, dtype, names):
     z = z.to(dtype)
     bad = (~torch.isfinite(z.flatten(1)).all(dim=1)).nonzero() if len(z) else ()
     if len(bad):
-        raise UserError(f"the embedding of {str(names[int(bad[0])])[:200]!r} is not finite; try --precision fp32 --dtype float32")
+        raise UserError(
+            f"the embedding of {str(names[int(bad[0])])[:200]!r} is not finite; try --precision fp32 --dtype float32"
+        )
     return z

@@ -78,7 +78,9 @@ def locked(path, what):
     path = Path(path)
     made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     file = None
-    while file is None or not _stands(path, file):  # the one before us may have removed it between our open and our flock
+    while file is None or not _stands(
+        path, file
+    ):  # the one before us may have removed it between our open and our flock
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115  open for as long as the block runs
         try:
@@ -116,7 +118,11 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 def differences(found, wanted):
     """What keeps a record from being the wanted one. Args: found, wanted: dicts. Returns: "dtype was float32, now float16; ...", or ""."""
-    return "; ".join(f"{key} was {found.get(key)}, now {value}" for key, value in wanted.items() if key not in found or found[key] != value)
+    return "; ".join(
+        f"{key} was {found.get(key)}, now {value}"
+        for key, value in wanted.items()
+        if key not in found or found[key] != value
+    )
 
 
 def digest(content):
@@ -163,7 +169,9 @@ def load_tensors(path, check_sums=True):
     for tensor in _tensors_in(content):
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise UserError(f"{path}: holds a tensor of shape {tuple(tensor.shape)} that is not stored in full; write it again with torch.save")
+            raise UserError(
+                f"{path}: holds a tensor of shape {tuple(tensor.shape)} that is not stored in full; write it again with torch.save"
+            )
     return content
 
 
@@ -175,7 +183,9 @@ def load_arrays(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # noqa: BLE001  as above
-        raise UserError(f"{path}: not a file of arrays that can be read safely ({' '.join(str(error).split())[:120]}); evaluate again") from None
+        raise UserError(
+            f"{path}: not a file of arrays that can be read safely ({' '.join(str(error).split())[:120]}); evaluate again"
+        ) from None
 
 
 def _is_zip(path):
@@ -223,7 +233,9 @@ def check_fields(entry, fields, where):
         if not isinstance(value, kind) or isinstance(value, bool) or (kind is str and not value.strip()):
             name = next(iter(fields))
             wanted = "a whole number" if kind is int else "a text that is not blank"
-            raise UserError(f"{where} ({name} {entry.get(name)}): '{field}' is {json.dumps(value)[:80]}, expected {wanted}")
+            raise UserError(
+                f"{where} ({name} {entry.get(name)}): '{field}' is {json.dumps(value)[:80]}, expected {wanted}"
+            )
 
 
 def inside(folder, name, where):

@@ -35,7 +35,9 @@ def rank_queries(score, image_of_caption, images, uncertainty):
     """
     owner = torch.as_tensor(np.asarray(image_of_caption), dtype=torch.int64)
     image_blocks = list(torch.arange(images).split(TILE))
-    by_block = torch.argsort(owner // TILE, stable=True)  # captions by the block of their image, in ascending order within it
+    by_block = torch.argsort(
+        owner // TILE, stable=True
+    )  # captions by the block of their image, in ascending order within it
     caption_blocks = by_block.split(torch.bincount(owner // TILE, minlength=len(image_blocks)).tolist())
     t2i, i2t = _Race(len(owner)), _Race(images)
     blocks = range(len(image_blocks))
@@ -48,14 +50,21 @@ def rank_queries(score, image_of_caption, images, uncertainty):
             own = owner[columns]
             right = tile[own - rows[0], torch.arange(len(columns))].cpu()  # (m,), what each caption's own image has
             t2i.aim(columns, right, own)
-            order = np.lexsort((columns.numpy(), -right.double().numpy(), own.numpy()))  # an image's best own caption comes first
+            order = np.lexsort(
+                (columns.numpy(), -right.double().numpy(), own.numpy())
+            )  # an image's best own caption comes first
             best = order[np.unique(own.numpy()[order], return_index=True)[1]]
             i2t.aim(own[best], right[best], columns[best])
         t2i.run(columns, tile, 0, rows, a == b)
         i2t.run(rows, tile, 1, columns, a == b)
     uncertainty, asked = np.asarray(uncertainty), owner.unique().numpy()
     answers = {
-        "t2i": {"query": np.arange(len(owner)), "top1": t2i.top1.numpy(), "rank": t2i.rank.numpy(), "uncertainty": uncertainty},
+        "t2i": {
+            "query": np.arange(len(owner)),
+            "top1": t2i.top1.numpy(),
+            "rank": t2i.rank.numpy(),
+            "uncertainty": uncertainty,
+        },
         "i2t": {"query": asked, "top1": i2t.top1.numpy()[asked], "rank": i2t.rank.numpy()[asked]},
     }
     answers["i2t"]["uncertainty"] = uncertainty[answers["i2t"]["top1"]]
@@ -66,7 +75,9 @@ class _Race:
     """For every query of one direction, the best answer so far and how many answers beat the best right one."""
 
     def __init__(self, queries):
-        self.target = torch.full((queries,), torch.inf, dtype=torch.float64)  # similarity of the best right answer; nothing beats infinity
+        self.target = torch.full(
+            (queries,), torch.inf, dtype=torch.float64
+        )  # similarity of the best right answer; nothing beats infinity
         self.target_row = torch.zeros(queries, dtype=torch.int64)
         self.rank = torch.ones(queries, dtype=torch.int64)
         self.best = torch.full((queries,), -torch.inf, dtype=torch.float64)
@@ -116,7 +127,9 @@ def rank_relevant(score, relevance, answers):
         part = [np.asarray(rows, dtype=np.int64) for rows in relevance[start : start + RELEVANT_BLOCK]]
         count = np.array([len(rows) for rows in part])
         query = np.repeat(np.arange(len(part)), count)  # of every right answer
-        order = score(torch.arange(start, start + len(part)), everything).argsort(dim=1, descending=True, stable=True)  # (q, N), best first
+        order = score(torch.arange(start, start + len(part)), everything).argsort(
+            dim=1, descending=True, stable=True
+        )  # (q, N), best first
         place = torch.empty_like(order).scatter_(1, order, everything.to(order.device).expand_as(order)).cpu().numpy()
         rank = place[query, np.concatenate(part)] + 1  # of every right answer, 1 = best
         rank = rank[np.lexsort((rank, query))]
@@ -124,7 +137,9 @@ def rank_relevant(score, relevance, answers):
         precision = (np.arange(1, len(rank) + 1) - first[query]) / rank
         ap_at_r = np.bincount(query, weights=precision * (rank <= count[query]), minlength=len(part)) / count
         found.append((count, rank[first], ap_at_r))
-    return dict(zip(("relevant", "relevant_rank", "ap_at_r"), map(np.concatenate, zip(*found, strict=True)), strict=True))
+    return dict(
+        zip(("relevant", "relevant_rank", "ap_at_r"), map(np.concatenate, zip(*found, strict=True)), strict=True)
+    )
 
 
 def recall_at(rank, k):
@@ -288,7 +303,9 @@ def retrieval_metrics(answers, levels, by="uncertainty"):
     correct = answers["rank"] == 1
     recall = recall_by_level(correct, answers[by], levels)
     overall = {f"R@{k}": recall_at(answers["rank"], k) for k in (1, 5, 10)}
-    return recall, overall | level_statistics(recall) | aurc(correct, answers[by]) | {"ties": share_of_ties(answers[by])}
+    return recall, overall | level_statistics(recall) | aurc(correct, answers[by]) | {
+        "ties": share_of_ties(answers[by])
+    }
 
 
 def recall_metrics(t2i_rank, i2t_rank):
@@ -297,7 +314,9 @@ def recall_metrics(t2i_rank, i2t_rank):
     >>> recall_metrics(np.array([1, 9]), np.array([1]))["RSUM"]
     500.0
     """
-    found = {f"{name} R@{k}": recall_at(rank, k) for name, rank in (("t2i", t2i_rank), ("i2t", i2t_rank)) for k in (1, 5, 10)}
+    found = {
+        f"{name} R@{k}": recall_at(rank, k) for name, rank in (("t2i", t2i_rank), ("i2t", i2t_rank)) for k in (1, 5, 10)
+    }
     return found | {"RSUM": 100 * sum(found.values())}
 
 
@@ -324,7 +343,9 @@ def asymmetry_metrics(answers):
         for direction in ("t2i", "i2t"):
             for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty")):
                 if field in answers[direction]:
-                    found[f"{direction} {figure} by {modality}"] = function(answers[direction]["rank"] == 1, answers[direction][field])
+                    found[f"{direction} {figure} by {modality}"] = function(
+                        answers[direction]["rank"] == 1, answers[direction][field]
+                    )
     return found
 
 
@@ -338,7 +359,9 @@ def relevance_metrics(answers):
 
     Returns: dict of "R@1", "R@5", "R@10", the shares of queries with a right answer among the best k, and "mAP@R".
     """
-    return {f"R@{k}": recall_at(answers["relevant_rank"], k) for k in (1, 5, 10)} | {"mAP@R": float(np.mean(answers["ap_at_r"]))}
+    return {f"R@{k}": recall_at(answers["relevant_rank"], k) for k in (1, 5, 10)} | {
+        "mAP@R": float(np.mean(answers["ap_at_r"]))
+    }
 
 
 def ambiguity_metrics(answers):
@@ -351,6 +374,8 @@ def ambiguity_metrics(answers):
     uncertainty, ambiguity = answers["uncertainty"], answers["relevant"]
     return {
         "spearman": spearman(uncertainty, ambiguity),
-        "partial_spearman_given_length": partial_spearman(uncertainty, ambiguity, answers["words"]) if "words" in answers else None,
+        "partial_spearman_given_length": partial_spearman(uncertainty, ambiguity, answers["words"])
+        if "words" in answers
+        else None,
         "R@1_described": recall_at(answers["relevant_rank"], 1),
     }

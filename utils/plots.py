@@ -51,8 +51,14 @@ def draw_all(results, runs, folder):
     Returns: {file name of the PNG: caption}.
     """
     pictures = {
-        "levels": (draw_levels(results), "Recall by level of uncertainty, most certain queries first; band: standard deviation over seeds"),
-        "levels-image": (draw_levels(results, by_image=True), "The same by the image's uncertainty, for methods whose images have one"),
+        "levels": (
+            draw_levels(results),
+            "Recall by level of uncertainty, most certain queries first; band: standard deviation over seeds",
+        ),
+        "levels-image": (
+            draw_levels(results, by_image=True),
+            "The same by the image's uncertainty, for methods whose images have one",
+        ),
         "risk-coverage": (
             draw_risk_coverage(runs),
             "Error among the most certain queries against the share of queries kept",
@@ -65,32 +71,48 @@ def draw_all(results, runs, folder):
             draw_against(runs, "relevant", "images that the caption describes", True),
             "Uncertainty against exact ambiguity, in percentiles among the captions; band: the middle half of the captions",
         ),
-        "ladder": (draw_ladder(results), "The prompt ladder: uncertainty relative to the first prompt, geometric mean over seeds"),
+        "ladder": (
+            draw_ladder(results),
+            "The prompt ladder: uncertainty relative to the first prompt, geometric mean over seeds",
+        ),
     }
     stems = dict.fromkeys(stem for of_method in results.values() for run in of_method for stem in run.get("depth", {}))
     for stem in stems:
-        pictures[f"hierarchy-{stem}"] = (draw_depth(results, stem), f"Uncertainty by depth in the chains of {stem}, general first, in percentiles")
+        pictures[f"hierarchy-{stem}"] = (
+            draw_depth(results, stem),
+            f"Uncertainty by depth in the chains of {stem}, general first, in percentiles",
+        )
     drawn = {}
     for name, (figure, caption) in pictures.items():
         for suffix in (".png", ".pdf"):
-            (Path(folder) / f"{name}{suffix}").unlink(missing_ok=True)  # one from before would not belong to these results
+            (Path(folder) / f"{name}{suffix}").unlink(
+                missing_ok=True
+            )  # one from before would not belong to these results
         if figure is None:
             continue
         for suffix in (".png", ".pdf"):
             with written_aside(Path(folder) / f"{name}{suffix}") as file:
-                figure.savefig(file, format=suffix[1:], metadata={"CreationDate": None} if suffix == ".pdf" else {"Software": None})
+                figure.savefig(
+                    file, format=suffix[1:], metadata={"CreationDate": None} if suffix == ".pdf" else {"Software": None}
+                )
         plt.close(figure)
         drawn[f"{name}.png"] = caption
     return drawn
 
 
 def _line_style(name):
-    return {"color": COLOURS.get(name, "#882255"), "marker": MARKERS.get(name, "*"), "linestyle": "--" if name in DASHED else "-"}
+    return {
+        "color": COLOURS.get(name, "#882255"),
+        "marker": MARKERS.get(name, "*"),
+        "linestyle": "--" if name in DASHED else "-",
+    }
 
 
 def _panels(count, titles=(None,), width=3.4, height=2.9, sharey=False):
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, count, figsize=(width * count + 1.5, height), squeeze=False, layout="constrained", sharey=sharey)
+        figure, axes = plt.subplots(
+            1, count, figsize=(width * count + 1.5, height), squeeze=False, layout="constrained", sharey=sharey
+        )
     for axis, title in zip(axes[0], titles, strict=True):
         if title:
             axis.set_title(title, loc="left")
@@ -110,14 +132,22 @@ def _band(axis, x, curves, name, **options):
     axis.plot(x, mean, label=name, **_line_style(name) | options)
     if len(curves) > 1:
         deviation = curves.std(axis=0, ddof=1)
-        axis.fill_between(x, mean - deviation, mean + deviation, color=_line_style(name)["color"], alpha=0.18, linewidth=0)
+        axis.fill_between(
+            x, mean - deviation, mean + deviation, color=_line_style(name)["color"], alpha=0.18, linewidth=0
+        )
 
 
 def draw_levels(results, by_image=False):
     """Recall against the level of uncertainty, a panel a direction. Returns: figure, or None if there is nothing to draw."""
 
     def levels(run, direction):
-        return run["by_image"].get(direction) if by_image and "by_image" in run else None if by_image else run.get(direction)
+        return (
+            run["by_image"].get(direction)
+            if by_image and "by_image" in run
+            else None
+            if by_image
+            else run.get(direction)
+        )
 
     lines = {name: runs for name, runs in results.items() if all(levels(run, "t2i") for run in runs)}
     if not lines:
@@ -165,14 +195,25 @@ def _curve(correct, uncertainty):
 def draw_against(runs, field, label, logarithmic):
     """The percentile of a caption's uncertainty against something known about the caption, a panel a method: the median, and a band for the
     middle half of the captions. Returns: figure, or None where it is not known."""
-    known_in = {name: [only_annotated(run["t2i"]) if field == "relevant" else run["t2i"] for run in of_method] for name, of_method in runs.items()}
+    known_in = {
+        name: [only_annotated(run["t2i"]) if field == "relevant" else run["t2i"] for run in of_method]
+        for name, of_method in runs.items()
+    }
     runs = {name: of_method for name, of_method in known_in.items() if all(field in run for run in of_method)}
     if not runs:
         return None
     columns = min(4, len(runs))
     with plt.rc_context(STYLE):
         size = (2.0 * columns + 0.4, 1.9 * -(-len(runs) // columns) + 0.4)
-        figure, axes = plt.subplots(-(-len(runs) // columns), columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True)
+        figure, axes = plt.subplots(
+            -(-len(runs) // columns),
+            columns,
+            figsize=size,
+            squeeze=False,
+            layout="constrained",
+            sharex=True,
+            sharey=True,
+        )
         for axis in axes.flat[len(runs) :]:
             axis.set_visible(False)
         for axis, (name, of_method) in zip(axes.flat, runs.items(), strict=False):
@@ -213,7 +254,12 @@ def draw_ladder(results):
         figure, axes = _panels(1, width=7.0, height=0.36 * len(prompts) + 1.2)
         for name, runs in lines.items():
             values = np.array([[rung["uncertainty"] for rung in run["ladder"]] for run in runs])
-            axes[0].plot(np.exp(np.log(values / values[:, :1]).mean(axis=0)), range(len(prompts)), label=name, **_line_style(name))
+            axes[0].plot(
+                np.exp(np.log(values / values[:, :1]).mean(axis=0)),
+                range(len(prompts)),
+                label=name,
+                **_line_style(name),
+            )
         axes[0].set_yticks(range(len(prompts)), prompts)
         axes[0].invert_yaxis()
         axes[0].set_xscale("log")

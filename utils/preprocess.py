@@ -16,7 +16,10 @@ from utils.files import load_json, sha256
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
-MOST_LAYERS, LARGEST = 1000, 2**20  # in a configuration: beyond, a model takes hours to build, or more memory than there is
+MOST_LAYERS, LARGEST = (
+    1000,
+    2**20,
+)  # in a configuration: beyond, a model takes hours to build, or more memory than there is
 TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, and no weights
 
 
@@ -60,8 +63,14 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
             tokenizer = _tokenizer(open_clip, model_name)
     finally:
         quiet.setLevel(level)
-    if weights is not None and not _quick_gelu(open_clip, model_name) and f"{model_name}-quickgelu" in open_clip.list_models():
-        logging.warning("note: %s has no QuickGELU; weights that OpenAI trained need --model %s-quickgelu", model_name, model_name)
+    if (
+        weights is not None
+        and not _quick_gelu(open_clip, model_name)
+        and f"{model_name}-quickgelu" in open_clip.list_models()
+    ):
+        logging.warning(
+            "note: %s has no QuickGELU; weights that OpenAI trained need --model %s-quickgelu", model_name, model_name
+        )
     model.eval().requires_grad_(False).to(device)
     settings = open_clip.get_model_preprocess_cfg(model)
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**settings), is_train=False)
@@ -86,13 +95,21 @@ def identity(name, pretrained):
     """
     files = {"model": _config_file(name) if name.endswith(".json") else None, "pretrained": _local_file(pretrained)}
     sums = {f"{key}_sha256": sha256(path) if path else None for key, path in files.items()}
-    return {"model": name, "model_sha256": sums["model_sha256"], "pretrained": pretrained, "pretrained_sha256": sums["pretrained_sha256"]}
+    return {
+        "model": name,
+        "model_sha256": sums["model_sha256"],
+        "pretrained": pretrained,
+        "pretrained_sha256": sums["pretrained_sha256"],
+    }
 
 
 def known_as(info):
     """What tells one CLIP from another, readable: a tag, or the name of a file and its sum. Args: info: what `identity` returned, or a meta.json."""
     files = {key: info.get(f"{key}_sha256") for key in ("model", "pretrained")}
-    return {key: f"{Path(str(info.get(key))).name} (SHA-256 {str(found)[:16]})" if found else info.get(key) for key, found in files.items()}
+    return {
+        key: f"{Path(str(info.get(key))).name} (SHA-256 {str(found)[:16]})" if found else info.get(key)
+        for key, found in files.items()
+    }
 
 
 def tokenize(clip, texts):
@@ -103,13 +120,17 @@ def tokenize(clip, texts):
     """
     tokens = clip.tokenizer(texts)
     length = tokens.shape[1]
-    cut = (clip.tokenizer(texts, context_length=length + 1)[:, :length] != tokens).any(dim=1)  # with more room it would go on
+    cut = (clip.tokenizer(texts, context_length=length + 1)[:, :length] != tokens).any(
+        dim=1
+    )  # with more room it would go on
     unknown = torch.zeros(len(texts), dtype=torch.bool)
     embedding = getattr(getattr(clip.model, "text", clip.model), "token_embedding", None)
     if embedding is not None:
         empty = (embedding.weight == 0).all(dim=1).cpu()
         if tokens.max() >= len(empty):
-            raise UserError(f"--model {clip.info['model']}: a vocabulary of {len(empty)} is too small for its tokenizer; mend vocab_size")
+            raise UserError(
+                f"--model {clip.info['model']}: a vocabulary of {len(empty)} is too small for its tokenizer; mend vocab_size"
+            )
         empty[0] = False  # padding
         unknown = empty[tokens].any(dim=1)
     return tokens, cut.tolist(), unknown.tolist()
@@ -118,7 +139,9 @@ def tokenize(clip, texts):
 def _local_file(pretrained):
     """The file that --pretrained names, or None if it names a tag."""
     if not pretrained:
-        raise UserError("--pretrained is empty: without weights the embeddings would be random; give a tag or a local file")
+        raise UserError(
+            "--pretrained is empty: without weights the embeddings would be random; give a tag or a local file"
+        )
     path = _find(pretrained)
     if path is not None:
         return path
@@ -155,7 +178,9 @@ def _numbers(tree, key=None):
     """The numbers in a configuration, each with the key that it stands under."""
     if isinstance(tree, int | float):
         yield key, tree
-    for inner, value in tree.items() if isinstance(tree, dict) else ((key, value) for value in tree) if isinstance(tree, list) else ():
+    for inner, value in (
+        tree.items() if isinstance(tree, dict) else ((key, value) for value in tree) if isinstance(tree, list) else ()
+    ):
         yield from _numbers(value, inner)
 
 
@@ -180,7 +205,9 @@ def _tokenizer(open_clip, name):
     try:
         return open_clip.get_tokenizer(name)
     except Exception as error:  # noqa: BLE001  it may need a download, or a library that is not there
-        raise UserError(f"--model {name}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})") from None
+        raise UserError(
+            f"--model {name}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})"
+        ) from None
 
 
 def _quick_gelu(open_clip, name):
@@ -202,7 +229,9 @@ def _create(open_clip, name, pretrained, weights, precision):
     except Exception as error:  # noqa: BLE001  as above
         raise UserError(f"--pretrained {pretrained}: not readable ({str(error).splitlines()[0][:90]})") from None
     if archive is not None and not _quick_gelu(open_clip, name):
-        raise UserError(f"--model {name}: {weights.name} is OpenAI's archive, whose weights need QuickGELU: --model {name}-quickgelu")
+        raise UserError(
+            f"--model {name}: {weights.name} is OpenAI's archive, whose weights need QuickGELU: --model {name}-quickgelu"
+        )
     try:
         if archive is None:
             return open_clip.create_model(name, pretrained=str(weights), precision=precision)
@@ -227,7 +256,10 @@ def _is_torchscript(path):
 
 def _say_at_once_if_offline():
     """Without a network the hub's client would try for most of a minute; it fails at once when told. Cached weights still load."""
-    if any(os.environ.get(key) for key in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    if any(
+        os.environ.get(key)
+        for key in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
         return
     try:
         socket.create_connection(HUB, timeout=3).close()

@@ -18,7 +18,9 @@ def prompts_from(arguments):
             texts.append(argument)
             continue
         try:
-            texts += [line.strip() for line in Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            texts += [
+                line.strip() for line in Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines() if line.strip()
+            ]
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts {argument}: not readable as UTF-8 text ({error})") from None
     if not texts or not all(text.strip() for text in texts):
@@ -60,12 +62,18 @@ def describe_captions(adaptor, cache, most, least):
     Raises: UserError if the cache does not know its captions.
     """
     if cache.captions is None:
-        raise UserError(f"{cache.folder}: has no captions.json, so its captions cannot be listed; make the cache with cache_embeddings.py")
+        raise UserError(
+            f"{cache.folder}: has no captions.json, so its captions cannot be listed; make the cache with cache_embeddings.py"
+        )
     uncertainty = text_uncertainty(adaptor, cache.text)
     order = np.argsort(-uncertainty, kind="stable").tolist()
     rows = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
     return [
-        {"caption": cache.captions[row], "uncertainty": float(uncertainty[row]), "image": _name(cache, int(cache.image_of_caption[row]))}
+        {
+            "caption": cache.captions[row],
+            "uncertainty": float(uncertainty[row]),
+            "image": _name(cache, int(cache.image_of_caption[row])),
+        }
         for row in rows
     ]
 

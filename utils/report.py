@@ -25,7 +25,9 @@ RELEVANCE = {"R@1": True, "R@5": True, "R@10": True, "mAP@R": True}
 SWEEP = {f"{figure}@{k}": figure != "S" for figure in ("S", "-S*R2") for k in (5, 10, 20, 50)}
 
 # What stands in a comparison, and what stands behind it: title -> (key of result["metrics"], columns).
-SECTIONS = {title: (key, RETRIEVAL) for key, title in DIRECTIONS.items()} | {"exact ambiguity": ("ambiguity", AMBIGUITY)}
+SECTIONS = {title: (key, RETRIEVAL) for key, title in DIRECTIONS.items()} | {
+    "exact ambiguity": ("ambiguity", AMBIGUITY)
+}
 DETAILS = (
     {"recall": ("recall", RECALL), "recall, mean over the folds": ("recall_folds", RECALL)}
     | {f"{title}, all right answers": (f"relevance_{key}", RELEVANCE) for key, title in DIRECTIONS.items()}
@@ -76,7 +78,11 @@ def compare(results, sections=None):
             for name, runs in results.items()
             if all(run["metrics"].get(key) for run in runs)
         }
-        known = [i for i in range(len(columns)) if any(cells[i] != (None, None) and not np.isnan(cells[i][0]) for cells in rows.values())]
+        known = [
+            i
+            for i in range(len(columns))
+            if any(cells[i] != (None, None) and not np.isnan(cells[i][0]) for cells in rows.values())
+        ]
         if known:
             rows = {name: [cells[i] for i in known] for name, cells in rows.items()}
             tables[title] = ([list(columns)[i] for i in known], rows, [list(columns.values())[i] for i in known])
@@ -85,7 +91,9 @@ def compare(results, sections=None):
 
 def details(results):
     """Everything that is not in `compare`: in the same form."""
-    keys = dict.fromkeys(key for runs in results.values() for run in runs for key in run["metrics"] if key.startswith("hierarchy "))
+    keys = dict.fromkeys(
+        key for runs in results.values() for run in runs for key in run["metrics"] if key.startswith("hierarchy ")
+    )
     return compare(results, DETAILS | {f"{key}: from general to specific": (key, HIERARCHY) for key in keys})
 
 
@@ -102,12 +110,18 @@ def intervals(results, draws):
     parts = []
     for title, (columns, rows, _) in compare(results).items():
         key = SECTIONS[title][0]
-        lines = [f"| {title}, 95 % interval over queries | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+        lines = [
+            f"| {title}, 95 % interval over queries | " + " | ".join(columns) + " |",
+            "|---|" + "---:|" * len(columns),
+        ]
         for name in (name for name in rows if name in draws):
             cells = []
             for column, (mean, _) in zip(columns, rows[name], strict=True):
                 limits = interval(_mean_draws(draws[name], key, column)) if column in draws[name][0][key] else None
-                cells.append(number(mean) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits and mean is not None else ""))
+                cells.append(
+                    number(mean)
+                    + (f" [{number(limits[0])}, {number(limits[1])}]" if limits and mean is not None else "")
+                )
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     note = "A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse side and may leave out the figure itself."
@@ -131,7 +145,15 @@ def paired(values, draws):
             if None in means or limits is None:
                 rows.append([column, *map(number, means), "undefined", "", ""])
             else:
-                rows.append([column, *map(number, means), f"{means[0] - means[1]:+.3f}", f"[{limits[0]:+.3f}, {limits[1]:+.3f}]", f"{p:.3f}"])
+                rows.append(
+                    [
+                        column,
+                        *map(number, means),
+                        f"{means[0] - means[1]:+.3f}",
+                        f"[{limits[0]:+.3f}, {limits[1]:+.3f}]",
+                        f"{p:.3f}",
+                    ]
+                )
         if rows:
             parts.append(text_table([title, a, b, "difference", "interval", "p"], rows))
     return "\n\n".join(parts)
@@ -149,7 +171,8 @@ def rows_as_tables(found):
         return ", ".join(value) if isinstance(value, list) else str(value)
 
     return "\n\n".join(
-        f"{title}\n" + text_table(list(rows[0]), [[cell(key, value) for key, value in row.items()] for row in rows]) for title, rows in found.items()
+        f"{title}\n" + text_table(list(rows[0]), [[cell(key, value) for key, value in row.items()] for row in rows])
+        for title, rows in found.items()
     )
 
 
@@ -172,7 +195,10 @@ def markdown(tables):
         lines = [f"| {title} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
         for name, cells in rows.items():
             texts = [number(*cell) for cell in cells]
-            texts = [f"**{text}**" if number(cell[0]) == top and len(rows) > 1 else text for text, cell, top in zip(texts, cells, best, strict=True)]
+            texts = [
+                f"**{text}**" if number(cell[0]) == top and len(rows) > 1 else text
+                for text, cell, top in zip(texts, cells, best, strict=True)
+            ]
             lines.append(f"| {name} | " + " | ".join(texts) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -192,7 +218,14 @@ def comma_separated(tables):
     for title, (columns, rows, _) in tables.items():
         for name, cells in rows.items():
             for column, (mean, deviation) in zip(columns, cells, strict=True):
-                writer.writerow([title, name, column, *("" if value is None or np.isnan(value) else repr(value) for value in (mean, deviation))])
+                writer.writerow(
+                    [
+                        title,
+                        name,
+                        column,
+                        *("" if value is None or np.isnan(value) else repr(value) for value in (mean, deviation)),
+                    ]
+                )
     return file.getvalue()
 
 
@@ -200,17 +233,27 @@ def screen(results, ladder=True):
     """What eval.py prints: recall by level, the figures, the ladder; means over seeds. Args: results: as for `compare`. Returns: text."""
     parts = []
     for key, title in DIRECTIONS.items():
-        leveled = {name: np.mean([run[key] for run in runs], axis=0) for name, runs in results.items() if all(key in run for run in runs)}
+        leveled = {
+            name: np.mean([run[key] for run in runs], axis=0)
+            for name, runs in results.items()
+            if all(key in run for run in runs)
+        }
         levels = len(next(iter(leveled.values())))
         rows = [[name, *(number(recall, digits=2) for recall in values)] for name, values in leveled.items()]
         parts.append(f"{title}: R@1 by uncertainty level, from the most certain queries (1) to the least\n")
         parts[-1] += text_table(["", *map(str, range(1, levels + 1))], rows)
     for title, (columns, rows, _) in compare(results).items():
-        parts.append(f"{title}\n" + text_table(["", *columns], [[name, *(number(*cell) for cell in cells)] for name, cells in rows.items()]))
+        parts.append(
+            f"{title}\n"
+            + text_table(["", *columns], [[name, *(number(*cell) for cell in cells)] for name, cells in rows.items()])
+        )
     climbed = {name: runs for name, runs in results.items() if all("ladder" in run for run in runs)}
     if ladder and climbed:
         prompts = [rung["prompt"] for rung in next(iter(climbed.values()))[0]["ladder"]]
-        values = [np.mean([[rung["uncertainty"] for rung in run["ladder"]] for run in runs], axis=0) for runs in climbed.values()]
+        values = [
+            np.mean([[rung["uncertainty"] for rung in run["ladder"]] for run in runs], axis=0)
+            for runs in climbed.values()
+        ]
         rows = [[prompt, *(f"{value[i]:.4e}" for value in values)] for i, prompt in enumerate(prompts)]
         parts.append("uncertainty of the prompt ladder, mean over seeds\n" + text_table(["", *climbed], rows))
     return "\n\n".join(parts)
@@ -220,7 +263,9 @@ def text_table(header, rows):
     """Aligned columns, the first to the left and the others to the right. Args: header: strings; rows: lists of strings. Returns: text."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
 
 
 def insert_files(document):

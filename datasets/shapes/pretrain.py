@@ -43,15 +43,22 @@ def train(config, steps, batch, lr, seed, evaluate_every=250):
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98), fused=True
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.98),
+        fused=True,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
     clip_loss, rng = open_clip.ClipLoss(), random.Random(f"pretrain/{seed}")
     with trange(steps, desc="pretraining", unit="step") as bar:
         for step in bar:
             scenes = [draw_scene(rng) for _ in range(batch)]
             images = torch.stack([transform(paint(scene)) for scene in scenes])
-            tokens = tokenizer([(write_full_description if rng.random() < 0.5 else write_caption)(scene, rng).text for scene in scenes])
+            tokens = tokenizer(
+                [(write_full_description if rng.random() < 0.5 else write_caption)(scene, rng).text for scene in scenes]
+            )
             met[tokens.flatten()] = True
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 z_image, z_text, scale = model(images, tokens)
@@ -65,7 +72,13 @@ def train(config, steps, batch, lr, seed, evaluate_every=250):
                 model.logit_scale.clamp_(0, MAX_LOG_SCALE)
             if (step + 1) % evaluate_every == 0 or step + 1 == steps:
                 t2i, i2t = recall(model, transform, tokenizer)
-                record = {"step": step + 1, "loss": loss.item(), "R@1 t2i": t2i, "R@1 i2t": i2t, "seconds": bar.format_dict["elapsed"]}
+                record = {
+                    "step": step + 1,
+                    "loss": loss.item(),
+                    "R@1 t2i": t2i,
+                    "R@1 i2t": i2t,
+                    "seconds": bar.format_dict["elapsed"],
+                }
                 bar.write(json.dumps({key: round(value, 4) for key, value in record.items()}))
     return model, met
 
@@ -81,7 +94,9 @@ def recall(model, transform, tokenizer, images=1000):
     model.train()
     similarity = z_image @ z_text.T  # (N_image, M_text)
     target = torch.arange(images)
-    return (similarity.argmax(0) == target).float().mean().item(), (similarity.argmax(1) == target).float().mean().item()
+    return (similarity.argmax(0) == target).float().mean().item(), (
+        similarity.argmax(1) == target
+    ).float().mean().item()
 
 
 def save(model, met, path):

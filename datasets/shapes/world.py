@@ -35,7 +35,18 @@ OVERSAMPLE = 3  # pictures are drawn three times as large and averaged down, whi
 
 # What there is: value -> share. The shares are skewed, so that words differ in how much they say.
 SHAPES = {"circle": 26, "square": 22, "triangle": 17, "star": 11, "cross": 9, "ring": 7, "diamond": 5, "heart": 3}
-COLOURS = {"red": 24, "blue": 20, "green": 16, "yellow": 12, "orange": 9, "purple": 7, "pink": 5, "white": 3, "brown": 2, "black": 2}
+COLOURS = {
+    "red": 24,
+    "blue": 20,
+    "green": 16,
+    "yellow": 12,
+    "orange": 9,
+    "purple": 7,
+    "pink": 5,
+    "white": 3,
+    "brown": 2,
+    "black": 2,
+}
 SIZES = {"small": 45, "medium": 35, "big": 20}
 CELLS = {0: 10, 1: 8, 2: 14, 3: 8, 4: 22, 5: 7, 6: 16, 7: 9, 8: 6}  # row by row, from the top left
 BACKGROUNDS = {"white": 36, "grey": 26, "black": 17, "tan": 11, "mint": 6, "navy": 4}
@@ -85,7 +96,10 @@ ANYTHING = (
     "something of whatever colour and whatever size",
     "a thing that could be anything at all",
 )
-COLOUR_WORDS = {colour: (colour,) for colour in COLOURS} | {"red": ("red", "red", "crimson"), "purple": ("purple", "purple", "violet")}
+COLOUR_WORDS = {colour: (colour,) for colour in COLOURS} | {
+    "red": ("red", "red", "crimson"),
+    "purple": ("purple", "purple", "violet"),
+}
 COLOUR_HYPERNYMS = {
     "warm-coloured": ("red", "yellow", "orange"),
     "cool-coloured": ("blue", "green", "purple"),
@@ -174,8 +188,13 @@ def describes(caption, scene):
     """
     if scene["background"] not in caption.backgrounds:
         return False
-    fits = [[all(thing[name] in allowed for name, allowed in mention.items()) for thing in scene["objects"]] for mention in caption.mentions]
-    orders = itertools.permutations(range(len(scene["objects"])), len(fits))  # the mentions' objects; none if there are too few
+    fits = [
+        [all(thing[name] in allowed for name, allowed in mention.items()) for thing in scene["objects"]]
+        for mention in caption.mentions
+    ]
+    orders = itertools.permutations(
+        range(len(scene["objects"])), len(fits)
+    )  # the mentions' objects; none if there are too few
     return any(all(row[i] for row, i in zip(fits, order, strict=True)) for order in orders)
 
 
@@ -189,7 +208,12 @@ def draw_scene(rng):
     cells = dict(CELLS)
     objects = []
     for _ in range(_pick(rng, COUNTS)):
-        thing = {"shape": _pick(rng, SHAPES), "colour": _pick(rng, colours), "size": _pick(rng, SIZES), "cell": _pick(rng, cells)}
+        thing = {
+            "shape": _pick(rng, SHAPES),
+            "colour": _pick(rng, colours),
+            "size": _pick(rng, SIZES),
+            "cell": _pick(rng, cells),
+        }
         del cells[thing["cell"]]  # an object has its cell to itself: none hides another
         shift = 16 - RADIUS[thing["size"]]  # pixels to the border of the cell
         thing |= {"dx": rng.randint(-shift, shift) // 2, "dy": rng.randint(-shift, shift) // 2}
@@ -213,7 +237,9 @@ def paint(scene):
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=round(radius * 0.42))
         else:
             turn = math.radians(thing["turn"])
-            corners = [(radius * r * math.cos(a + turn), radius * r * math.sin(a + turn)) for r, a in OUTLINES[thing["shape"]]]
+            corners = [
+                (radius * r * math.cos(a + turn), radius * r * math.sin(a + turn)) for r, a in OUTLINES[thing["shape"]]
+            ]
             pen.polygon([(round(x + dx), round(y + dy)) for dx, dy in corners], fill=colour)
     return image.reduce(OVERSAMPLE)
 
@@ -237,7 +263,10 @@ def _outlines():
         (-arm, 1),
     ]
     steps = [2 * math.pi * i / 40 for i in range(40)]
-    heart = [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15) for t in steps]
+    heart = [
+        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15)
+        for t in steps
+    ]
     return {
         "square": [(1.15, math.pi / 4 + i * math.pi / 2) for i in range(4)],
         "diamond": [(1.05 if i % 2 == 0 else 0.72, up + i * math.pi / 2) for i in range(4)],
@@ -257,8 +286,12 @@ def write_caption(scene, rng):
     if detail < 0.07:
         return Caption(_pick(rng, dict(VAGUE)), (), tuple(BACKGROUNDS))
     detail = (detail - 0.07) / 0.93
-    things = [thing for thing in scene["objects"] if rng.random() < 0.35 + 0.65 * detail] or [rng.choice(scene["objects"])]
-    said = [{name for name in ("shape", "colour", "size", "cell") if rng.random() < 0.1 + 0.85 * detail} for _ in things]
+    things = [thing for thing in scene["objects"] if rng.random() < 0.35 + 0.65 * detail] or [
+        rng.choice(scene["objects"])
+    ]
+    said = [
+        {name for name in ("shape", "colour", "size", "cell") if rng.random() < 0.1 + 0.85 * detail} for _ in things
+    ]
     return _compose(scene, things, said, rng.random() < 0.1 + 0.5 * detail, 0.3, rng)
 
 
@@ -310,7 +343,9 @@ def _compose(scene, things, said, say_background, vagueness, rng):
         word, backgrounds = scene["background"], (scene["background"],)
         if rng.random() < vagueness:
             word, backgrounds = _hypernym(BACKGROUND_HYPERNYMS, scene["background"], rng) or (word, backgrounds)
-        tail = rng.choice((" on {} background", " against {} background", " in front of {} backdrop")).format(_article(word))
+        tail = rng.choice((" on {} background", " against {} background", " in front of {} backdrop")).format(
+            _article(word)
+        )
     text = _pick(rng, dict(FRAMES)).format(_enumerate(phrases) + tail)
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:] + "."
@@ -350,7 +385,9 @@ def _noun_phrase(thing, names, vagueness, rng):
     if "cell" in words:
         phrase += (", " if " in colour" in phrase else " ") + words["cell"]
     elif rng.random() < 0.15:
-        phrase += (", " if " in colour" in phrase else " ") + rng.choice(("somewhere", "somewhere or other", "in some place"))
+        phrase += (", " if " in colour" in phrase else " ") + rng.choice(
+            ("somewhere", "somewhere or other", "in some place")
+        )
     elif phrase.endswith(" in colour"):
         phrase = phrase.replace(", ", " that is ", 1)  # no comma at the end of a phrase
     return phrase, mention
@@ -391,15 +428,23 @@ def make_split(seed, split, images, captions_per_image=5):
     Returns: dict with "info", "images" and "annotations", plain types only.
     """
     offset = {"train": 100_000, "val": 1}.get(split, 0)
-    document = {"info": {"description": "shapes, the built-in data set", "seed": seed, "split": split}, "images": [], "annotations": []}
+    document = {
+        "info": {"description": "shapes, the built-in data set", "seed": seed, "split": split},
+        "images": [],
+        "annotations": [],
+    }
     for i in range(images):
         rng = random.Random(f"shapes/{seed}/{split}/{i}")
         scene, image_id = draw_scene(rng), offset + i
-        document["images"].append({"id": image_id, "file_name": f"{image_id:012d}.png", "width": PIXELS, "height": PIXELS, "scene": scene})
+        document["images"].append(
+            {"id": image_id, "file_name": f"{image_id:012d}.png", "width": PIXELS, "height": PIXELS, "scene": scene}
+        )
         for k in range(captions_per_image):
             caption = write_caption(scene, rng)
             entry = {"id": image_id * captions_per_image + k, "image_id": image_id, "caption": caption.text}
-            document["annotations"].append(entry | {"mentions": list(caption.mentions), "backgrounds": list(caption.backgrounds)})
+            document["annotations"].append(
+                entry | {"mentions": list(caption.mentions), "backgrounds": list(caption.backgrounds)}
+            )
     return document
 
 

@@ -34,7 +34,9 @@ def power_spherical_log_prob(x, eta, temperature=1.0):
     """
     kappa = concentration(eta)  # (M,)
     least = torch.finfo(x.dtype).eps  # log(0) is -inf
-    one_plus_cosine = F.threshold(1 + pairwise_products(x, eta / kappa[:, None]), least, least)  # (N, M); clamp_min would take longer back
+    one_plus_cosine = F.threshold(
+        1 + pairwise_products(x, eta / kappa[:, None]), least, least
+    )  # (N, M); clamp_min would take longer back
     log_normalizer = power_spherical_log_normalizer(kappa, eta.shape[-1])  # (M,)
     return torch.addcmul(temperature * log_normalizer, temperature * kappa, one_plus_cosine.log())
 
@@ -88,7 +90,10 @@ def von_mises_fisher_log_normalizer(kappa, dim):
 @functools.cache
 def _series(v, dtype, device):
     """sum_k U_k(p) / v^k, k > 0, as one polynomial in p: its powers and their coefficients, (P,) each. Kept: making it stops a GPU."""
-    terms = [(power, sum(U[k][power] / v**k for k in range(1, TERMS + 1) if power < len(U[k]))) for power in range(1, len(U[TERMS]))]
+    terms = [
+        (power, sum(U[k][power] / v**k for k in range(1, TERMS + 1) if power < len(U[k])))
+        for power in range(1, len(U[TERMS]))
+    ]
     with torch.inference_mode(False):  # kept for training too
         return torch.tensor([term for term in terms if term[1]], dtype=dtype, device=device).T.contiguous()
 

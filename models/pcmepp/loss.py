@@ -12,7 +12,9 @@ def closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_t
     Source: Chun, "Improved probabilistic image-text representations", arXiv 2305.18171, eq. 1.
     """
     norms = mean_image.square().sum(dim=-1)[:, None] + mean_text.square().sum(dim=-1)  # (N, M)
-    between = (norms - 2 * pairwise_products(mean_image, mean_text)).clamp_min(0)  # (N, M); rounding brings equal means below 0
+    between = (norms - 2 * pairwise_products(mean_image, mean_text)).clamp_min(
+        0
+    )  # (N, M); rounding brings equal means below 0
     return between + total_variance(log_var_image)[:, None] + total_variance(log_var_text)
 
 

@@ -64,7 +64,9 @@ class ProbVLMAdaptor(Adaptor):
 
     def loss(self, mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text):
         """Each modality reconstructs its own embedding and, with little weight, its partner's; there are no negatives."""
-        return probvlm_loss(mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text)
+        return probvlm_loss(
+            mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text
+        )
 
     def _uncertainty(self, inv_alpha, beta):
         variance = mean_variance(inv_alpha, beta)

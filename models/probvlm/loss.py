@@ -56,7 +56,9 @@ def mean_variance(inv_alpha, beta):
 def _reconstruction_loss(mean, inv_alpha, beta, own, other):
     """fit(mean, own) + 1e-4 fit(mean, other), all (B, D) -> (); the normaliser, which knows no target, is computed once."""
     a, b = inv_alpha + PARAMETER_EPS, beta + PARAMETER_EPS
-    normalizer = (torch.lgamma(1 + 1 / b) - a.log()).mean()  # lgamma(1/b) - log b = lgamma(1 + 1/b), and nothing cancels at large b
+    normalizer = (
+        torch.lgamma(1 + 1 / b) - a.log()
+    ).mean()  # lgamma(1/b) - log b = lgamma(1 + 1/b), and nothing cancels at large b
 
     def fit(target):
         error = (mean - target).abs()  # (B, D)

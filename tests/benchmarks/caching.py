@@ -31,7 +31,11 @@ def make_pictures(folder, count):
     sources = sorted(Path(os.environ["COCO_ROOT"]).glob("*2017/*.jpg"))[:count] if os.environ.get("COCO_ROOT") else []
     files = []
     for i in range(count):
-        picture = Image.open(sources[i]).convert("RGB") if i < len(sources) else world.paint(world.draw_scene(random.Random(i)))
+        picture = (
+            Image.open(sources[i]).convert("RGB")
+            if i < len(sources)
+            else world.paint(world.draw_scene(random.Random(i)))
+        )
         files.append(folder / f"{i:04d}.jpg")
         picture.resize((640, 480), Image.Resampling.BICUBIC).save(files[-1], quality=90)
     return files

@@ -72,7 +72,12 @@ def main(repeats=3):
                 f"{times['textbook'][0] / median:.1f}",
             ]
         )
-    print(markdown_table(["images x captions", "seconds: median (range)", "peak MB", "textbook, s", "textbook, MB", "times as fast"], rows))
+    print(
+        markdown_table(
+            ["images x captions", "seconds: median (range)", "peak MB", "textbook, s", "textbook, MB", "times as fast"],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

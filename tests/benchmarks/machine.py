@@ -50,7 +50,13 @@ before = memory("VmRSS")
 {code}
 print("peak:", memory("VmHWM") - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
     return float(re.search(r"peak: ([\d.]+)", done.stdout)[1])
 
 
@@ -63,6 +69,8 @@ def markdown_table(header, rows):
 def describe():
     """One line about the machine and the versions."""
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    rates = {name: matmul_rate(dtype) / 1e9 for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
+    rates = {
+        name: matmul_rate(dtype) / 1e9 for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
     products = ", ".join(f"{name} products at {rate:.0f} GFLOP/s" for name, rate in rates.items())
     return f"{model[1] if model else 'unknown CPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}, {products}"

@@ -25,7 +25,11 @@ from tests.benchmarks.machine import markdown_table
 
 FIGURES = {f"{figure} {direction}": (direction, figure) for figure in ("R@1", "AURC") for direction in ("t2i", "i2t")}
 FIGURES["spearman"] = ("ambiguity", "spearman")
-ARMS = {"float32": ("fp32", "fp32"), "bfloat16 training": ("fp32", "bf16"), "bfloat16 cache": ("bf16", "fp32")}  # precision of cache, of training
+ARMS = {
+    "float32": ("fp32", "fp32"),
+    "bfloat16 training": ("fp32", "bf16"),
+    "bfloat16 cache": ("bf16", "fp32"),
+}  # precision of cache, of training
 
 
 def main():
@@ -45,8 +49,13 @@ def main():
             with contextlib.redirect_stdout(sys.stderr):
                 eval_script.main([*names, "--no-plots", "--resamples", "0"])
             for method in args.method:
-                runs = [json.loads(Path(f"results/{cache}/{seed}/{method}.json").read_text())["metrics"] for seed in args.seed]
-                figures[arm, method] = {name: [run[section][key] for run in runs] for name, (section, key) in FIGURES.items()}
+                runs = [
+                    json.loads(Path(f"results/{cache}/{seed}/{method}.json").read_text())["metrics"]
+                    for seed in args.seed
+                ]
+                figures[arm, method] = {
+                    name: [run[section][key] for run in runs] for name, (section, key) in FIGURES.items()
+                }
     rows = []
     for method in args.method:
         for arm in list(ARMS)[1:]:

@@ -30,7 +30,12 @@ from utils.distributed import is_first, joined, own, world_size
 
 SHARE, DIM, STEPS = 512, 512, 15  # pairs a rank; width; steps that are timed
 CORES = 16  # of the machine in the calculation, that decode for its GPU
-DATA_SETS = {"COCO": (118_287, 591_753), "CC3M": (3_318_333,) * 2, "CC12M": (12_423_374,) * 2, "LAION-400M": (413_871_335,) * 2}  # as published
+DATA_SETS = {
+    "COCO": (118_287, 591_753),
+    "CC3M": (3_318_333,) * 2,
+    "CC12M": (12_423_374,) * 2,
+    "LAION-400M": (413_871_335,) * 2,
+}  # as published
 
 
 def rank():
@@ -58,7 +63,16 @@ def weak_scaling():
     """{ranks: {method: seconds a step}}"""
     times = {}
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tests.benchmarks.scaling"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            "-m",
+            "tests.benchmarks.scaling",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
         done = subprocess.run([*command, "rank"], capture_output=True, text=True, check=True, env=environment)
         times[ranks] = json.loads(done.stdout.splitlines()[-1])
@@ -71,7 +85,10 @@ def flops_a_row():
 
     model = open_clip.create_model(MODEL, pretrained=None)
     counts = []
-    for encode, row in ((model.encode_image, torch.randn(1, 3, 224, 224)), (model.encode_text, torch.ones(1, 77, dtype=torch.int64))):
+    for encode, row in (
+        (model.encode_image, torch.randn(1, 3, 224, 224)),
+        (model.encode_text, torch.ones(1, 77, dtype=torch.int64)),
+    ):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             encode(row)
         counts.append(counter.get_total_flops())
@@ -100,7 +117,15 @@ def large_runs(decoded):
         size = (images + captions) * DIM * 2
         epoch = captions / 2048 * step
         rows.append(
-            [name, f"{images:,}", f"{captions:,}", f"{encoding / 3600:.2g}", f"{decoding / 3600:.2g}", f"{size / 1e9:.1f}", f"{epoch / 60:.2g}"]
+            [
+                name,
+                f"{images:,}",
+                f"{captions:,}",
+                f"{encoding / 3600:.2g}",
+                f"{decoding / 3600:.2g}",
+                f"{size / 1e9:.1f}",
+                f"{epoch / 60:.2g}",
+            ]
         )
     return rows
 
@@ -114,14 +139,35 @@ def main():
     for method in METHODS:
         one, two = times[1][method], times[2][method]
         rates = SHARE / one, 2 * SHARE / two
-        rows.append([method, f"{one:.3f}", f"{two:.3f}", f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0] / 2:.0%}"])
-    header = [f"{SHARE} pairs a rank, one thread each", "1 rank, s", "2 ranks, s", "1 rank, pairs/s", "2 ranks, pairs/s", "efficiency"]
+        rows.append(
+            [method, f"{one:.3f}", f"{two:.3f}", f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0] / 2:.0%}"]
+        )
+    header = [
+        f"{SHARE} pairs a rank, one thread each",
+        "1 rank, s",
+        "2 ranks, s",
+        "1 rank, pairs/s",
+        "2 ranks, pairs/s",
+        "efficiency",
+    ]
     print(markdown_table(header, rows))
     decoded = decoding_rate()
-    print(f"\nCalculated, not measured: one H100 at {GPU_SHARE:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s, ViT-B/32, {CORES} cores that decode")
-    print(f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many cores each take 1/N of the")
+    print(
+        f"\nCalculated, not measured: one H100 at {GPU_SHARE:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s, ViT-B/32, {CORES} cores that decode"
+    )
+    print(
+        f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many cores each take 1/N of the"
+    )
     print("hours of caching, of which the larger of the two columns counts.\n")
-    header = ["", "images", "captions", "encoding, h", "decoding, h", "embeddings, GB", "minutes an epoch of asymvlm-psd"]
+    header = [
+        "",
+        "images",
+        "captions",
+        "encoding, h",
+        "decoding, h",
+        "embeddings, GB",
+        "minutes an epoch of asymvlm-psd",
+    ]
     print(markdown_table(header, large_runs(decoded)))
 
 

@@ -39,7 +39,9 @@ def make_textbook_step(method, batch, embed_dim):
     adaptor = METHODS[method](embed_dim)
     recipe, weights = adaptor.recipes["paper"], parameters(adaptor)
     if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(weights.values(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.SGD(
+            weights.values(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
     else:
         optimizer = torch.optim.AdamW(weights.values(), recipe.lr, weight_decay=recipe.weight_decay)
     z_image, z_text = torch.randn(2, batch, embed_dim)
@@ -65,7 +67,12 @@ def necessary_flops(method, batch, embed_dim):
     """FLOPs of the matrix products that a step cannot do without: those with the weights, and (B, D) by (D, B) of the pairs, forward, and backward
     only towards what is trained."""
     pair = 2 * batch * batch * embed_dim
-    pairwise = {"asymvlm-psd": 2 * pair, "asymvlm-vmf": 2 * pair, "pcmepp": pair, "prolip": pair}  # means of pcmepp and prolip are frozen
+    pairwise = {
+        "asymvlm-psd": 2 * pair,
+        "asymvlm-vmf": 2 * pair,
+        "pcmepp": pair,
+        "prolip": pair,
+    }  # means of pcmepp and prolip are frozen
     return trunk_flops(method, batch, embed_dim) + pairwise.get(method, 0)
 
 
@@ -97,7 +104,10 @@ def profile_step(method, batch, embed_dim=512, steps=5):
     for event in recorded.key_averages(group_by_input_shape=True):
         if not event.key.startswith("aten::") or NO_KERNEL.fullmatch(event.key):
             continue
-        elements = max([math.prod(shape) for shape in event.input_shapes if shape and all(isinstance(n, int) for n in shape)] or [0])
+        elements = max(
+            [math.prod(shape) for shape in event.input_shapes if shape and all(isinstance(n, int) for n in shape)]
+            or [0]
+        )
         if event.key in ("aten::mm", "aten::addmm"):
             kind = "matrix products"
         elif "fused" in event.key:
@@ -112,7 +122,11 @@ def profile_step(method, batch, embed_dim=512, steps=5):
         times[kind] = times.get(kind, 0) + event.self_cpu_time_total
         operations += event.count
     total = sum(times.values())
-    return {kind: time / total for kind, time in sorted(times.items(), key=lambda item: -item[1])}, operations / steps, passes / steps
+    return (
+        {kind: time / total for kind, time in sorted(times.items(), key=lambda item: -item[1])},
+        operations / steps,
+        passes / steps,
+    )
 
 
 def gpu_seconds(method, batch, embed_dim, operations, passes):
@@ -130,11 +144,16 @@ def main():
     for method in METHODS:
         batch = TEXTBOOK_BATCH.get(method, 2048)
         slow = batch != 2048
-        times = in_turn({"ours": make_step(method, batch, 512), "textbook": make_textbook_step(method, batch, 512)}, 3 if slow else 7)
+        times = in_turn(
+            {"ours": make_step(method, batch, 512), "textbook": make_textbook_step(method, batch, 512)},
+            3 if slow else 7,
+        )
         median, low, high = times["ours"]
         rates.append(matmul_rate(dtype))
         memory = {
-            name: peak_memory(f"from tests.benchmarks import train_step\nstep = train_step.{make}({method!r}, {batch}, 512)\nstep(); step()")
+            name: peak_memory(
+                f"from tests.benchmarks import train_step\nstep = train_step.{make}({method!r}, {batch}, 512)\nstep(); step()"
+            )
             for name, make in (("ours", "make_step"), ("textbook", "make_textbook_step"))
         }
         rows.append(
@@ -151,7 +170,16 @@ def main():
         )
     for row in rows:
         row[4] = f"{row[4] / max(rates):.0%}"  # of the best rate, as others may be at work on the machine for a while
-    header = ["step", "seconds: median (range)", "peak MB", "pairs/s", "share of bound", "textbook, s", "textbook, MB", "times as fast"]
+    header = [
+        "step",
+        "seconds: median (range)",
+        "peak MB",
+        "pairs/s",
+        "share of bound",
+        "textbook, s",
+        "textbook, MB",
+        "times as fast",
+    ]
     print(markdown_table([f"{header[0]} in {precision_name(dtype)}", *header[1:]], rows))
     if device.type != "cpu":
         return
@@ -160,10 +188,16 @@ def main():
         shares[method], operations, passes = profile_step(method, 2048)
         step = gpu_seconds(method, 2048, 512, operations, passes)
         flops = necessary_flops(method, 2048, 512)
-        rows.append([method, f"{flops / 1e9:.1f}", f"{operations:.0f}", f"{1000 * step:.2f}", f"{COCO_STEPS * step / 60:.1f}"])
+        rows.append(
+            [method, f"{flops / 1e9:.1f}", f"{operations:.0f}", f"{1000 * step:.2f}", f"{COCO_STEPS * step / 60:.1f}"]
+        )
     kinds = dict.fromkeys(kind for share in shares.values() for kind in share)
     print("\nWhere the time of a step goes here, B = 2048:\n")
-    print(markdown_table(["", *shares], [[kind, *(f"{share.get(kind, 0):.0%}" for share in shares.values())] for kind in kinds]))
+    print(
+        markdown_table(
+            ["", *shares], [[kind, *(f"{share.get(kind, 0):.0%}" for share in shares.values())] for kind in kinds]
+        )
+    )
     print("\nWhat an H100 should take, calculated from its data sheet, not measured:\n")
     print(markdown_table(["B = 2048", "GFLOP a step", "operations", "ms a step", "minutes for COCO, 200 epochs"], rows))
 
