@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.embedding import LADDER, EmbeddingCache, load_chains, load_texts
+from datasets.embedding import EmbeddingCache, clip_id
+from datasets.texts import LADDER, load_chains, load_texts
 from models import METHODS
 from models.layers import cosine_similarity
 from utils.bootstrap import LEVEL, RESAMPLES, bootstrap_ambiguity, bootstrap_relevance, bootstrap_retrieval, interval
@@ -186,8 +187,8 @@ def evaluate(adaptor, cache, levels, ladder=None, chains=None, folds=1):
     `load_chains` returned. folds: parts of the gallery over which recall is averaged, 1: none.
     Returns: (dict as it is written to results/, answers: {"t2i", "i2t"} of arrays with one entry a query).
     """
-    image = in_chunks(adaptor.encode_image, cache.image)
-    text = in_chunks(adaptor.encode_text, cache.text)
+    image = in_chunks(adaptor.encode_image, cache.image.read())
+    text = in_chunks(adaptor.encode_text, cache.text.read())
     uncertainty = adaptor.describe_text(*text)[1].double().cpu().numpy()
     image_uncertainty = adaptor.describe_image(*image)[1]
 
@@ -216,7 +217,7 @@ def evaluate_baselines(cache, args, chains):
     caption-length: a caption of fewer words is less certain.
     Returns: ({row name: [result]}, {row name: [draws of the bootstrap]}), as for `report`.
     """
-    image, text = cache.image.float(), cache.text.float()
+    image, text = cache.image.read().float(), cache.text.read().float()
 
     def score(images, captions):
         return cosine_similarity(image[images], text[captions])
@@ -245,7 +246,7 @@ def evaluate_baselines(cache, args, chains):
         {},
     )
     for name in BASELINES if cache.captions is not None else BASELINES[:1]:
-        uncertainty = measures[name](cache.captions, cache.text)
+        uncertainty = measures[name](cache.captions, cache.text.read())
         answers["t2i"]["uncertainty"], answers["i2t"]["uncertainty"] = uncertainty, uncertainty[answers["i2t"]["top1"]]
         result = figures(answers, args.uncer_levels)
         result["metrics"] |= recall
@@ -498,11 +499,11 @@ def compare_two(args):
 def ask(args, cache, adaptors, device):
     """Print how uncertain prompts are among the captions of the split, or the most and least uncertain captions; most certain last."""
     if args.prompts:
-        from cache_embeddings import clip_of_cache, encode_texts  # it takes a second to import
+        from utils.embed import encode_texts
 
         texts = prompts_from(args.prompts)
-        clip, dtype = clip_of_cache(args.dataset, device)
-        z = encode_texts(clip, texts).to(dtype)
+        made_by = clip_id(args.dataset)
+        z = encode_texts(made_by.load(device), texts).to(made_by.dtype)
 
     def rows(adaptor):
         if args.prompts:

@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from datasets.embedding import LADDER, EmbeddingCache, load_texts
-from datasets.shards import BUFFER
+from datasets.embedding import EmbeddingCache
+from datasets.rows import BUFFER
+from datasets.texts import LADDER, load_texts
 from models import METHODS
 from utils.checkpoint import checkpoint_path, describe, describe_progress, load_run, restore_progress, save_adaptor
 from utils.cli import Parser, UserError, folder_name, non_negative, positive, run, seed_number

@@ -1,9 +1,9 @@
 """The captions and images of COCO's Karpathy test split in; the images that people found right for a caption, out.
 
-The judgements are those of the package eccv_caption (Chun et al., "ECCV Caption", arXiv 2204.03359), which is optional: pip install eccv-caption.
-It looks into 1,332 of the split's captions. Its ids are COCO's own: its captions are called by annotation id, which is the sentid of
-dataset_coco.json, its images by image id, the cocoid. So no further file is needed; for every caption that the package knows, it is checked that
-both name the same image.
+The judgements are those of the package eccv_caption (Chun et al., "ECCV Caption", arXiv 2204.03359), which is optional:
+pip install eccv-caption. It looks into 1,332 of the split's captions. Its ids are COCO's own: annotation ids, which are
+the sentids of dataset_coco.json, and image ids, the cocoids. So no further file is needed; for every caption that the
+package knows, it is checked that both name the same image.
 """
 
 import warnings
@@ -14,11 +14,14 @@ from utils.cli import UserError
 def relevance(image_ids, caption_ids, image_of_caption, path):
     """Which images are right for each caption.
 
-    Args: image_ids, caption_ids: N cocoids and M sentids. image_of_caption: M image rows. path: the file they are from, for messages.
-    Returns: (relevance, annotated). relevance: M lists of rows of these images, ascending, the caption's own among them; for a caption that
-    nobody looked into, its own alone, which says nothing about how many are right. annotated: the rows of the captions that were looked into,
-    ascending: figures about relevance are to be taken over these. Both are None if there is no such caption, or no such package.
-    Raises: UserError if a caption belongs to another image than the package has it, or the package is not as expected.
+    Args:
+        image_ids, caption_ids: N cocoids and M sentids. image_of_caption: M image rows.
+        path: the file they are from, for messages.
+    Returns: (relevance, annotated); both are None if the package knows no such caption, or is not there.
+        relevance: M lists of image rows, ascending, the caption's own among them; for a caption that nobody looked
+        into, its own alone, which says nothing about how many are right.
+        annotated: the rows of the captions that were looked into, ascending; figures about relevance are over these.
+    Raises: UserError if a caption belongs to another image than the package has it, or the package is another one.
     """
     judged = _judgements()
     if judged is None:
@@ -26,14 +29,14 @@ def relevance(image_ids, caption_ids, image_of_caption, path):
     original, right = judged
     row_of_image = {image_id: row for row, image_id in enumerate(image_ids)}
     lists, annotated = [], []
-    for caption, (caption_id, own) in enumerate(zip(caption_ids, image_of_caption, strict=True)):
-        if original.get(caption_id, [image_ids[own]]) != [image_ids[own]]:
+    for caption, (caption_id, owner) in enumerate(zip(caption_ids, image_of_caption, strict=True)):
+        if original.get(caption_id, [image_ids[owner]]) != [image_ids[owner]]:
             theirs = f"cocoid {', '.join(map(str, original[caption_id]))} in the package eccv_caption"
-            wrong = f"sentid {caption_id} belongs to cocoid {image_ids[own]} here and to {theirs}"
+            wrong = f"sentid {caption_id} belongs to cocoid {image_ids[owner]} here and to {theirs}"
             raise UserError(f"{path}: {wrong}; use Karpathy's own file, or uninstall eccv-caption")
         if caption_id in right:
             annotated.append(caption)
-        lists.append(sorted({own} | {row_of_image[i] for i in right.get(caption_id, ()) if i in row_of_image}))
+        lists.append(sorted({owner} | {row_of_image[i] for i in right.get(caption_id, ()) if i in row_of_image}))
     return (lists, annotated) if annotated else (None, None)
 
 

@@ -8,20 +8,20 @@ A .csv or .tsv a split, with a header, as open_clip trains from. The expected la
 import csv
 from pathlib import Path
 
+from datasets.source import ListSplit
 from utils.cli import UserError
 from utils.files import inside, listing
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}  # unless --csv-separator says otherwise
 
 
-class TableCaptions:
-    """The captions of a split, in the order of the table, and the images they belong to, in the order in which they first appear there.
+class TableCaptions(ListSplit):
+    """The captions of a split in the order of the table, and their images in that of their first appearance there.
 
-    Rows that name the same file are one image with several captions.
-
-    Args: root: folder. split: "train", "val", ... layout: the names that the table may have, "{split}" standing for the split's.
-    csv_img_key, csv_caption_key: the columns. csv_separator: one character, or None: by the table's suffix.
-    Attributes: as CocoCaptions. image_ids, caption_ids: the rows themselves, 0 to N - 1 and 0 to M - 1.
+    Rows that name the same file are one image with several captions. Ids are the rows themselves.
+    Args:
+        root: folder. split: "train", "val", ... layout: the names that the table may have, with "{split}" in them.
+        csv_img_key, csv_caption_key: the columns. csv_separator: one character, or None: by the table's suffix.
     Raises: UserError that says what was expected and what was found.
     """
 
@@ -31,17 +31,15 @@ class TableCaptions:
         rows = list(_rows(path, csv_img_key, csv_caption_key, _separator(csv_separator, path)))
         if not rows:
             raise UserError(f"{path}: holds no row; give a row for every caption, or choose another --split")
-        row_of_image = {}
-        self.image_names, self.image_files, self.captions, self.image_of_caption = [], [], [], []
-        for line, name, caption in rows:
+        row_of_image, names, files, image_of_caption = {}, [], [], []
+        for line, name, _ in rows:
             if Path(name) not in row_of_image:  # a Path, so that ./a.png is a.png
                 row_of_image[Path(name)] = len(row_of_image)
-                self.image_names.append(name)
-                self.image_files.append(inside(root, name, f"{path}: line {line}"))
-            self.captions.append(caption)
-            self.image_of_caption.append(row_of_image[Path(name)])
-        self.image_ids, self.caption_ids = list(range(len(self.image_names))), list(range(len(self.captions)))
-        self.relevance = self.annotated = None
+                names.append(name)
+                files.append(inside(root, name, f"{path}: line {line}"))
+            image_of_caption.append(row_of_image[Path(name)])
+        captions = [caption for _, _, caption in rows]
+        super().__init__(list(range(len(names))), files, names, list(range(len(captions))), captions, image_of_caption)
 
 
 def _table(root, names):

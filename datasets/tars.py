@@ -1,41 +1,58 @@
-"""WebDataset tar files in; pictures and captions, a tar after the other, out.
+"""WebDataset tar files in; their pictures and captions, a tar after the other, and the cache that they become, out.
 
-A sample is <key>.jpg (or .jpeg, .png, .webp) and <key>.txt, or a <key>.json with a "caption", side by side in the tar, as img2dataset writes
-them: one caption an image. A key has no dot, as everywhere in WebDataset. Nothing is unpickled.
+A sample is <key>.jpg (or .jpeg, .png, .webp) and <key>.txt, or a <key>.json with a "caption", side by side in the tar,
+as img2dataset writes them: one caption an image. A key has no dot, as everywhere in WebDataset. Nothing is unpickled.
 """
 
 import glob
 import io
 import itertools
 import json
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.data import IterableDataset, get_worker_info
+import torch
 
-from datasets.coco import collate, read_rgb
+from datasets.checks import check_widths
+from datasets.pictures import collate, read_rgb
+from datasets.rows import shard_file
+from datasets.source import Split
+from datasets.write import clear_meta, finish_shards
 from utils.cli import UserError
-from utils.files import digest, listing
+from utils.embed import Samples, say_notes, versions
+from utils.files import digest, listing, load_json, save_json, save_tensors, sha256
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-END = 1024  # bytes: a whole tar ends in so many zeros at least
-MOST = (
-    2**20
-)  # bytes: in so many at most; one that does not is a download that made room for itself and was not finished
+END = 1024  # bytes: a complete tar ends in so many zeros at least
+MOST = 2**20  # bytes: in so many at most; else it is a download that made room for itself and was not finished
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd, which know their own ends
+KINDS = ("image", "text", "images", "captions")  # the files that a tar becomes
+NOTES = {
+    "tar": list,
+    "rows": int,
+    "width": list,
+    "sums": list,
+    "left_out": list,
+    "cut": int,
+    "unknown": int,
+    "example": str,
+}
 
 
-class TarShards:
-    """The tars of a split.
+class TarSplit(Split):
+    """The tars of a split; each is a unit, and one file of images and one of texts in the cache.
 
-    Args: root: a folder with .tar files, or their paths or URLs, with braces or, of paths, * and ?: "path/{00000..00099}.tar",
-    "pipe:aws s3 cp s3://bucket/{00000..00099}.tar -". split: what they are to be called; layout: of no use here.
-    Attributes: urls: T strings.
-    Raises: UserError if a file is missing or cut off, or the package webdataset is.
+    Args:
+        root: a folder with .tar files, or their paths or URLs, with braces or, of paths, * and ?:
+            "path/{00000..00099}.tar", "pipe:aws s3 cp s3://bucket/{00000..00099}.tar -".
+        split, layout: of no use here.
+    Raises: UserError if a file is missing or cut off, or the package webdataset is not there.
     """
 
-    def __init__(self, root, split, layout):
-        folder = Path(root)
+    def __init__(self, root, split=None, layout=None):
+        self.root, folder = root, Path(root)
         if folder.is_dir():
             self.urls = sorted(str(path) for path in folder.glob("*.tar"))
         elif _is_file(str(root)) and any(character in str(root) for character in "*?"):
@@ -43,85 +60,143 @@ class TarShards:
         else:
             self.urls = _expand(root)
         if not self.urls:
-            raise UserError(
-                f"--data-root {root}: expected .tar files, found {listing(folder if folder.is_dir() else folder.parent)}"
-            )
+            found = listing(folder if folder.is_dir() else folder.parent)
+            raise UserError(f"--data-root {root}: expected .tar files, found {found}")
         for url in self.urls:
             if _is_file(url):
                 _check_end(Path(url))
 
-    def settings(self):
-        """What the tars are called, for meta.json."""
+    def fingerprint(self):
+        """What the tars are called."""
         return {"tars": f"{len(self.urls)} tars, {digest([_name(url) for url in self.urls])}"}
 
     def state(self):
-        """What they are now, for meta.json: other tars of the same names are others."""
-        files = [self.identity(number) for number in range(len(self.urls))]
-        return {"tar_files": f"{sum(size for _, size, _ in files)} bytes, {digest(files)}"}
+        """What they are now: other tars of the same names are others."""
+        tars = [_identity(url) for url in self.urls]
+        return {"tar_files": f"{sum(size for _, size, _ in tars)} bytes, {digest(tars)}"}
 
-    def identity(self, number):
-        """What tells a tar from one that was mended since. Returns: [name, bytes, time of the last change]; of a URL [URL, 0, 0]."""
-        url = self.urls[number]
-        return [_name(url), Path(url).stat().st_size, Path(url).stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
+    def units(self):
+        """A tar each."""
+        return [TarUnit(number, url) for number, url in enumerate(self.urls)]
 
-    def may_have_changed(self, number):
-        """Whether a tar can be another one without its identity telling."""
-        return not _is_file(self.urls[number])
+    def assemble(self, store, folder, meta):
+        """Move the files of all tars to the split; a run that is stopped meanwhile goes on with it."""
+        notes = [unit.notes(store.folder) for unit in self.units()]
+        skipped = [[f"{note['tar'][0]}: {key}", reason] for note in notes for key, reason in note["left_out"]]
+        store.check_broken(": ".join(sample) for sample in skipped)
+        say_notes(notes, meta["context_length"])
+        count = sum(note["rows"] for note in notes)
+        if not count:
+            what = "a sample is a picture and a .txt or .json of one name"
+            raise UserError(f"--data-root {self.root}: holds no sample; {what}")
+        check_widths(meta, *notes[0]["width"])
+        meta |= {"embed_dim": notes[0]["width"][0], "image_count": count, "caption_count": count}
+        meta |= self.state() | {"skipped": skipped, "versions": versions()}
+        clear_meta(folder)
+        for number, kind in itertools.product(range(len(notes)), KINDS):
+            file = shard_file(store.folder, kind, number)
+            if file.exists():
+                os.replace(file, shard_file(folder, kind, number))
+        index = {
+            kind: [[note["rows"], note["sums"][KINDS.index(kind)]] for note in notes] for kind in ("image", "text")
+        }
+        finish_shards(folder, index, torch.arange(count), meta)
+        return meta
 
 
-class TarSamples(IterableDataset):
-    """The samples of some tars, decoded and transformed, for a DataLoader whose workers take a tar each.
+class TarUnit:
+    """One tar: a unit of utils/embed.py. It is kept as the four files of the finished split and notes-00000.json."""
 
-    Args: tars: {number: URL}. transform: PIL image -> (3, H, W) tensor. size: samples that are handed over at a time, B.
-    Yields: (number, keys, captions, pictures, errors): B keys and captions, pictures (B, 3, H, W) or None, and B reasons or None, as of
-    `collate`. After the last of a tar, (number, [], [], None, []); if a tar cannot be read to its end, (number, [], [], None, [reason]).
-    """
+    texts = ()  # they come with the pictures
 
-    def __init__(self, tars, transform, size):
-        self.tars, self.transform, self.size = list(tars.items()), transform, size
+    def __init__(self, number, url):
+        self.number, self.url = number, url
 
-    def __iter__(self):
-        worker = get_worker_info()
-        for number, url in self.tars if worker is None else self.tars[worker.id :: worker.num_workers]:
-            error = []
-            samples = self._samples(url, error)
-            while batch := list(itertools.islice(samples, self.size)):
-                keys, captions, decoded = zip(*batch, strict=True)
-                yield number, list(keys), list(captions), *collate(decoded)
-            yield number, [], [], None, error
+    def streams(self, size):
+        """The tar itself: it is read by one process."""
+        return [TarStream(self.url, size)]
 
-    def _samples(self, url, error):
-        """Yield (key, caption, (picture, None) or (None, reason)); what keeps a tar from being read goes into error."""
+    def describe(self, key, reason):
+        """A broken sample in a message."""
+        return f"{self.url}: {key}: {reason}"
+
+    def notes(self, folder):
+        """What was noted of it, a dict as NOTES has it, or None."""
         try:
-            for sample in _read(url):
+            notes = load_json(folder / f"notes-{self.number:05d}.json")
+        except (UserError, FileNotFoundError):
+            return None
+        fits = isinstance(notes, dict) and all(isinstance(notes.get(key), of) for key, of in NOTES.items())
+        return notes if fits else None
+
+    def left_out(self, folder):
+        """The broken samples without which it was kept, or None if it is not there, or was another tar then."""
+        notes = self.notes(folder)
+        if notes is None or notes["tar"] != _identity(self.url):
+            return None
+        files = [shard_file(folder, kind, self.number) for kind in KINDS]
+        files = [file if file.exists() else folder.parent / file.name for file in files]  # it may have moved already
+        if not all(file.exists() for file in files) or [sha256(file) for file in files] != notes["sums"]:
+            return None
+        return dict(notes["left_out"])
+
+    def save(self, folder, embedded):
+        """Keep it; the notes come last."""
+        files = [shard_file(folder, kind, self.number) for kind in KINDS]
+        contents = (embedded.image, embedded.text, embedded.keys, embedded.captions)
+        for file, content in zip(files, contents, strict=True):
+            (save_tensors if isinstance(content, torch.Tensor) else save_json)(content, file)
+        notes = {
+            "tar": _identity(self.url),
+            "rows": len(embedded.image),
+            "width": [embedded.image.shape[1], embedded.text.shape[1]],
+            "left_out": [list(sample) for sample in embedded.left_out.items()],
+            **embedded.notes,
+            "sums": [sha256(file) for file in files],
+        }
+        save_json(notes, folder / f"notes-{self.number:05d}.json")
+
+
+@dataclass
+class TarStream:
+    """The samples of a tar: a stream of utils/embed.py."""
+
+    url: str
+    size: int
+
+    def __call__(self, transform):
+        """Yield them as `Samples`; if the tar cannot be read to its end, the reason without keys at last."""
+        error = []
+        samples = self._samples(transform, error)
+        while batch := list(itertools.islice(samples, self.size)):
+            keys, captions, decoded = zip(*batch, strict=True)
+            yield Samples(list(keys), list(captions), *collate(decoded))
+        if error:
+            yield Samples([], [], None, error)
+
+    def _samples(self, transform, error):
+        """Yield (key, caption, (picture, None) or (None, reason)); why the tar cannot be read goes into error."""
+        try:
+            for sample in _read(self.url):
+                key, caption = sample["__key__"], _caption(sample)
                 picture = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
-                caption = _caption(sample)
-                dotted = next(
-                    (suffix for suffix in sample if suffix.rpartition(".")[2] in PICTURES and "." in suffix), None
-                )
+                dotted = next((s for s in sample if "." in s and s.rpartition(".")[2] in PICTURES), None)
                 if picture is None and dotted:
-                    raise ValueError(f"{sample['__key__']}.{dotted} has a dot in its key; name it without")
+                    raise ValueError(f"{key}.{dotted} has a dot in its key; name it without")
                 if picture is None or caption is None:
-                    yield (
-                        sample["__key__"],
-                        "",
-                        (None, f"no {'picture' if picture is None else 'caption in UTF-8'} beside it in the tar"),
-                    )
+                    missing = "picture" if picture is None else "caption in UTF-8"
+                    yield key, "", (None, f"no {missing} beside it in the tar")
                     continue
                 try:
-                    decoded = self.transform(read_rgb(io.BytesIO(picture))), None
+                    decoded = transform(read_rgb(io.BytesIO(picture))), None
                 except Exception as broken:  # noqa: BLE001  Pillow raises nearly anything on a broken file
-                    decoded = (
-                        None,
-                        re.sub(r"<_io.BytesIO.*?>", "the picture", str(broken))[:200] or type(broken).__name__,
-                    )
-                yield sample["__key__"], caption, decoded
+                    reason = re.sub(r"<_io.BytesIO.*?>", "the picture", str(broken))[:200]
+                    decoded = None, reason or type(broken).__name__
+                yield key, caption, decoded
         except Exception as broken:  # noqa: BLE001  as a broken tar, a lost connection and a missing command do
-            reason = (
-                re.sub(r" @ <.*", "", " ".join(str((broken.args or (broken,))[0]).split()))[:200]
-                or type(broken).__name__
-            )
-            error.append(f"{url}: cannot be used to its end: {reason}; mend it, or fetch it again")
+            reason = re.sub(r" @ <.*", "", " ".join(str((broken.args or (broken,))[0]).split()))[:200]
+            reason = reason or type(broken).__name__
+            error.append(f"{self.url}: cannot be used to its end: {reason}; mend it, or fetch it again")
 
 
 class _Watched:
@@ -139,7 +214,7 @@ class _Watched:
 
 
 def _read(url):
-    """Yield the samples of a tar, dicts of bytes. Raises: whatever happens, also where it ends too soon or its command failed."""
+    """Yield the samples of a tar, dicts of bytes. Raises: whatever happens, also where it ends too soon."""
     library = _library()
     with library.gopen(url) as stream:
         watched = _Watched(stream)
@@ -154,11 +229,12 @@ def _read(url):
 
 
 def _library():
-    """The package webdataset. Raises: UserError if it is not there."""
+    """The package webdataset, which only this data set needs. Raises: UserError if it is not there."""
     try:
         import webdataset
     except ImportError:
-        raise UserError("--dataset webdataset: needs the package of that name: pip install webdataset") from None
+        name = "--dataset webdataset"
+        raise UserError(f"{name}: needs the package of that name: pip install webdataset") from None
     return webdataset
 
 
@@ -168,9 +244,8 @@ def _expand(pattern):
     try:
         return library.shardlists.expand_urls(str(pattern))
     except Exception as error:  # noqa: BLE001  its libraries raise many things
-        raise UserError(
-            f"--data-root {pattern}: not a pattern of paths ({' '.join(str(error).split())[:100]}); mend its braces"
-        ) from None
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"--data-root {pattern}: not a pattern of paths ({reason}); mend its braces") from None
 
 
 def _is_file(url):
@@ -180,6 +255,11 @@ def _is_file(url):
 def _name(url):
     """The name of a file; a URL as it is."""
     return Path(url).name if _is_file(url) else url
+
+
+def _identity(url):
+    """What tells a tar from one that was mended since: [name, bytes, time of the last change]; of a URL [URL, 0, 0]."""
+    return [_name(url), Path(url).stat().st_size, Path(url).stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
 
 
 def _check_end(path):

@@ -41,8 +41,8 @@ def describe_prompts(adaptor, texts, z, cache):
     Returns: list of T dicts, most certain last: "prompt", "uncertainty", "percentile": share of the captions that are more certain, in
     [0, 100]; "closest": file names (rows where there are none) of the images that match best, best first.
     """
-    uncertainty, known = text_uncertainty(adaptor, z), text_uncertainty(adaptor, cache.text)
-    similarity = adaptor.similarity(cache.image, z.to(cache.image.device))  # (N, T)
+    uncertainty, known = text_uncertainty(adaptor, z), text_uncertainty(adaptor, cache.text.read())
+    similarity = adaptor.similarity(cache.image.read(), z.to(cache.image.device))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
     return [
         {
@@ -65,7 +65,7 @@ def describe_captions(adaptor, cache, most, least):
         raise UserError(
             f"{cache.folder}: has no captions.json, so its captions cannot be listed; make the cache with cache_embeddings.py"
         )
-    uncertainty = text_uncertainty(adaptor, cache.text)
+    uncertainty = text_uncertainty(adaptor, cache.text.read())
     order = np.argsort(-uncertainty, kind="stable").tolist()
     rows = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
     return [

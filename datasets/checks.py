@@ -1,0 +1,134 @@
+"""Files of a cache in, their content out if it has the right form and range; anything else is a UserError.
+
+Every message names the file, and what is to be done.
+"""
+
+import torch
+
+from utils.cli import UserError
+from utils.files import load_json, load_tensors, sha256
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what an embedding may be stored in
+ANEW = "make the cache anew"
+
+
+def load_embeddings(path):
+    """An embedding matrix, (N, D), finite."""
+    z = load_tensors(_there(path))
+    if not isinstance(z, torch.Tensor) or z.ndim != 2 or z.dtype not in FLOATS or 0 in z.shape:
+        kind = f"shape {tuple(z.shape)}, {z.dtype}" if isinstance(z, torch.Tensor) else type(z).__name__
+        raise UserError(f"{path}: expected a float tensor of shape (rows, width), found {kind}")
+    check_finite(z, path)
+    return z.detach()  # a tensor that was saved with a gradient to come would get one in training
+
+
+def check_finite(z, file):
+    """Raise a UserError that names the first row of a file, (n, D), that is not finite."""
+    for start in range(0, len(z), 65536):  # in pieces: the check needs a copy of what it looks at
+        finite = torch.isfinite(z[start : start + 65536]).all(dim=1)
+        if not finite.all():
+            row = start + int((~finite).nonzero()[0])
+            raise UserError(f"{file}: row {row} is not finite; {ANEW}, in --precision fp32")
+
+
+def check_sum(file, expected):
+    """Raise a UserError if a file has not the SHA-256 that it should have."""
+    if sha256(file) != expected:
+        raise UserError(f"{file}: not the file that meta.json names: its SHA-256 differs; {ANEW}")
+
+
+def load_image_of_caption(folder, meta, captions, images):
+    """The image row of every caption, (M,) int64. Args: folder: the split's. captions, images: M and N."""
+    if "shards" in meta:
+        path = _there(folder / "image_of_caption.pt")
+        check_sum(path, meta["shards"]["image_of_caption"])
+        rows = load_tensors(path, check_sums=False)
+        fits = isinstance(rows, torch.Tensor) and (rows.shape, rows.dtype) == ((captions,), torch.int64)
+        if not fits or not all((part >= 0).all() and (part < images).all() for part in rows.split(2**20)):
+            raise UserError(f"{path}: expected {captions} image rows from 0 to {images - 1}; {ANEW}")
+        return rows
+    path = _there(folder / "cap_id_to_img_id.json")
+    content = load_json(path)
+    if not isinstance(content, dict) or len(content) != captions:
+        raise UserError(f"{path}: expected an object with {captions} entries, one for every row of text.pt")
+    rows = [content.get(str(caption)) for caption in range(captions)]
+    for caption, row in enumerate(rows):
+        if not is_row(row, images):
+            expected = f"expected an image row from 0 to {images - 1}"
+            raise UserError(f"{path}: caption {caption} belongs to {row!r}, {expected}")
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def load_list(path, length, kind):
+    """A JSON list of so many entries of a type."""
+    content = load_json(path)
+    if not isinstance(content, list) or len(content) != length or not all(isinstance(entry, kind) for entry in content):
+        raise UserError(f"{path}: expected a list of {length} entries; {ANEW}")
+    return content
+
+
+def load_relevance(path, captions, images):
+    """A list of image rows for every caption, at least one each."""
+    relevance = load_list(path, captions, list)
+    for caption, rows in enumerate(relevance):
+        if not rows or not all(is_row(row, images) for row in rows):
+            what = f"a list of image rows from 0 to {images - 1} with at least one entry"
+            raise UserError(f"{path}: entry {caption} is not {what}")
+    return relevance
+
+
+def check_meta(path, meta, captions):
+    """Raise a UserError if what evaluation reads of a meta.json is out of range. Args: captions: M."""
+    annotated, scale = meta.get("annotated"), meta.get("logit_scale")
+    is_list = isinstance(annotated, list) and annotated
+    if annotated is not None and not (is_list and all(is_row(row, captions) for row in annotated)):
+        raise UserError(f"{path}: 'annotated' is not a list of caption rows from 0 to {captions - 1}; {ANEW}")
+    if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
+        raise UserError(f"{path}: logit_scale is {scale!r}, expected a positive number; {ANEW}")
+
+
+def check_index(path, meta):
+    """Check what meta.json says of the files of a cache in many.
+
+    Args: path: of the meta.json, for the message. meta: its content.
+    Returns: (width, dtype) of the embeddings.
+    """
+
+    def is_list(shards):
+        return isinstance(shards, list) and all(
+            isinstance(shard, list) and [type(part) for part in shard] == [int, str] and shard[0] >= 0
+            for shard in shards
+        )
+
+    index = meta["shards"]
+    fits = isinstance(index, dict) and isinstance(index.get("image_of_caption"), str)
+    if not fits or not all(is_list(index.get(kind)) and sum(n for n, _ in index[kind]) for kind in ("image", "text")):
+        raise UserError(f"{path}: 'shards' is not the index of a cache in many files; {ANEW}")
+    width, dtype = meta.get("embed_dim"), getattr(torch, str(meta.get("dtype")), None)
+    if type(width) is not int or width < 1 or dtype not in FLOATS:
+        raise UserError(f"{path}: does not tell embed_dim and dtype of its files; {ANEW}")
+    return width, dtype
+
+
+def check_widths(meta, image, text):
+    """Raise a UserError if a model gives images and texts of different widths. Args: meta: with the model's name."""
+    if image != text:
+        widths = f"image embeddings are {image} wide, text embeddings {text}"
+        raise UserError(f"--model {meta['model']}: {widths}; choose a CLIP")
+
+
+def need(condition, message):
+    """Raise a UserError with this message unless a condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def is_row(value, rows):
+    """Whether a value is a row number below `rows`."""
+    return type(value) is int and 0 <= value < rows
+
+
+def _there(path):
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {ANEW}")
+    return path

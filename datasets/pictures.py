@@ -1,0 +1,92 @@
+"""Picture files in, tensors for a CLIP out: decoding, for every data set; a broken file never stops anything."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.embed import Samples
+
+
+class Pictures:
+    """Pictures by row, decoded and transformed.
+
+    Args: files: N paths. transform: PIL image -> (3, H, W) tensor.
+    Returns by index: (tensor, None), or (None, what is wrong with the file).
+    """
+
+    def __init__(self, files, transform):
+        self.files, self.transform = [str(path) for path in files], transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, row):
+        try:
+            return self.transform(read_rgb(self.files[row])), None
+        except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
+            known = isinstance(error, FileNotFoundError)
+            reason = "no such file" if known else str(error).replace(repr(self.files[row]), "the file")
+            return None, f"{self.files[row]}: {reason or type(error).__name__}"
+
+
+@dataclass
+class PictureStream:
+    """Some files of a list, from the row `first`, that a process decodes at a time: a stream of utils/embed.py."""
+
+    files: list
+    first: int
+
+    def __call__(self, transform):
+        """Yield them as `Samples` whose keys are their rows."""
+        pictures = Pictures(self.files, transform)
+        decoded = [pictures[row] for row in range(len(pictures))]
+        yield Samples(list(range(self.first, self.first + len(decoded))), [], *collate(decoded))
+
+
+def collate(decoded):
+    """What `Pictures` gave for some rows as one tensor: every tensor that a process hands over takes an open file.
+
+    Returns: (pictures (B, 3, H, W), black where one is broken, or None if all are; B reasons or None).
+    """
+    good = next((picture for picture, _ in decoded if picture is not None), None)
+    pictures = (
+        None if good is None else [torch.zeros_like(good) if picture is None else picture for picture, _ in decoded]
+    )
+    return pictures and torch.stack(pictures), [error for _, error in decoded]
+
+
+def read_rgb(path):
+    """A picture of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
+
+    Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather than clipped, transparency is dropped.
+    Args: path: a path or an open file.
+    Returns: PIL image.
+    Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels;
+        ValueError on nan or infinity.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if image.mode.startswith("I") or image.mode == "F":
+                return _scaled(image)
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
+
+
+def _scaled(image):
+    """Grey of more than 8 bits as RGB.
+
+    White is 65535 if the file says that it has 16 bits; else the least of 1 (floats only), 255, 65535 and the largest
+    value that leaves no value above white.
+    """
+    grey = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(grey).all():
+        raise ValueError("it has pixels that are not finite")
+    has_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    whites = (65535,) if has_16_bits else (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    white = next((white for white in whites if grey.max() <= white), grey.max())
+    return Image.fromarray((grey / white * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")

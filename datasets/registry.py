@@ -1,0 +1,64 @@
+"""The data sets by the name that --dataset takes. Only cache_embeddings.py imports this: it loads every reader."""
+
+from dataclasses import dataclass
+
+from datasets import karpathy
+from datasets.coco import CocoCaptions, Layout
+from datasets.karpathy import KarpathyCaptions
+from datasets.shapes import world
+from datasets.table import TableCaptions
+from datasets.tars import TarSplit
+
+PHOTO_LADDER = (
+    "a photo",
+    "a photo of a cat",
+    "a photo of a black cat",
+    "a photo of a black cat with green eyes",
+    "a photo of a black cat with big dark green eyes",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that cache_embeddings.py can read.
+
+    reader: class of a split, called with (root, split, layout); a Split. layout: where the files lie.
+    model, pretrained: the CLIP used by default.
+    ladder: prompts, each with one detail more than the one before.
+    make: function of the data root that makes the files where there are none, or None.
+    chains: function that gives lists of texts, each from general to specific, or None.
+    flags: those of the command line that the reader takes as well, by name.
+    one_split: whether its files are one split, which --split names, and stay as many as they are.
+    """
+
+    reader: type
+    layout: object = None
+    model: str = "ViT-B-32-quickgelu"
+    pretrained: str = "openai"
+    ladder: tuple = PHOTO_LADDER
+    make: object = None
+    chains: object = None
+    flags: tuple = ()
+    one_split: bool = False
+
+
+DATASETS = {
+    "coco": Source(CocoCaptions, Layout(images="{split}2017", captions="annotations/captions_{split}2017.json")),
+    "coco-karpathy": Source(KarpathyCaptions, karpathy.COCO),
+    "csv": Source(
+        TableCaptions,
+        ("{split}.csv", "{split}.tsv"),
+        flags=("csv_img_key", "csv_caption_key", "csv_separator"),
+    ),
+    "flickr30k": Source(KarpathyCaptions, karpathy.FLICKR30K),
+    "shapes": Source(
+        CocoCaptions,
+        Layout("{split}", "annotations/captions_{split}.json", relevance="annotations/relevance_{split}.json"),
+        model="datasets/shapes/clip.json",
+        pretrained="datasets/shapes/clip.safetensors",
+        ladder=world.LADDER,
+        make=world.make,
+        chains=world.write_chains,
+    ),
+    "webdataset": Source(TarSplit, one_split=True),
+}

@@ -1,0 +1,200 @@
+"""What caching needs of a split of any data set: what it is made of, the units that are encoded at once, and the cache.
+
+split = CocoCaptions(root, "val", layout)    or another reader's
+embed_units(split.units(), clip, store)      utils/embed.py
+split.assemble(store, folder, meta)          the finished units become embeddings/<name>/<split>/
+"""
+
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+
+from datasets.checks import check_widths
+from datasets.pictures import PictureStream
+from datasets.write import write_split
+from utils.cli import UserError
+from utils.embed import distinct_texts, say_notes, versions
+from utils.files import digest, load_tensors, save_tensors
+
+UNIT = 4096  # pictures or texts: a whole number of chunks, which takes seconds to minutes
+
+
+class Split:
+    """A split of a data set as cache_embeddings.py takes it; of every data set the same way."""
+
+    def fingerprint(self):
+        """What its embeddings are made from, a readable dict: units and caches of another fingerprint are refused."""
+        raise NotImplementedError
+
+    def state(self):
+        """What a finished cache must fit beside the fingerprint, as far as units know it of themselves: a dict."""
+        return {}
+
+    def units(self):
+        """The units that are encoded at once and kept when a run is stopped: a list, as utils/embed.py has them."""
+        raise NotImplementedError
+
+    def assemble(self, store, folder, meta):
+        """Make the cache of the finished units.
+
+        Args: store: UnitStore that holds them. folder: the split's. meta: dict, the beginning of meta.json.
+        Returns: what meta.json has now.
+        Raises: UserError if more samples are broken than the store allows, or none is left.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class ListSplit(Split):
+    """Pictures and captions in lists, in the order of the cache's rows.
+
+    image_ids, image_files, image_names: of N images: ids, paths, and file names as the data set gives them.
+    caption_ids, captions, image_of_caption: of M captions: ids, texts, and image rows.
+    relevance: M lists of image rows, ascending, the images that are right for a caption; None: its own alone.
+    annotated: the caption rows for which relevance was looked into; None: all.
+    """
+
+    image_ids: list
+    image_files: list
+    image_names: list
+    caption_ids: list
+    captions: list
+    image_of_caption: list
+    relevance: list | None = None
+    annotated: list | None = None
+
+    def fingerprint(self):
+        """The numbers of images and captions, with digests of all that is in the lists but the paths."""
+        images = digest([self.image_ids, self.image_names])
+        captions = digest([self.caption_ids, self.captions, self.image_of_caption, self.relevance, self.annotated])
+        return {
+            "image_list": f"{len(self.image_ids)} images, {images}",
+            "caption_list": f"{len(self.captions)} captions, {captions}",
+        }
+
+    def units(self):
+        """UNIT pictures each, then UNIT distinct captions each."""
+        return self._picture_units() + self._text_units()
+
+    def _picture_units(self):
+        return [PictureUnit(*part) for part in _slices(self.image_files)]
+
+    def _text_units(self):
+        return [TextUnit(*part) for part in _slices(distinct_texts(self.captions)[0])]
+
+    def assemble(self, store, folder, meta):
+        """The cache in one file of images and one of texts; in many if meta names shard_rows."""
+        pictures = [unit.load(store.folder) for unit in self._picture_units()]
+        texts = [unit.load(store.folder) for unit in self._text_units()]
+        broken = {row: reason for content in pictures for row, reason in content["left_out"].items()}
+        store.check_broken(broken.values())
+        say_notes(texts, meta["context_length"])
+        left = self.without(broken)
+        if not left.captions:
+            raise UserError(f"{folder}: without the {len(broken)} broken image files no caption is left; mend them")
+        row_of_text = {text: row for row, text in enumerate(distinct_texts(self.captions)[0])}
+        image = torch.cat([content["rows"] for content in pictures])
+        text = torch.cat([content["rows"] for content in texts])[[row_of_text[caption] for caption in left.captions]]
+        check_widths(meta, image.shape[1], text.shape[1])
+        meta |= {"embed_dim": image.shape[1], "image_count": len(image), "caption_count": len(text)}
+        meta |= {"image_ids": left.image_ids, "caption_ids": left.caption_ids}
+        meta |= {"annotated": left.annotated} if left.annotated else {}
+        skipped = {row: reason.removeprefix(f"{self.image_files[row]}: ") for row, reason in broken.items()}
+        meta |= {
+            "skipped": [[self.image_names[row], reason] for row, reason in skipped.items()],
+            "versions": versions(),
+        }
+        lists = (left.image_of_caption, left.captions, left.image_names, left.relevance)
+        write_split(folder, image, text, *lists, meta, meta.get("shard_rows"))
+        return meta
+
+    def without(self, rows):
+        """The same split without some images and their captions. Args: rows: collection of image rows."""
+        images = [row for row in range(len(self.image_ids)) if row not in rows]
+        captions = [caption for caption, row in enumerate(self.image_of_caption) if row not in rows]
+        new_row, new_caption = dict(zip(images, count(), strict=False)), dict(zip(captions, count(), strict=False))
+        relevance = self.relevance and [
+            [new_row[row] for row in self.relevance[caption] if row in new_row]
+            or [new_row[self.image_of_caption[caption]]]
+            for caption in captions
+        ]
+        return ListSplit(
+            *([of[row] for row in images] for of in (self.image_ids, self.image_files, self.image_names)),
+            *([of[caption] for caption in captions] for of in (self.caption_ids, self.captions)),
+            [new_row[self.image_of_caption[caption]] for caption in captions],
+            relevance,
+            self.annotated and [new_caption[caption] for caption in self.annotated if caption in new_caption],
+        )
+
+
+def _slices(items):
+    """UNIT items at a time: (number, list)."""
+    return [(start // UNIT, items[start : start + UNIT]) for start in range(0, len(items), UNIT)]
+
+
+class _FileUnit:
+    """A unit that is kept as one file of tensors, <kind>-00000.pt: {"rows": (n, D)} and what stands in `fields`."""
+
+    kind, fields = None, {}
+
+    def __init__(self, number, items):
+        self.number, self.items = number, items
+
+    def load(self, folder):
+        """Its file's content, or None if it is not there or not to be trusted."""
+        try:
+            content = load_tensors(self._path(folder))
+        except (UserError, FileNotFoundError):
+            return None
+        fields = {"rows": torch.Tensor} | self.fields
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), of) for key, of in fields.items()):
+            return None
+        return content if len(content["rows"]) + len(content.get("left_out", ())) == len(self.items) else None
+
+    def left_out(self, folder):
+        """The broken samples without which it was kept, {image row: reason}, or None if it is not there."""
+        content = self.load(folder)
+        return None if content is None else content.get("left_out", {})
+
+    def _path(self, folder):
+        return folder / f"{self.kind}-{self.number:05d}.pt"
+
+
+class PictureUnit(_FileUnit):
+    """Picture files, in row order from number * UNIT."""
+
+    kind, fields, texts = "image", {"left_out": dict}, None
+
+    def streams(self, size):
+        """`size` pictures each."""
+        first = self.number * UNIT
+        starts = range(0, len(self.items), size)
+        return [PictureStream(self.items[start : start + size], first + start) for start in starts]
+
+    def describe(self, row, reason):
+        """The reason itself, which names the file."""
+        return reason
+
+    def save(self, folder, embedded):
+        """Keep it."""
+        save_tensors({"rows": embedded.image, "left_out": embedded.left_out}, self._path(folder))
+
+
+class TextUnit(_FileUnit):
+    """Distinct texts."""
+
+    kind, fields = "text", {"cut": int, "unknown": int, "example": str}
+
+    @property
+    def texts(self):
+        """The texts to embed."""
+        return self.items
+
+    def streams(self, size):
+        """None: there is nothing to decode."""
+        return []
+
+    def save(self, folder, embedded):
+        """Keep it."""
+        save_tensors({"rows": embedded.text, **embedded.notes}, self._path(folder))

@@ -1,0 +1,118 @@
+"""What there is of a split: the cache, finished by these settings or by others, or the units of an unfinished one.
+
+Units wait in embeddings/<name>/<split>/.parts/ until all are there:
+
+    settings.json       what they are made with and from; written before the first of them
+    image-00000.pt ...  {"rows": (n, D), "left_out": {image row: reason}}
+    text-00000.pt ...   {"rows": (n, D), "cut": int, "unknown": int, "example": str}, of the distinct captions
+
+Of tars, a unit is one tar, and its files are those of the finished split, with notes-00000.json beside them
+(datasets/tars.py). No unit depends on another, on --batch-size, on --workers or on the number of ranks.
+"""
+
+import contextlib
+import logging
+import shutil
+
+from datasets.embedding import ROOT, EmbeddingCache, is_cache, units_folder
+from utils.cli import UserError
+from utils.distributed import is_first, world_size
+from utils.embed import Broken
+from utils.files import differences, load_json, locked, save_json
+from utils.preprocess import ClipId
+
+
+class UnitStore:
+    """The units of a split while it is unfinished.
+
+    Args:
+        folder: the split's.
+        settings: dict of plain types, what the units are made with and from.
+        dtype: torch dtype of the stored embeddings.
+        max_broken: samples that may be broken and left out.
+        overwrite: leave the units of other settings unused.
+    Raises: UserError that names the difference if there are units of other settings.
+    """
+
+    def __init__(self, folder, settings, dtype, max_broken=0, overwrite=False):
+        self.folder, self.settings = units_folder(folder), settings | {"overwrite": overwrite}
+        self.dtype, self.max_broken = dtype, max_broken
+        found = None
+        with contextlib.suppress(UserError, FileNotFoundError):  # unreadable: nothing tells what the units are
+            found = load_json(self.folder / "settings.json")
+        there = any(self.folder.glob("*.pt")) or any(self.folder.glob("notes-*.json"))
+        if isinstance(found, dict) and (there or not is_first()):
+            changed = differences(found, settings)
+            if not changed and (found.get("overwrite") or not overwrite):  # one --overwrite goes on with another
+                self.settings = found
+                return
+            if not overwrite:
+                cure = "finish it with those, give another --name, or --overwrite it"
+                raise UserError(f"{folder} was begun with other settings: {changed}; {cure}")
+        if not is_first():
+            cure = "all must work in one shared folder, with the same versions"
+            raise UserError(f"{folder}: this rank does not find what the first one began; {cure}")
+        self.remove()
+        if world_size() > 1:  # two ranks must not write it at once
+            self.begin()
+
+    def begin(self):
+        """Write the settings, without which no unit is believed. Returns: the folder for a unit's files."""
+        if not (self.folder / "settings.json").exists():
+            save_json(self.settings, self.folder / "settings.json", indent=1)
+        return self.folder
+
+    def check_broken(self, messages):
+        """Raise a UserError, after naming them, if more samples are broken than may be left out."""
+        broken = Broken(self.max_broken)
+        broken.add(list(messages))
+        broken.check()
+
+    def remove(self):
+        """Remove all units; the settings first."""
+        (self.folder / "settings.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def is_finished(name, split, settings, max_broken):
+    """Whether a split is cached already, by these settings.
+
+    Args: name, split: the cache's. settings: dict of plain types. max_broken: samples that may have been left out.
+    Raises: UserError that names the difference if it was made by others.
+    """
+    folder = ROOT / name / split
+    if not (folder / "meta.json").exists():
+        if is_cache(folder) and not units_folder(folder).exists():
+            cure = "give another --name, or --overwrite it"
+            raise UserError(f"{folder}: holds a cache without a meta.json, so nothing tells what it is; {cure}")
+        return False
+    meta = EmbeddingCache(name, split, mapped=True).meta
+    changed = differences(meta | ClipId.of_meta(meta).readable(), settings)
+    skipped = len(meta.get("skipped") or ())
+    if not changed and skipped > max_broken:
+        changed = f"{skipped} broken images were left out; --max-broken {skipped} or --skip-broken leaves it so"
+    if changed:
+        cure = "give another --name, or --overwrite it"
+        raise UserError(f"{folder}: was made with other settings: {changed}; {cure}")
+    if units_folder(folder).exists() and is_first():  # of a run that was killed at its very end
+        with contextlib.suppress(UserError), locked(lock_file(folder), folder):
+            UnitStore(folder, settings, None).remove()
+    logging.info("%s: whole already; --overwrite makes it anew", folder)
+    return True
+
+
+def lock_file(folder):
+    """The lock of a split: one run at a time makes it."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def check_other_splits(name, splits, clip_id):
+    """Raise a UserError if a split that is not to be made now was made with another CLIP: a cache has only one."""
+    for file in sorted((ROOT / name).glob("*/meta.json")):
+        meta = load_json(file)
+        changed = (
+            ClipId.of_meta(meta).difference(clip_id) if isinstance(meta, dict) else "its meta.json is not an object"
+        )
+        if changed and file.parent.name not in splits:
+            cure = "give another --name, or all of its splits and --overwrite"
+            raise UserError(f"{file.parent}: was made with another CLIP: {changed}; {cure}")

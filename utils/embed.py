@@ -1,0 +1,267 @@
+"""Pictures and texts through a frozen CLIP: the same bytes whatever the batch size, the workers or the ranks.
+
+`embed_units` knows no data set. A unit, what is encoded at once and kept when a run is stopped, has
+    texts: the texts to embed; None where there are none; empty where they come with the pictures, as in a tar.
+    streams(size): list of functions of the CLIP's transform that yield `Samples`, `size` of them at a time: what a
+        decoding process does at a time.
+    describe(key, reason): a broken sample in a message.
+    left_out(folder): {key: reason} of the broken samples without which it was kept; None if it is still to be made.
+    save(folder, embedded): keeps it.
+"""
+
+import logging
+import signal
+from collections import Counter
+from importlib.metadata import version
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from utils.cli import UserError
+from utils.distributed import is_first, rank, world_size
+from utils.preprocess import tokenize
+
+CHUNK = 64  # rows that go through the encoder at a time: always as many
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "pillow")  # what the embeddings' last bits depend on
+
+
+class Samples(NamedTuple):
+    """B samples as a stream hands them over.
+
+    keys: B names or rows; none if the stream cannot be read to its end, for the one reason in errors.
+    captions: B texts; none where pictures come alone.
+    pictures: (B, 3, H, W), black where one is broken; None if all are.
+    errors: B reasons; None where nothing is broken.
+    """
+
+    keys: list
+    captions: list
+    pictures: torch.Tensor | None
+    errors: list
+
+
+class Embedded:
+    """What a unit becomes: image (n, D) of n keys, text (m, D) of m captions, as they are stored; None where none.
+
+    left_out: {key: reason} of what was broken. notes: what `embed_texts` found out about the captions.
+    """
+
+    def __init__(self, captions):
+        self.captions = None if captions is None else list(captions)
+        self.keys, self.left_out, self.notes = [], {}, {}
+        self.image = self.text = None
+        self._pieces = []
+
+    def add(self, samples, clip):
+        """Encode the pictures of some samples: a broken one takes its place in a chunk, and is left out."""
+        good = [row for row, error in enumerate(samples.errors) if not error]
+        self.left_out |= {key: error for key, error in zip(samples.keys, samples.errors, strict=True) if error}
+        self.keys += [samples.keys[row] for row in good]
+        if samples.captions:
+            self.captions += [samples.captions[row] for row in good]
+        if samples.pictures is not None:
+            pictures = samples.pictures.to(clip.dtype)
+            self._pieces.append(torch.cat(in_chunks(clip.model.encode_image, pictures, clip.device))[good])
+
+    def finish(self, clip, dtype, bar):
+        """Embed the captions, and bring everything into the dtype that is stored. Returns: self."""
+        if self.captions is not None:
+            text, self.notes = embed_texts(clip, self.captions, bar)
+            self.text = to_dtype(text, dtype, self.captions)
+            self._pieces.append(text[:0])  # the width, where there is no picture
+        self.image = to_dtype(torch.cat(self._pieces) if self._pieces else torch.empty(0), dtype, self.keys)
+        return self
+
+
+class Broken:
+    """The broken samples so far; when there are more than may be left out, all are named in the log."""
+
+    def __init__(self, allowed):
+        self.allowed, self.messages = allowed, []
+
+    def add(self, messages):
+        """Count some more, and name them if there are too many."""
+        unnamed = messages if self.too_many() else [*self.messages, *messages]
+        self.messages += messages
+        for message in unnamed if self.too_many() else ():
+            logging.error("%s", message)
+
+    def too_many(self):
+        """Whether there are more than may be left out."""
+        return len(self.messages) > self.allowed
+
+    def check(self):
+        """Raise a UserError if there are too many."""
+        if self.too_many():
+            count = len(self.messages)
+            cure = f"mend them, or leave them out with --skip-broken or --max-broken {count}"
+            raise UserError(f"{self.messages[-1]} ({count} broken samples in all; {cure})")
+
+
+@torch.inference_mode()
+def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
+    """Embed this rank's share of the units, as far as they are missing, and keep each as soon as it is done.
+
+    When more samples are broken than the store allows, nothing more is encoded, but everything is still read, so that
+    all of them are named before the run ends.
+    Args:
+        units: the same on every rank; of R ranks, each takes every R-th one.
+        clip: Clip.
+        store: UnitStore: the folder, the dtype and how many samples may be broken.
+        batch_size: pictures that a decoding process hands over at a time.
+        workers: decoding processes; 0: this one decodes.
+    Raises: UserError if too many samples are broken, a stream cannot be read or an embedding is not finite.
+    """
+    found = {unit: unit.left_out(store.folder) for unit in units[rank() :: world_size()]}
+    may_be_mended = sum(len(left_out or ()) for left_out in found.values()) > store.max_broken
+    missing = [unit for unit, left_out in found.items() if left_out is None or (left_out and may_be_mended)]
+    broken = Broken(store.max_broken)
+    broken.add([unit.describe(*sample) for unit in found if unit not in missing for sample in found[unit].items()])
+    streams = [(unit, stream) for unit in missing for stream in unit.streams(-(-batch_size // CHUNK) * CHUNK)]
+    running = Counter(unit for unit, _ in streams)
+    embedded = {unit: Embedded(unit.texts) for unit in missing}
+    texts = sum(len(unit.texts or ()) for unit in missing)
+    with _bar("texts", "text", texts) as texts_bar:
+        with _bar("images", "image", None if streams else 0) as bar:
+            for unit, samples in _decoded(streams, clip.transform, workers):
+                if samples is None:  # the end of a stream
+                    running[unit] -= 1
+                elif not samples.keys:
+                    raise UserError(samples.errors[0])
+                else:
+                    errors = zip(samples.keys, samples.errors, strict=True)
+                    broken.add([unit.describe(key, error) for key, error in errors if error])
+                    bar.update(len(samples.keys))
+                    if not broken.too_many():
+                        embedded[unit].add(samples, clip)
+                if not running[unit] and not broken.too_many():
+                    unit.save(store.begin(), embedded.pop(unit).finish(clip, store.dtype, texts_bar))
+        broken.check()
+        for unit, left in embedded.items():  # those without pictures
+            unit.save(store.begin(), left.finish(clip, store.dtype, texts_bar))
+
+
+def _decoded(streams, transform, workers):
+    """What the streams yield, and None at the end of each, in an order that does not depend on the workers."""
+    if streams:
+        decoding = _Decoding([stream for _, stream in streams], transform)
+        workers = min(workers, len(streams))
+        for number, samples in DataLoader(decoding, batch_size=None, num_workers=workers, worker_init_fn=_keep_quiet):
+            yield streams[number][0], samples
+
+
+class _Decoding(IterableDataset):
+    """Streams for a DataLoader whose workers take one in turn."""
+
+    def __init__(self, streams, transform):
+        self.streams, self.transform = list(enumerate(streams)), transform
+
+    def __iter__(self):
+        worker = get_worker_info()
+        for number, stream in self.streams if worker is None else self.streams[worker.id :: worker.num_workers]:
+            for samples in stream(self.transform):
+                yield number, samples
+            yield number, None
+
+
+def _keep_quiet(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+
+
+def _bar(what, unit, total):
+    return tqdm(total=total, desc=what, unit=unit, disable=not is_first() or total == 0)
+
+
+def encode_texts(clip, texts):
+    """Embed texts, each distinct one once, and say which of them the CLIP cannot read.
+
+    Args: clip: Clip. texts: M strings, at least one.
+    Returns: (M, D) float32 on the CPU.
+    """
+    with _bar("texts", "text", len(texts)) as bar:
+        z, notes = embed_texts(clip, texts, bar)
+    say_notes([notes], clip.info["context_length"])
+    return z
+
+
+@torch.inference_mode()
+def embed_texts(clip, texts, bar):
+    """Embed texts, each distinct one once.
+
+    Args: clip: Clip. texts: M strings, which may be none. bar: progress bar.
+    Returns: ((M, D) float32 on the CPU, notes: {"cut": how many texts are too long, "unknown": how many have unknown
+        words, "example": one of these}).
+    """
+    distinct, row_of_text = distinct_texts(texts)
+    rows, cut, unknown = [], 0, []
+    for start in range(0, len(distinct) or 1, CHUNK):
+        chunk = (distinct or ["a"])[start : start + CHUNK]  # for the width where there is none
+        tokens, is_cut, is_unknown = tokenize(clip, chunk)
+        cut += sum(is_cut)
+        unknown += [text for text, flag in zip(chunk, is_unknown, strict=True) if flag]
+        rows += in_chunks(clip.model.encode_text, tokens, clip.device)
+        bar.update(len(chunk))
+    return torch.cat(rows)[row_of_text], {"cut": cut, "unknown": len(unknown), "example": (unknown or [""])[0]}
+
+
+def distinct_texts(texts):
+    """Each text once, in order of first appearance, and where each of the M texts stands among these.
+
+    Returns: (list of strings, list of M rows).
+    """
+    row_of = {}
+    rows = [row_of.setdefault(text, len(row_of)) for text in texts]
+    return list(row_of), rows
+
+
+def say_notes(notes, context_length):
+    """Warn of texts that the CLIP cannot read to the end, or has no words for.
+
+    Args: notes: list of what `embed_texts` noted. context_length: tokens that the CLIP reads.
+    """
+    cut, unknown = (sum(note[key] for note in notes) for key in ("cut", "unknown"))
+    if cut:
+        logging.warning(
+            "note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, context_length
+        )
+    if unknown:
+        example = next(note["example"] for note in notes if note["unknown"])[:80]
+        logging.warning(
+            "note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings",
+            unknown,
+            example,
+        )
+
+
+def in_chunks(encode, inputs, device):
+    """Encode rows CHUNK at a time, the last chunk filled up: a row's last bits depend on the size of its chunk.
+
+    Args: encode: function of (CHUNK, ...). inputs: (N, ...). device: where it computes.
+    Returns: list of (n, D) float32 on the CPU.
+    """
+    outputs = []
+    for chunk in inputs.split(CHUNK):
+        filled = torch.cat([chunk, chunk[-1:].expand(CHUNK - len(chunk), *chunk.shape[1:])])
+        outputs.append(encode(filled.to(device))[: len(chunk)].float().cpu())
+    return outputs
+
+
+def to_dtype(z, dtype, names):
+    """Embeddings (N, D) as they are stored.
+
+    Args: z (N, D). dtype: torch dtype. names: of the N images or texts.
+    Raises: UserError if one of them is not finite then.
+    """
+    z = z.to(dtype)
+    bad = (~torch.isfinite(z.flatten(1)).all(dim=1)).nonzero() if len(z) else ()
+    if len(bad):
+        name = str(names[int(bad[0])])[:200]
+        raise UserError(f"the embedding of {name!r} is not finite; try --precision fp32 --dtype float32")
+    return z
+
+
+def versions():
+    """The packages that the embeddings' last bits depend on: {name: version}."""
+    return {package: version(package) for package in PACKAGES}
