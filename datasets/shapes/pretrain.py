@@ -1,12 +1,13 @@
 """Trains the small CLIP of the built-in data set: scenes drawn on the fly in, clip.safetensors out.
 
-The model, tokenizer and loss are open_clip's. A patch of the vision transformer is a cell of the world's grid. The scenes come from the same
-program as the data set's, with other seeds; half of their captions are full descriptions, half are of random detail.
+The model, tokenizer and loss are open_clip's. A patch of the vision transformer is a cell of the world's grid. The
+scenes come from the same program as the data set's, with other seeds; half of their captions are full descriptions,
+half are of random detail.
 
     python -m datasets.shapes.pretrain
 
-The shipped weights come from this command with OMP_NUM_THREADS=1 (another thread count gives others, about as good). Its last line of figures, with
-R@1 between the data set's 1,000 val pictures and their full descriptions:
+The shipped weights come from this command with OMP_NUM_THREADS=1 (another thread count gives others, about as good).
+Its last line of figures, with R@1 between the data set's 1,000 val pictures and their full descriptions:
 
     {"step": 2000, "loss": 1.8492, "R@1 t2i": 0.87, "R@1 i2t": 0.861, "seconds": 1736.6908}
 """
@@ -31,7 +32,9 @@ MAX_LOG_SCALE = math.log(100)  # as in CLIP: the logit scale never exceeds 100
 def train(config, steps, batch, lr, seed, evaluate_every=250):
     """Train a CLIP.
 
-    Args: config: path of an open_clip model configuration. steps, batch: optimiser steps, pairs a step. lr: peak learning rate. seed: int.
+    Args:
+        config: path of an open_clip model configuration. seed: int.
+        steps, batch: optimiser steps, pairs a step. lr: peak learning rate.
     Returns: (open_clip model, (vocabulary size,) bool: the tokens that training has met).
     """
     torch.manual_seed(seed)
@@ -85,7 +88,10 @@ def train(config, steps, batch, lr, seed, evaluate_every=250):
 
 @torch.inference_mode()
 def recall(model, transform, tokenizer, images=1000):
-    """R@1 between the data set's val images and their full descriptions. Returns: (text-to-image, image-to-text), each in [0, 1]."""
+    """R@1 between the data set's val images and their full descriptions.
+
+    Returns: (text-to-image, image-to-text), each in [0, 1].
+    """
     model.eval()
     scenes = [image["scene"] for image in make_split(0, "val", images)["images"]]
     texts = [write_full_description(scene, random.Random(i)).text for i, scene in enumerate(scenes)]
@@ -94,13 +100,11 @@ def recall(model, transform, tokenizer, images=1000):
     model.train()
     similarity = z_image @ z_text.T  # (N_image, M_text)
     target = torch.arange(images)
-    return (similarity.argmax(0) == target).float().mean().item(), (
-        similarity.argmax(1) == target
-    ).float().mean().item()
+    return tuple((similarity.argmax(axis) == target).float().mean().item() for axis in (0, 1))
 
 
 def save(model, met, path):
-    """Write the weights as float16; the rows of tokens that training has not met are zero, so that the file packs small."""
+    """Write the weights as float16; tokens that training has not met have rows of zeros, so that the file packs small."""
     weights = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
     weights["token_embedding.weight"][~met] = 0
     save_file(weights, path)

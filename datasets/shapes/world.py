@@ -1,8 +1,8 @@
 """The world of the built-in data set: a seed in; scenes, their pictures and their captions, in COCO format, out.
 
-A scene has one to three objects (shape, colour, size, cell of a 3 x 3 grid) and a background. A caption is a text together with what
-the text says: a *mention* for every object it speaks of, and the backgrounds it allows. Since both are known, so is the exact answer to
-"which pictures does this caption describe?", which no data set of photographs can give:
+A scene has one to three objects (shape, colour, size, cell of a 3 x 3 grid) and a background. A caption is a text
+together with what the text says: a *mention* for every object it speaks of, and the backgrounds it allows. Since both
+are known, so is the exact answer to "which pictures does this caption describe?", which no photographs can give:
 
 >>> scene = {"background": "grey", "objects": [{"shape": "ring", "colour": "red", "size": "small", "cell": 0}]}
 >>> describes(Caption("a red ring", ({"colour": ("red",), "shape": ("ring",)},), BACKGROUNDS), scene)
@@ -10,8 +10,8 @@ True
 >>> describes(Caption("a red thing and something else", ({"colour": ("red",)}, {}), BACKGROUNDS), scene)
 False
 
-The length of a caption does not give its ambiguity away: a rare colour or shape says much in one word, hypernyms ("a round thing") and
-fillers ("if you look at this drawing, you will find ...") say little in many.
+The length of a caption does not give its ambiguity away: a rare colour or shape says much in one word, hypernyms ("a
+round thing") and fillers ("if you look at this drawing, you will find ...") say little in many.
 
     python -m datasets.shapes.world --out data/shapes
 """
@@ -33,146 +33,31 @@ from utils.files import partial, remove_leftovers
 PIXELS = 96  # side of a picture; a cell of the 3 x 3 grid is 32 pixels wide
 OVERSAMPLE = 3  # pictures are drawn three times as large and averaged down, which smooths the edges
 
-# What there is: value -> share. The shares are skewed, so that words differ in how much they say.
-SHAPES = {"circle": 26, "square": 22, "triangle": 17, "star": 11, "cross": 9, "ring": 7, "diamond": 5, "heart": 3}
-COLOURS = {
-    "red": 24,
-    "blue": 20,
-    "green": 16,
-    "yellow": 12,
-    "orange": 9,
-    "purple": 7,
-    "pink": 5,
-    "white": 3,
-    "brown": 2,
-    "black": 2,
-}
-SIZES = {"small": 45, "medium": 35, "big": 20}
-CELLS = {0: 10, 1: 8, 2: 14, 3: 8, 4: 22, 5: 7, 6: 16, 7: 9, 8: 6}  # row by row, from the top left
-BACKGROUNDS = {"white": 36, "grey": 26, "black": 17, "tan": 11, "mint": 6, "navy": 4}
-COUNTS = {1: 30, 2: 40, 3: 30}  # objects in a scene
-
-RGB = {
-    "red": (214, 39, 40),
-    "blue": (45, 95, 220),
-    "green": (44, 150, 50),
-    "yellow": (245, 215, 40),
-    "orange": (255, 135, 20),
-    "purple": (125, 50, 170),
-    "pink": (250, 140, 195),
-    "white": (250, 250, 250),
-    "brown": (120, 72, 35),
-    "black": (15, 15, 15),
-    "grey": (150, 150, 150),
-    "tan": (215, 190, 150),
-    "mint": (180, 232, 205),
-    "navy": (22, 32, 90),
-}
 RADIUS = {"small": 6, "medium": 10, "big": 14}  # pixels
 
-# What can be said: value -> phrases that mean it (synonyms), and phrases -> the values that they leave open (hypernyms).
-SHAPE_NOUNS = {
-    "circle": ("circle", "circle", "disc", "round circle"),
-    "square": ("square", "square", "square with four corners"),
-    "triangle": ("triangle", "triangle", "triangle with three sides"),
-    "star": ("star", "star", "star with five points"),
-    "cross": ("cross", "cross", "plus sign"),
-    "ring": ("ring", "ring", "hoop", "ring with a hole in it"),
-    "diamond": ("diamond", "diamond", "rhombus"),
-    "heart": ("heart", "heart", "love heart"),
-}
-SHAPE_HYPERNYMS = {
-    "round thing": ("circle", "ring"),
-    "four-sided shape": ("square", "diamond"),
-    "shape with straight edges": ("square", "triangle", "star", "cross", "diamond"),
-}
-ANY_NOUNS = ("thing", "object", "shape", "figure")
-ANYTHING = (
-    "something",
-    "something or other",
-    "an object",
-    "a shape",
-    "some object of one shape or another",
-    "something of whatever colour and whatever size",
-    "a thing that could be anything at all",
+# words.json: what there is, value -> share (skewed, so that words differ in how much they say), and what can be said:
+# value -> words for it, and hypernyms -> the values that they leave open. "frames" are texts around the objects, and
+# none of their words narrows the scene down; of the ladder, every prompt adds a detail to the one before.
+_WORDS = json.loads((Path(__file__).parent / "words.json").read_text(encoding="ascii"))
+SHAPES, COLOURS, SIZES, CELLS, BACKGROUNDS, COUNTS = (
+    {int(value) if value.isdecimal() else value: share for value, share in shares.items()}
+    for shares in _WORDS["shares"].values()
 )
-COLOUR_WORDS = {colour: (colour,) for colour in COLOURS} | {
-    "red": ("red", "red", "crimson"),
-    "purple": ("purple", "purple", "violet"),
+RGB = {name: tuple(rgb) for name, rgb in _WORDS["rgb"].items()}
+WORDS = _WORDS["words"] | {"cell": {int(cell): phrases for cell, phrases in _WORDS["words"]["cell"].items()}}
+HYPERNYMS = {
+    name: {phrase: tuple(values) for phrase, values in table.items()} for name, table in _WORDS["hypernyms"].items()
 }
-COLOUR_HYPERNYMS = {
-    "warm-coloured": ("red", "yellow", "orange"),
-    "cool-coloured": ("blue", "green", "purple"),
-    "brightly coloured": ("red", "blue", "green", "yellow", "orange", "purple", "pink"),
-}
-SIZE_WORDS = {"small": ("small", "small", "little"), "medium": ("medium-sized", "mid-sized"), "big": ("big", "large")}
-SIZE_HYPERNYMS = {"smallish": ("small", "medium"), "fairly large": ("medium", "big")}
-CELL_PHRASES = {
-    0: ("in the top left corner", "at the top left"),
-    1: ("at the top centre", "halfway along the top"),
-    2: ("in the top right corner", "at the top right"),
-    3: ("halfway down the left side",),
-    4: ("in the middle", "in the centre", "right in the middle of the picture"),
-    5: ("halfway down the right side",),
-    6: ("in the bottom left corner", "at the bottom left"),
-    7: ("at the bottom centre", "halfway along the bottom"),
-    8: ("in the bottom right corner", "at the bottom right"),
-}
-CELL_HYPERNYMS = {
-    "at the top": (0, 1, 2),
-    "at the bottom": (6, 7, 8),
-    "on the left": (0, 3, 6),
-    "on the right": (2, 5, 8),
-    "in one of the corners": (0, 2, 6, 8),
-    "close to an edge": (0, 1, 2, 3, 5, 6, 7, 8),
-}
-BACKGROUND_HYPERNYMS = {"dark": ("black", "navy"), "light": ("white", "tan", "mint"), "plain": tuple(BACKGROUNDS)}
-
-# A text around the objects. None of these words narrows the scene down.
-FRAMES = (
-    ("{}", 26),
-    ("a picture of {}", 10),
-    ("a drawing of {}", 8),
-    ("an image with {}", 6),
-    ("there is {}", 8),
-    ("this picture shows {}", 7),
-    ("you can see {}", 6),
-    ("it looks as if there is {}", 5),
-    ("here is one more drawing, and what it shows is {}", 6),
-    ("if you look at this drawing, you will find {}", 6),
-    ("someone has made a simple picture, and in it there is {}", 6),
-    ("this is one of many pictures, and it is one with {}", 6),
-)
-VAGUE = (
-    ("a picture", 4),
-    ("an image", 3),
-    ("a drawing", 3),
-    ("something", 3),
-    ("a simple picture", 2),
-    ("a picture of something", 3),
-    ("some drawing or other", 2),
-    ("there is something or other somewhere in this picture", 3),
-    ("a picture that someone has made of one thing or another", 2),
-    ("this is one of the many drawings that belong to this collection", 2),
-    ("it is hard to say anything more about this image than that it shows something", 2),
-)
-
-LADDER = (  # every prompt adds a detail to the one before
-    "a picture",
-    "a picture of a star",
-    "a picture of a red star",
-    "a picture of a big red star",
-    "a picture of a big red star in the middle",
-    "a picture of a big red star in the middle, on a grey background",
-)
+FRAMES, VAGUE, LADDER = _WORDS["frames"], _WORDS["vague captions"], tuple(_WORDS["ladder"])
 
 
 @dataclass(frozen=True)
 class Caption:
     """A text and what it says.
 
-    text: the caption. mentions: one dict an object that the text speaks of, which maps "shape", "colour", "size" or "cell" to the values
-    that the text allows; an attribute that is not there is left open. backgrounds: the backgrounds that the text allows.
+    text: the caption. backgrounds: those that the text allows.
+    mentions: one dict an object that the text speaks of: "shape", "colour", "size" or "cell" -> the values that the
+        text allows; an attribute that is not there is left open.
     """
 
     text: str
@@ -181,10 +66,11 @@ class Caption:
 
 
 def describes(caption, scene):
-    """Whether a caption is true of a scene: its background is allowed, and every mention has an object of its own that fits it.
+    """Whether a caption is true of a scene: its background is allowed, and every mention has an object to itself.
 
+    Objects that the caption does not speak of do not matter.
     Args: caption: Caption. scene: dict with "background" and "objects" (dicts with "shape", "colour", "size", "cell").
-    Returns: bool. Objects that the caption does not speak of do not matter.
+    Returns: bool.
     """
     if scene["background"] not in caption.backgrounds:
         return False
@@ -201,19 +87,16 @@ def describes(caption, scene):
 def draw_scene(rng):
     """A random scene: what it shows, and the small shifts, turns and shades that make no two pictures of it alike.
 
-    Args: rng: random.Random. Returns: dict of plain ints and strings, the input of `describes` and `paint`.
+    Args: rng: random.Random.
+    Returns: dict of plain ints and strings, the input of `describes` and `paint`.
     """
     background = _pick(rng, BACKGROUNDS)
     colours = {colour: share for colour, share in COLOURS.items() if colour != background}
     cells = dict(CELLS)
     objects = []
     for _ in range(_pick(rng, COUNTS)):
-        thing = {
-            "shape": _pick(rng, SHAPES),
-            "colour": _pick(rng, colours),
-            "size": _pick(rng, SIZES),
-            "cell": _pick(rng, cells),
-        }
+        shares = {"shape": SHAPES, "colour": colours, "size": SIZES, "cell": cells}
+        thing = {name: _pick(rng, of) for name, of in shares.items()}
         del cells[thing["cell"]]  # an object has its cell to itself: none hides another
         shift = 16 - RADIUS[thing["size"]]  # pixels to the border of the cell
         thing |= {"dx": rng.randint(-shift, shift) // 2, "dy": rng.randint(-shift, shift) // 2}
@@ -223,7 +106,7 @@ def draw_scene(rng):
 
 
 def paint(scene):
-    """The picture of a scene. Args: scene: dict from `draw_scene`. Returns: PIL image, RGB, 96 x 96."""
+    """The picture of a scene, from `draw_scene`: a PIL image, RGB, 96 x 96."""
     image = Image.new("RGB", (PIXELS * OVERSAMPLE,) * 2, RGB[scene["background"]])
     pen = ImageDraw.Draw(image)
     for thing in scene["objects"]:
@@ -245,23 +128,11 @@ def paint(scene):
 
 
 def _outlines():
-    """Corners of the straight-edged shapes (and the heart) in polar form: (distance in radii, angle), y pointing down."""
+    """Corners of the shapes with straight edges, and the heart: (distance in radii, angle), y pointing down."""
     up = -math.pi / 2
     arm = 0.32  # half the width of an arm of the cross
-    cross = [
-        (arm, 1),
-        (arm, arm),
-        (1, arm),
-        (1, -arm),
-        (arm, -arm),
-        (arm, -1),
-        (-arm, -1),
-        (-arm, -arm),
-        (-1, -arm),
-        (-1, arm),
-        (-arm, arm),
-        (-arm, 1),
-    ]
+    half = [(arm, 1), (arm, arm), (1, arm), (1, -arm), (arm, -arm), (arm, -1)]
+    cross = half + [(-x, -y) for x, y in half]
     steps = [2 * math.pi * i / 40 for i in range(40)]
     heart = [
         (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15)
@@ -281,42 +152,44 @@ OUTLINES = _outlines()
 
 
 def write_caption(scene, rng):
-    """A caption of random detail that is true of the scene. Args: scene: dict; rng: random.Random. Returns: Caption."""
+    """A caption of random detail that is true of the scene.
+
+    Args: scene: dict; rng: random.Random.
+    Returns: Caption.
+    """
     detail = rng.random()
     if detail < 0.07:
-        return Caption(_pick(rng, dict(VAGUE)), (), tuple(BACKGROUNDS))
+        return Caption(_pick(rng, VAGUE), (), tuple(BACKGROUNDS))
     detail = (detail - 0.07) / 0.93
-    things = [thing for thing in scene["objects"] if rng.random() < 0.35 + 0.65 * detail] or [
-        rng.choice(scene["objects"])
-    ]
-    said = [
-        {name for name in ("shape", "colour", "size", "cell") if rng.random() < 0.1 + 0.85 * detail} for _ in things
-    ]
+    things = [thing for thing in scene["objects"] if rng.random() < 0.35 + 0.65 * detail]
+    things = things or [rng.choice(scene["objects"])]
+    said = [{name for name in WORDS if rng.random() < 0.1 + 0.85 * detail} for _ in things]
     return _compose(scene, things, said, rng.random() < 0.1 + 0.5 * detail, 0.3, rng)
 
 
 def write_full_description(scene, rng):
-    """A caption that says all there is to say: every attribute of every object, and the background. Arguments as `write_caption`'s."""
+    """A caption that says every attribute of every object, and the background. Arguments as `write_caption`'s."""
     things = list(scene["objects"])
-    return _compose(scene, things, [{"shape", "colour", "size", "cell"}] * len(things), True, 0.0, rng)
+    return _compose(scene, things, [set(WORDS)] * len(things), True, 0.0, rng)
 
 
 def write_chain(scene, rng):
     """Captions of one scene from general to specific: each says what the one before says and one thing more.
 
-    Args: scene: dict; rng: random.Random. Returns: list of 6 Captions: of an object's shape, colour, size, place and of the background, in a
-    random order.
+    Args: scene: dict; rng: random.Random.
+    Returns: list of 6 Captions, which add an object's shape, colour, size, place and the background in random order.
     """
     thing, said, chain = rng.choice(scene["objects"]), {}, [Caption("a picture", (), tuple(BACKGROUNDS))]
     for name in rng.sample(["shape", "colour", "size", "cell", "background"], 5):
         said[name] = scene["background"] if name == "background" else thing[name]
         mention = {key: (value,) for key, value in said.items() if key != "background"}
-        words = [table[said[key]][0] for key, table in (("size", SIZE_WORDS), ("colour", COLOUR_WORDS)) if key in said]
+        words = [WORDS[key][said[key]][0] for key in ("size", "colour") if key in said]
         text = "a picture"
         if mention:
-            text += " of " + _article(" ".join([*words, SHAPE_NOUNS[said["shape"]][0] if "shape" in said else "shape"]))
+            noun = WORDS["shape"][said["shape"]][0] if "shape" in said else "shape"
+            text += " of " + _article(" ".join([*words, noun]))
         if "cell" in said:
-            text += " " + CELL_PHRASES[said["cell"]][0]
+            text += " " + WORDS["cell"][said["cell"]][0]
         if "background" in said:
             text += f"{',' if 'cell' in said else ''} on {_article(said['background'])} background"
         backgrounds = (said["background"],) if "background" in said else tuple(BACKGROUNDS)
@@ -325,28 +198,24 @@ def write_chain(scene, rng):
 
 
 def write_chains(seed=0, count=200):
-    """The texts of many chains, of scenes that are in neither split. Returns: list of lists of 6 strings, each from general to specific."""
+    """The texts of chains from general to specific, of scenes that are in neither split: lists of 6 strings."""
     rngs = [random.Random(f"shapes/{seed}/chains/{i}") for i in range(count)]
     return [[caption.text for caption in write_chain(draw_scene(rng), rng)] for rng in rngs]
 
 
 def _compose(scene, things, said, say_background, vagueness, rng):
-    """Put a caption together. said: a set of attribute names for each thing; vagueness: how often a hypernym stands for the word itself."""
+    """Put a caption together. said: attribute names for each thing; vagueness: how often a hypernym stands for a word."""
     rng.shuffle(things)
-    phrases, mentions = [], []
-    for thing, names in zip(things, said, strict=True):
-        phrase, mention = _noun_phrase(thing, names, vagueness, rng)
-        phrases.append(phrase)
-        mentions.append(mention)
+    pairs = [_noun_phrase(thing, names, vagueness, rng) for thing, names in zip(things, said, strict=True)]
+    phrases, mentions = zip(*pairs, strict=True)
     tail, backgrounds = "", tuple(BACKGROUNDS)
     if say_background:
         word, backgrounds = scene["background"], (scene["background"],)
         if rng.random() < vagueness:
-            word, backgrounds = _hypernym(BACKGROUND_HYPERNYMS, scene["background"], rng) or (word, backgrounds)
-        tail = rng.choice((" on {} background", " against {} background", " in front of {} backdrop")).format(
-            _article(word)
-        )
-    text = _pick(rng, dict(FRAMES)).format(_enumerate(phrases) + tail)
+            word, backgrounds = _hypernym("background", scene["background"], rng) or (word, backgrounds)
+        tail = rng.choice((" on {} background", " against {} background", " in front of {} backdrop"))
+        tail = tail.format(_article(word))
+    text = _pick(rng, FRAMES).format(_enumerate(phrases) + tail)
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:] + "."
     return Caption(text, tuple(mentions), backgrounds)
@@ -355,39 +224,29 @@ def _compose(scene, things, said, say_background, vagueness, rng):
 def _noun_phrase(thing, names, vagueness, rng):
     """A phrase for one object and what it says. names: the attributes to speak of. Returns: (phrase, mention)."""
     mention, words = {}, {}
-    tables = {
-        "shape": (SHAPE_NOUNS, SHAPE_HYPERNYMS),
-        "colour": (COLOUR_WORDS, COLOUR_HYPERNYMS),
-        "size": (SIZE_WORDS, SIZE_HYPERNYMS),
-        "cell": (CELL_PHRASES, CELL_HYPERNYMS),
-    }
-    for name, (synonyms, hypernyms) in tables.items():
-        if name not in names:
-            continue
-        word, allowed = rng.choice(synonyms[thing[name]]), (thing[name],)
+    for name in (name for name in WORDS if name in names):
+        words[name], mention[name] = rng.choice(WORDS[name][thing[name]]), (thing[name],)
         if rng.random() < vagueness:
-            word, allowed = _hypernym(hypernyms, thing[name], rng) or (word, allowed)
-        words[name], mention[name] = word, allowed
+            words[name], mention[name] = _hypernym(name, thing[name], rng) or (words[name], mention[name])
     adjectives = [words[name] for name in ("size", "colour") if name in words]
     style = rng.random()
     if not adjectives and "shape" not in words:
-        phrase = rng.choice(ANYTHING)
+        phrase = rng.choice(_WORDS["phrases for anything"])
     elif "shape" not in words and style < 0.4:
         phrase = " and ".join(["something " + adjectives[0], *adjectives[1:]])
     else:
-        noun = words.get("shape") or rng.choice(ANY_NOUNS)
+        noun = words.get("shape") or rng.choice(_WORDS["nouns for any shape"])
         if adjectives and style > 0.85:
             phrase = _article(noun) + " that is " + " and ".join(adjectives)
         elif words.get("colour") in COLOURS and style > 0.75:
             phrase = _article(" ".join([*adjectives[:-1], noun])) + f", {words['colour']} in colour"
         else:
             phrase = _article(" ".join([*adjectives, noun]))
+    pause = ", " if " in colour" in phrase else " "
     if "cell" in words:
-        phrase += (", " if " in colour" in phrase else " ") + words["cell"]
+        phrase += pause + words["cell"]
     elif rng.random() < 0.15:
-        phrase += (", " if " in colour" in phrase else " ") + rng.choice(
-            ("somewhere", "somewhere or other", "in some place")
-        )
+        phrase += pause + rng.choice(("somewhere", "somewhere or other", "in some place"))
     elif phrase.endswith(" in colour"):
         phrase = phrase.replace(", ", " that is ", 1)  # no comma at the end of a phrase
     return phrase, mention
@@ -411,9 +270,9 @@ def _article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _hypernym(table, value, rng):
-    """A random (phrase, values) of the table whose values contain this one, or None."""
-    fitting = [item for item in table.items() if value in item[1]]
+def _hypernym(name, value, rng):
+    """A random hypernym (phrase, values) of an attribute whose values contain this one, or None."""
+    fitting = [item for item in HYPERNYMS[name].items() if value in item[1]]
     return rng.choice(fitting) if fitting else None
 
 
@@ -422,36 +281,31 @@ def _pick(rng, shares):
 
 
 def make_split(seed, split, images, captions_per_image=5):
-    """One split as COCO has it: the captions file, with the scene of every image and the content of every caption as further fields.
+    """One split in COCO's format, with the scene of every image and the content of every caption as further fields.
 
     Args: seed: int. split: name, part of the random seed. images, captions_per_image: counts.
     Returns: dict with "info", "images" and "annotations", plain types only.
     """
-    offset = {"train": 100_000, "val": 1}.get(split, 0)
-    document = {
-        "info": {"description": "shapes, the built-in data set", "seed": seed, "split": split},
-        "images": [],
-        "annotations": [],
-    }
+    offset, entries, annotations = {"train": 100_000, "val": 1}.get(split, 0), [], []
     for i in range(images):
         rng = random.Random(f"shapes/{seed}/{split}/{i}")
         scene, image_id = draw_scene(rng), offset + i
-        document["images"].append(
-            {"id": image_id, "file_name": f"{image_id:012d}.png", "width": PIXELS, "height": PIXELS, "scene": scene}
-        )
+        entry = {"id": image_id, "file_name": f"{image_id:012d}.png", "width": PIXELS, "height": PIXELS}
+        entries.append(entry | {"scene": scene})
         for k in range(captions_per_image):
             caption = write_caption(scene, rng)
             entry = {"id": image_id * captions_per_image + k, "image_id": image_id, "caption": caption.text}
-            document["annotations"].append(
-                entry | {"mentions": list(caption.mentions), "backgrounds": list(caption.backgrounds)}
-            )
-    return document
+            entry |= {"mentions": list(caption.mentions), "backgrounds": list(caption.backgrounds)}
+            annotations.append(entry)
+    info = {"description": "shapes, the built-in data set", "seed": seed, "split": split}
+    return {"info": info, "images": entries, "annotations": annotations}
 
 
 def relevant_images(document):
     """Which images of a split each caption describes.
 
-    Args: document: dict from `make_split`. Returns: {caption id as a string: [image ids, ascending]}, every list with at least one entry.
+    Args: document: dict from `make_split`.
+    Returns: {caption id as a string: [image ids, ascending]}, every list with at least one entry.
     """
     scenes = [(image["id"], image["scene"]) for image in sorted(document["images"], key=lambda image: image["id"])]
     known, relevance = {}, {}
@@ -465,9 +319,10 @@ def relevant_images(document):
 
 
 def make(root, seed=0, train=10_000, val=1_000):
-    """Draw the data set: <root>/{train,val}/*.png and <root>/annotations/{captions_train,captions_val,relevance_val}.json.
+    """Draw the data set in COCO's layout: train/ val/ annotations/{captions_train,captions_val,relevance_val}.json.
 
-    The folder appears whole or not at all. The JSON has the same bytes everywhere, the pictures the same pixels for one Pillow version.
+    The folder appears complete or not at all. The JSON has the same bytes everywhere, the pictures the same pixels for
+    one Pillow version.
     Args: root: a folder that does not exist yet. seed, train, val: the seed and the numbers of images.
     """
     root = Path(root)
