@@ -36,7 +36,7 @@ class RowsInMemory:
     """A tensor (N, D). Row numbers are to be on its device."""
 
     def __init__(self, z):
-        self._z = z
+        self._z, self.shape, self.dtype, self.device = z, tuple(z.shape), z.dtype, z.device
 
     def __len__(self):
         return len(self._z)
@@ -44,24 +44,10 @@ class RowsInMemory:
     def __getitem__(self, rows):
         return self._z[rows]
 
-    @property
-    def shape(self):
-        """(N, D)."""
-        return tuple(self._z.shape)
-
-    @property
-    def dtype(self):
-        """Of the embeddings as they are stored."""
-        return self._z.dtype
-
-    @property
-    def device(self):
-        """Where row numbers are looked up."""
-        return self._z.device
-
     def to(self, device):
         """Move to a device. Returns: self."""
         self._z = self._z.to(device)
+        self.device = self._z.device
         return self
 
     def read(self):

@@ -166,6 +166,11 @@ class PictureUnit(_FileUnit):
 
     kind, fields, texts = "image", {"left_out": dict}, None
 
+    @property
+    def pictures(self):
+        """How many there are."""
+        return len(self.items)
+
     def streams(self, size):
         """`size` pictures each."""
         first = self.number * UNIT
@@ -184,7 +189,7 @@ class PictureUnit(_FileUnit):
 class TextUnit(_FileUnit):
     """Distinct texts."""
 
-    kind, fields = "text", {"cut": int, "unknown": int, "example": str}
+    kind, fields, pictures = "text", {"cut": int, "unknown": int, "example": str}, 0
 
     @property
     def texts(self):

@@ -2,6 +2,7 @@
 
 `embed_units` knows no data set. A unit, what is encoded at once and kept when a run is stopped, has
     texts: the texts to embed; None where there are none; empty where they come with the pictures, as in a tar.
+    pictures: how many there are; None where only reading them tells.
     streams(size): list of functions of the CLIP's transform that yield `Samples`, `size` of them at a time: what a
         decoding process does at a time.
     describe(key, reason): a broken sample in a message.
@@ -70,7 +71,7 @@ class Embedded:
         if self.captions is not None:
             text, self.notes = embed_texts(clip, self.captions, bar)
             self.text = to_dtype(text, dtype, self.captions)
-            self._pieces.append(text[:0])  # the width, where there is no picture
+            self._pieces = self._pieces or [text[:0]]  # the width, where there is no picture
         self.image = to_dtype(torch.cat(self._pieces) if self._pieces else torch.empty(0), dtype, self.keys)
         return self
 
@@ -122,9 +123,8 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
     streams = [(unit, stream) for unit in missing for stream in unit.streams(-(-batch_size // CHUNK) * CHUNK)]
     running = Counter(unit for unit, _ in streams)
     embedded = {unit: Embedded(unit.texts) for unit in missing}
-    texts = sum(len(unit.texts or ()) for unit in missing)
-    with _bar("texts", "text", texts) as texts_bar:
-        with _bar("images", "image", None if streams else 0) as bar:
+    with _bar("texts", [len(unit.texts or ()) for unit in missing]) as texts_bar:
+        with _bar("images", [unit.pictures for unit in missing]) as bar:
             for unit, samples in _decoded(streams, clip.transform, workers):
                 if samples is None:  # the end of a stream
                     running[unit] -= 1
@@ -170,8 +170,9 @@ def _keep_quiet(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
 
 
-def _bar(what, unit, total):
-    return tqdm(total=total, desc=what, unit=unit, disable=not is_first() or total == 0)
+def _bar(what, counts):
+    total = None if None in counts else sum(counts)
+    return tqdm(total=total, desc=what, unit=what.removesuffix("s"), disable=not is_first() or total == 0)
 
 
 def encode_texts(clip, texts):
@@ -180,7 +181,7 @@ def encode_texts(clip, texts):
     Args: clip: Clip. texts: M strings, at least one.
     Returns: (M, D) float32 on the CPU.
     """
-    with _bar("texts", "text", len(texts)) as bar:
+    with _bar("texts", [len(texts)]) as bar:
         z, notes = embed_texts(clip, texts, bar)
     say_notes([notes], clip.info["context_length"])
     return z
@@ -223,16 +224,12 @@ def say_notes(notes, context_length):
     """
     cut, unknown = (sum(note[key] for note in notes) for key in ("cut", "unknown"))
     if cut:
-        logging.warning(
-            "note: %d texts are longer than the model reads (%d tokens); their ends are left out", cut, context_length
-        )
+        note = "note: %d texts are longer than the model reads (%d tokens); their ends are left out"
+        logging.warning(note, cut, context_length)
     if unknown:
         example = next(note["example"] for note in notes if note["unknown"])[:80]
-        logging.warning(
-            "note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings",
-            unknown,
-            example,
-        )
+        note = "note: %d texts have words that this CLIP has never seen, such as %r; do not trust their embeddings"
+        logging.warning(note, unknown, example)
 
 
 def in_chunks(encode, inputs, device):

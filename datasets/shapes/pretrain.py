@@ -104,7 +104,7 @@ def recall(model, transform, tokenizer, images=1000):
 
 
 def save(model, met, path):
-    """Write the weights as float16; tokens that training has not met have rows of zeros, so that the file packs small."""
+    """Write the weights as float16; tokens that training has not met have rows of zeros: the file packs small."""
     weights = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
     weights["token_embedding.weight"][~met] = 0
     save_file(weights, path)

@@ -204,7 +204,7 @@ def write_chains(seed=0, count=200):
 
 
 def _compose(scene, things, said, say_background, vagueness, rng):
-    """Put a caption together. said: attribute names for each thing; vagueness: how often a hypernym stands for a word."""
+    """Put a caption together of attribute names said of each thing; vagueness: how often a hypernym is the word."""
     rng.shuffle(things)
     pairs = [_noun_phrase(thing, names, vagueness, rng) for thing, names in zip(things, said, strict=True)]
     phrases, mentions = zip(*pairs, strict=True)
