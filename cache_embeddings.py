@@ -65,6 +65,7 @@ def parse(argv):
     add("--texts", help="embed these for an existing cache: a text a line, or a .csv with a column 'captions'")
     add("--csv-img-key", default="filepath", help="--dataset csv: the column of the image files (default: filepath)")
     add("--csv-caption-key", default="title", help="--dataset csv: the column of the captions (default: title)")
+    add("--csv-group-key", help="--dataset csv: rows with one value here are right for each other, such as of a class")
     add("--csv-separator", help="--dataset csv: what parts the columns (default: a comma in .csv, a tab in .tsv)")
     args = parser.parse_args(argv)
     args.max_broken = float("inf") if args.skip_broken else args.max_broken

@@ -68,13 +68,36 @@ def load_list(path, length, kind):
 
 
 def load_relevance(path, captions, images):
-    """A list of image rows for every caption, at least one each."""
-    relevance = load_list(path, captions, list)
-    for caption, rows in enumerate(relevance):
-        if not rows or not all(is_row(row, images) for row in rows):
-            what = f"a list of image rows from 0 to {images - 1} with at least one entry"
-            raise UserError(f"{path}: entry {caption} is not {what}")
-    return relevance
+    """What is right beside the own one: M lists of image rows, at least one each, or sets of judgements.
+
+    Returns: as `ListSplit.relevance` has it.
+    """
+    content = load_json(path)
+    if not isinstance(content, dict):
+        relevance = load_list(path, captions, list)
+        _check_rows(path, relevance, images, "image", "with at least one entry", least=1)
+        return relevance
+    for name, both in content.items():
+        for direction, queries, answers, kind in (
+            ("t2i", captions, images, "image"),
+            ("i2t", images, captions, "caption"),
+        ):
+            lists = both.get(direction) if isinstance(both, dict) else None
+            if (
+                not isinstance(lists, list)
+                or len(lists) != queries
+                or not all(isinstance(rows, list) for rows in lists)
+            ):
+                raise UserError(f"{path}: {name} {direction}: expected {queries} lists of {kind} rows; {ANEW}")
+            _check_rows(path, lists, answers, kind, f"({name} {direction})")
+    return content
+
+
+def _check_rows(path, lists, count, kind, what, least=0):
+    for query, rows in enumerate(lists):
+        if len(rows) < least or not all(is_row(row, count) for row in rows):
+            expected = f"a list of {kind} rows from 0 to {count - 1} {what}"
+            raise UserError(f"{path}: entry {query} is not {expected}")
 
 
 def check_meta(path, meta, captions):

@@ -23,7 +23,7 @@ class KarpathyLayout:
     captions: the JSON. folders: of the pictures: the first that is there, or those allowed if by_filepath.
     by_filepath: whether every image names its own folder as "filepath". image_id: the field that becomes its id.
     train: the splits that "train" is made of.
-    relevance: function of datasets/eccv.py that knows what is right for the captions of the split "test", or None.
+    judgements: function of datasets/eccv.py that knows what people found right in the split "test", or None.
     """
 
     captions: str
@@ -31,7 +31,7 @@ class KarpathyLayout:
     by_filepath: bool = False
     image_id: str = "imgid"
     train: tuple = ("train",)
-    relevance: object = None
+    judgements: object = None
 
 
 FLICKR30K = KarpathyLayout(captions="dataset_flickr30k.json", folders=("flickr30k-images", "images"))
@@ -41,7 +41,7 @@ COCO = KarpathyLayout(
     by_filepath=True,
     image_id="cocoid",
     train=("train", "restval"),
-    relevance=eccv.relevance,
+    judgements=eccv.judgements,
 )
 
 
@@ -85,9 +85,8 @@ class KarpathyCaptions(ListSplit):
         need(sentences, f"{path}: the images of the split {split} have no captions; {cure}")
         image_ids = [image[layout.image_id] for _, _, image in images]
         super().__init__(image_ids, files, names, *(list(column) for column in zip(*sentences, strict=True)))
-        if layout.relevance and split == "test":
-            lists = (self.image_ids, self.caption_ids, self.image_of_caption)
-            self.relevance, self.annotated = layout.relevance(*lists, path)
+        if layout.judgements and split == "test":
+            self.relevance = layout.judgements(self.image_ids, self.caption_ids, self.image_of_caption, path) or None
 
 
 def _first_there(root, folders):

@@ -43,12 +43,15 @@ class Source:
 
 
 DATASETS = {
-    "coco": Source(CocoCaptions, Layout(images="{split}2017", captions="annotations/captions_{split}2017.json")),
+    "coco": Source(
+        CocoCaptions,
+        Layout("{split}2017", "annotations/captions_{split}2017.json", "annotations/relevance_{split}2017.json"),
+    ),
     "coco-karpathy": Source(KarpathyCaptions, karpathy.COCO),
     "csv": Source(
         TableCaptions,
         ("{split}.csv", "{split}.tsv"),
-        flags=("csv_img_key", "csv_caption_key", "csv_separator"),
+        flags=("csv_img_key", "csv_caption_key", "csv_separator", "csv_group_key"),
     ),
     "flickr30k": Source(KarpathyCaptions, karpathy.FLICKR30K),
     "shapes": Source(

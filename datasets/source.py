@@ -6,7 +6,6 @@ split.assemble(store, folder, meta)          the finished units become embedding
 """
 
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 
@@ -51,8 +50,9 @@ class ListSplit(Split):
 
     image_ids, image_files, image_names: of N images: ids, paths, and file names as the data set gives them.
     caption_ids, captions, image_of_caption: of M captions: ids, texts, and image rows.
-    relevance: M lists of image rows, ascending, the images that are right for a caption; None: its own alone.
-    annotated: the caption rows for which relevance was looked into; None: all.
+    relevance: where more than one answer is right; None: nowhere. Either M lists of image rows, ascending, those that
+        are right for a caption (and it for them), or {set: {"t2i": M lists of image rows, "i2t": N lists of caption
+        rows}}: what people found right for some captions and, apart from that, for some images, elsewhere empty.
     """
 
     image_ids: list
@@ -61,13 +61,12 @@ class ListSplit(Split):
     caption_ids: list
     captions: list
     image_of_caption: list
-    relevance: list | None = None
-    annotated: list | None = None
+    relevance: list | dict | None = None
 
     def fingerprint(self):
         """The numbers of images and captions, with digests of all that is in the lists but the paths."""
         images = digest([self.image_ids, self.image_names])
-        captions = digest([self.caption_ids, self.captions, self.image_of_caption, self.relevance, self.annotated])
+        captions = digest([self.caption_ids, self.captions, self.image_of_caption, self.relevance, None])
         return {
             "image_list": f"{len(self.image_ids)} images, {images}",
             "caption_list": f"{len(self.captions)} captions, {captions}",
@@ -99,7 +98,6 @@ class ListSplit(Split):
         check_widths(meta, image.shape[1], text.shape[1])
         meta |= {"embed_dim": image.shape[1], "image_count": len(image), "caption_count": len(text)}
         meta |= {"image_ids": left.image_ids, "caption_ids": left.caption_ids}
-        meta |= {"annotated": left.annotated} if left.annotated else {}
         skipped = {row: reason.removeprefix(f"{self.image_files[row]}: ") for row, reason in broken.items()}
         meta |= {
             "skipped": [[self.image_names[row], reason] for row, reason in skipped.items()],
@@ -113,19 +111,28 @@ class ListSplit(Split):
         """The same split without some images and their captions. Args: rows: collection of image rows."""
         images = [row for row in range(len(self.image_ids)) if row not in rows]
         captions = [caption for caption, row in enumerate(self.image_of_caption) if row not in rows]
-        new_row, new_caption = dict(zip(images, count(), strict=False)), dict(zip(captions, count(), strict=False))
-        relevance = self.relevance and [
-            [new_row[row] for row in self.relevance[caption] if row in new_row]
-            or [new_row[self.image_of_caption[caption]]]
-            for caption in captions
-        ]
+        owners = _left([[owner] for owner in self.image_of_caption], captions, images)
+        relevance = self.relevance
+        if isinstance(relevance, list):
+            found = zip(_left(relevance, captions, images), owners, strict=True)
+            relevance = [rows or owner for rows, owner in found]
+        elif relevance:
+            relevance = {
+                name: {"t2i": _left(both["t2i"], captions, images), "i2t": _left(both["i2t"], images, captions)}
+                for name, both in relevance.items()
+            }
         return ListSplit(
             *([of[row] for row in images] for of in (self.image_ids, self.image_files, self.image_names)),
             *([of[caption] for caption in captions] for of in (self.caption_ids, self.captions)),
-            [new_row[self.image_of_caption[caption]] for caption in captions],
+            [owner for (owner,) in owners],
             relevance,
-            self.annotated and [new_caption[caption] for caption in self.annotated if caption in new_caption],
         )
+
+
+def _left(lists, queries, answers):
+    """The lists of the queries that are left, of the answers that are left, by their new rows."""
+    new_row = {row: new for new, row in enumerate(answers)}
+    return [[new_row[row] for row in lists[query] if row in new_row] for query in queries]
 
 
 def _slices(items):

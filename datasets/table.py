@@ -22,24 +22,40 @@ class TableCaptions(ListSplit):
     Args:
         root: folder. split: "train", "val", ... layout: the names that the table may have, with "{split}" in them.
         csv_img_key, csv_caption_key: the columns. csv_separator: one character, or None: by the table's suffix.
+        csv_group_key: the column of a class, a product or a label: images and captions of one are right for each
+            other; None: an image is right for its own captions alone.
     Raises: UserError that says what was expected and what was found.
     """
 
-    def __init__(self, root, split, layout, csv_img_key="filepath", csv_caption_key="title", csv_separator=None):
+    def __init__(
+        self,
+        root,
+        split,
+        layout,
+        csv_img_key="filepath",
+        csv_caption_key="title",
+        csv_separator=None,
+        csv_group_key=None,
+    ):
         root = Path(root)
         path = _table(root, [name.format(split=split) for name in layout])
-        rows = list(_rows(path, csv_img_key, csv_caption_key, _separator(csv_separator, path)))
+        columns = {"--csv-img-key": csv_img_key, "--csv-caption-key": csv_caption_key}
+        columns |= {"--csv-group-key": csv_group_key} if csv_group_key else {}
+        rows = list(_rows(path, columns, _separator(csv_separator, path)))
         if not rows:
             raise UserError(f"{path}: holds no row; give a row for every caption, or choose another --split")
-        row_of_image, names, files, image_of_caption = {}, [], [], []
-        for line, name, _ in rows:
+        row_of_image, names, files, image_of_caption, images_of_group = {}, [], [], [], {}
+        for line, (name, _, *group) in rows:
             if Path(name) not in row_of_image:  # a Path, so that ./a.png is a.png
                 row_of_image[Path(name)] = len(row_of_image)
                 names.append(name)
                 files.append(inside(root, name, f"{path}: line {line}"))
             image_of_caption.append(row_of_image[Path(name)])
-        captions = [caption for _, _, caption in rows]
+            images_of_group.setdefault(tuple(group), set()).add(image_of_caption[-1])
+        captions = [caption for _, (_, caption, *_) in rows]
         super().__init__(list(range(len(names))), files, names, list(range(len(captions))), captions, image_of_caption)
+        if csv_group_key:
+            self.relevance = [sorted(images_of_group[tuple(group)]) for _, (_, _, *group) in rows]
 
 
 def _table(root, names):
@@ -60,13 +76,13 @@ def _separator(given, path):
     return separator
 
 
-def _rows(path, img_key, caption_key, separator):
-    """Yield (line, image file, caption) for every row of a table."""
+def _rows(path, wanted, separator):
+    """Yield (line, the values of the wanted columns) for every row of a table. Args: wanted: {flag: column}."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
             columns = reader.fieldnames or []
-            for key, flag in ((img_key, "--csv-img-key"), (caption_key, "--csv-caption-key")):
+            for flag, key in wanted.items():
                 if columns.count(key) != 1:
                     found = ", ".join(map(repr, columns)) or "nothing"
                     what = "more than one column" if key in columns else "no column"
@@ -78,10 +94,10 @@ def _rows(path, img_key, caption_key, separator):
                     fields = len(columns) + len(row.get(None, ())) - sum(value is None for value in row.values())
                     cure = "quote a text that holds the separator"
                     raise UserError(f"{where} has {fields} fields, the header {len(columns)}; {cure}")
-                for key in (img_key, caption_key):
+                for key in wanted.values():
                     if not row[key].strip():
                         raise UserError(f"{where} has a blank {key!r}; fill it in or take the row out")
-                yield reader.line_num, row[img_key], row[caption_key]
+                yield reader.line_num, [row[key] for key in wanted.values()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
     except csv.Error as error:
