@@ -1,4 +1,4 @@
-"""ProLIP's loss: the probabilistic pairwise contrastive loss (PPCL) over all pairs of a batch, and a variational information bottleneck (VIB)."""
+"""ProLIP's loss: the probabilistic pairwise contrastive loss (PPCL) and a variational information bottleneck (VIB)."""
 
 from models.layers import full_precision, pairwise_products, pairwise_sigmoid_loss, total_variance
 
@@ -9,9 +9,10 @@ VIB_BETA = 1e-5  # weight of the information bottleneck, as in the paper's code
 
 @full_precision
 def pairwise_logits(mean_image, log_var_image, mean_text, log_var_text):
-    """scale (mean_i . mean_j - sum_d (exp log_var_i + exp log_var_j) / 2) + bias, for all pairs: a matmul plus row and column sums.
+    """scale (mean_i . mean_j - sum_d (exp log_var_i + exp log_var_j) / 2) + bias, for all pairs.
 
-    Args: image (N, D), text (M, D). Returns: (N, M).
+    Args: those of images (N, D), of texts (M, D).
+    Returns: (N, M), a matmul plus row and column sums.
     Source: Chun et al., "Probabilistic language-image pre-training", arXiv 2410.18857, the logit of the PPCL.
     """
     variances = total_variance(log_var_image)[:, None] + total_variance(log_var_text)  # (N, M)
@@ -30,9 +31,11 @@ def information_bottleneck(mean, log_var):
 
 @full_precision
 def prolip_loss(mean_image, log_var_image, mean_text, log_var_text):
-    """sum_ij -log sigmoid(+-logit_ij) / B, + where i = j, plus VIB_BETA times the information bottleneck of each modality.
+    """sum_ij -log sigmoid(+-logit_ij) / B, + where i = j, plus VIB_BETA times the VIB of each modality.
 
-    Args: all (B, D), rows in the same order. Returns: (). Source: arXiv 2410.18857, PPCL and VIB.
+    Args: all (B, D), rows in the same order.
+    Returns: ().
+    Source: arXiv 2410.18857, PPCL and VIB.
     """
     logits = pairwise_logits(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)
     bottleneck = information_bottleneck(mean_image, log_var_image) + information_bottleneck(mean_text, log_var_text)
