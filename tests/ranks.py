@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import train
 from models import METHODS
 from utils.cli import run
-from utils.distributed import joined, own, rank, world_size
+from utils.distributed import joined, rank, share_of_rank, world_size
 from utils.files import save_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,8 +42,8 @@ def steps(folder):
             for batch in BATCHES:
                 adaptor = new_adaptor(method)
                 optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["small"], 10)
-                pairs = [own(z) for z in random_pairs(batch)]
-                loss = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32, tqdm(disable=True))
+                pairs = [share_of_rank(z) for z in random_pairs(batch)]
+                loss = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32)
                 gradients = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
                 found[f"{method} {batch}"] = {"loss": loss, "share": len(pairs[0]), "gradients": gradients}
         save_tensors(found, Path(folder) / f"{rank()}-of-{world_size()}.pt")

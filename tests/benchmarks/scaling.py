@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import train
 from datasets.coco import CocoImages
@@ -26,7 +25,7 @@ from tests.benchmarks.caching import MODEL, make_pictures
 from tests.benchmarks.machine import describe, markdown_table, seconds
 from tests.benchmarks.train_step import GPU_FLOPS, GPU_SHARE, gpu_seconds, profile_step
 from utils.device import pick_device, pick_precision
-from utils.distributed import is_first, joined, own, world_size
+from utils.distributed import is_first, joined, share_of_rank, world_size
 
 SHARE, DIM, STEPS = 512, 512, 15  # pairs a rank; width; steps that are timed
 CORES = 16  # of the machine in the calculation, that decode for its GPU
@@ -48,11 +47,11 @@ def rank():
             adaptor = METHODS[method](DIM)
             optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["paper"], 1000)
             batch = SHARE * world_size()
-            pairs = [own(z) for z in torch.randn(2, batch, DIM)]
-            dtype, bar, taken = pick_precision("auto", device), tqdm(disable=True), []
+            pairs = [share_of_rank(z) for z in torch.randn(2, batch, DIM)]
+            dtype, taken = pick_precision("auto", device), []
             for _ in range(STEPS + 3):
                 start = time.perf_counter()
-                train.step(adaptor, pairs, batch, optimizer, schedule, dtype, bar)
+                train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
                 taken.append(time.perf_counter() - start)
             times[method] = statistics.median(taken[3:])
         if is_first():

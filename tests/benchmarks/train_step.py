@@ -11,7 +11,6 @@ import math
 import re
 
 import torch
-from tqdm import tqdm
 
 import train
 from models import METHODS
@@ -29,8 +28,8 @@ def make_step(method, batch, embed_dim, precision="auto"):
     adaptor = METHODS[method](embed_dim).to(device)
     optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["paper"], 10_000)
     pairs = [torch.randn(batch, embed_dim, dtype=torch.float16).to(device) for _ in range(2)]
-    bar, dtype = tqdm(disable=True), pick_precision(precision, device)
-    return lambda: train.step(adaptor, pairs, batch, optimizer, schedule, dtype, bar)
+    dtype = pick_precision(precision, device)
+    return lambda: train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
 
 
 def make_textbook_step(method, batch, embed_dim):
