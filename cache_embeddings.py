@@ -26,9 +26,18 @@ from datasets.embedding import CHAINS, FIRST, LADDER, ROOT, EmbeddingCache, load
 from datasets.parts import Parts, TarParts, part_rows
 from datasets.shards import finish_shards
 from datasets.tars import TarSamples
-from utils.cli import Parser, UserError, folder_name, positive, run, torchrun_rank, whole
+from utils.cli import Parser, UserError, folder_name, positive, run, torchrun_rank, whole_number
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
-from utils.distributed import PATIENCE, agreed, first_rank_first, is_first, joined, rank, together, world_size
+from utils.distributed import (
+    PATIENCE,
+    broadcast_flag,
+    first_rank_first,
+    is_first,
+    joined,
+    rank,
+    stop_together,
+    world_size,
+)
 from utils.encode import (
     CHUNK,
     encode_distinct,
@@ -88,9 +97,9 @@ def cache_splits(args, device):
         for split in waiting:
             folder = ROOT / name / split
             with locked(_lock(folder), folder) if is_first() else contextlib.nullcontext():
-                with together():  # another run may have ended since
+                with stop_together():  # another run may have ended since
                     ended = is_first() and not args.overwrite and is_whole(name, split, finished[split], allowed)
-                if agreed(ended):
+                if broadcast_flag(ended):
                     continue
                 (cache_tars if args.dataset == "webdataset" else cache_split)(
                     args, folder, splits[split], clip, settings[split]
@@ -141,7 +150,7 @@ def parse(argv):
     )
     parser.add_argument(
         "--max-broken",
-        type=whole,
+        type=whole_number,
         default=0,
         help="--dataset webdataset: samples that may be broken and are left out (default: 0)",
     )
@@ -260,7 +269,7 @@ def cache_split(args, folder, data, clip, settings):
     with first_rank_first():
         parts = Parts(folder, settings | made_with(clip), args.overwrite)
     texts = list(dict.fromkeys(data.captions))  # each distinct one once
-    with together():
+    with stop_together():
         make_image_parts(parts, clip, data.image_files, args)
         make_text_parts(parts, clip, texts, getattr(torch, args.dtype))
     if not is_first():
@@ -311,7 +320,7 @@ def cache_tars(args, folder, data, clip, settings):
     start = time.perf_counter()
     with first_rank_first():
         parts = TarParts(folder, settings | made_with(clip), args.overwrite)
-    with together():
+    with stop_together():
         make_tar_parts(parts, clip, data, args)
     if not is_first():
         return
