@@ -15,10 +15,10 @@ from datasets.embedding import LADDER, EmbeddingCache, load_texts
 from datasets.shards import BUFFER
 from models import GROUPS, METHODS, expand_groups
 from utils.checkpoint import checkpoint_path
-from utils.cli import Parser, UserError, folder_name, non_negative, positive, run, seed_number
+from utils.cli import Parser, folder_name, non_negative, positive, run, seed_number
 from utils.device import autocast, pick_device, pick_precision, precision_name
 from utils.distributed import average_gradients, gather, joined, share_of_rank
-from utils.run import Run
+from utils.run import Run, check_finite
 from utils.seed import seed_everything
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -120,16 +120,6 @@ def step(adaptor, pairs, rows, optimizer, schedule, precision):
     optimizer.step()
     schedule.step()
     return loss.detach()
-
-
-def check_finite(losses, adaptor, method, epoch):
-    """Raise a UserError that names the first step of an epoch whose loss, or after which a weight, is not finite."""
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if bad or not all(torch.isfinite(weight).all() for weight in adaptor.parameters()):
-        step = bad[0] if bad else len(losses) - 1
-        found = f"the loss is {losses[step].item()}" if bad else "it leaves weights that are not finite"
-        cause = "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
-        raise UserError(f"{method}, epoch {epoch}, step {step + 1}: {found}; {cause}")
 
 
 if __name__ == "__main__":

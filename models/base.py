@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models.layers import GaussianHead, at_least_float32, cosine_similarity, total_variance
+from models.layers import at_least_float32, cosine_similarity, mlp, total_variance, unit
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,16 @@ class GaussianAdaptor(Adaptor):
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
-        self.image_head = GaussianHead(embed_dim)
-        self.text_head = GaussianHead(embed_dim)
+        self.image_head = nn.ModuleDict({"log_var": mlp(embed_dim)})
+        self.text_head = nn.ModuleDict({"log_var": mlp(embed_dim)})
 
     def encode_image(self, z):
-        return self.image_head(z)
+        mean = unit(z)
+        return mean, self.image_head["log_var"](mean)
 
     def encode_text(self, z):
-        return self.text_head(z)
+        mean = unit(z)
+        return mean, self.text_head["log_var"](mean)
 
     def describe_text(self, mean, log_var):
         return mean, total_variance(log_var) / self.embed_dim

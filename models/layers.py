@@ -1,4 +1,4 @@
-"""What the methods share: MLP trunk, Gaussian head, unit vectors, and sums and logs that are never half-precision."""
+"""What the methods share: the MLP trunk, unit vectors, sums over all pairs, and logs that are never half-precision."""
 
 import functools
 
@@ -52,19 +52,6 @@ def cosine_similarity(x, y):
     return pairwise_products(unit(x), unit(y))
 
 
-class GaussianHead(nn.Module):
-    """A diagonal Gaussian around the direction of an embedding: mean = unit(z), log_var = MLP(unit(z))."""
-
-    def __init__(self, embed_dim):
-        super().__init__()
-        self.log_var = mlp(embed_dim)
-
-    def forward(self, z):
-        """(N, D) -> mean (N, D), log_var (N, D)."""
-        mean = unit(z)
-        return mean, self.log_var(mean)
-
-
 @full_precision
 def total_variance(log_var):
     """sum_d exp(log_var_d), (N, D) -> (N,): summed before pairs are formed, so that no (B, B, D) tensor is needed."""
@@ -75,8 +62,8 @@ def total_variance(log_var):
 def pairwise_sigmoid_loss(logits):
     """Binary cross-entropy, summed over all pairs, of which the diagonal is true: logits (B, B) -> ().
 
-    -sum_ij log sigmoid(s_ij logit_ij), with s_ii = 1, else -1. Every pair is accurate to its own size: with targets 0
-    and 1 instead of signs, a sure negative would be the difference of two large numbers.
+    -sum_ij log sigmoid(s_ij logit_ij), s_ii = 1, else -1. With targets 0 and 1 instead of signs, a sure negative would
+    be the difference of two large numbers.
     Source: "Sigmoid loss for language image pre-training", arXiv 2303.15343.
     """
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1  # (B, B)

@@ -1,7 +1,7 @@
 """What the tests have torchrun do, and torchrun itself as a subprocess.
 
-torchrun --nproc-per-node 2 -m tests.ranks step FOLDER       one training step of every method: losses and gradients, a file a rank
-torchrun --nproc-per-node 2 -m tests.ranks cache 64 FLAGS    cache_embeddings.py with parts of 64 rows
+torchrun --nproc-per-node 2 -m tests.ranks step FOLDER      a training step of every method: what it was, a file a rank
+torchrun --nproc-per-node 2 -m tests.ranks cache 64 FLAGS   cache_embeddings.py with parts of 64 rows
 """
 
 import os
@@ -50,7 +50,10 @@ def steps(folder):
 
 
 def torchrun(ranks, *command, wait=True):
-    """Start ranks with one thread each, in the current folder. Returns: the finished process with its output, or, unless wait, the running one."""
+    """Start ranks with one thread each, in the current folder.
+
+    Returns: the finished process with its output, or, unless wait, the running one.
+    """
     arguments = [
         sys.executable,
         "-m",

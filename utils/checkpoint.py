@@ -1,4 +1,4 @@
-"""A trained adaptor in, a file that a stranger can load safely out; and the way back, also from the paper repository."""
+"""A trained adaptor in, a file that a stranger can load safely out; and back, from the paper repository's files too."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 from models import METHODS
 from utils.cli import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import differences, load_tensors, save_tensors
 from utils.paper import translate
 
 ROOT = Path("checkpoints")
@@ -24,14 +24,9 @@ def save_adaptor(adaptor, method, recipe, config, path):
 
 
 def describe(adaptor, method, recipe, config):
-    """All that is kept of an adaptor, plain types only, its weights copied to the CPU.
+    """What is kept of an adaptor: {"state_dict", "method", "embed_dim", "recipe", "config"}, plain types, on the CPU.
 
-    Args:
-        adaptor: Adaptor.
-        method: its name in METHODS.
-        recipe: Recipe as it was used.
-        config: dict of plain types: what else it was trained with.
-    Returns: {"state_dict", "method", "embed_dim", "recipe", "config"}.
+    Args: method: its name in METHODS. recipe: Recipe as it was used. config: plain types: its data and settings.
     """
     return {
         "state_dict": copied(adaptor.state_dict()),
@@ -49,6 +44,24 @@ def copied(content):
     if isinstance(content, list | tuple):
         return type(content)(copied(value) for value in content)
     return content.detach().cpu().clone() if isinstance(content, torch.Tensor) else content
+
+
+def load_run(path, recipe, config):
+    """What the checkpoint, or the state, of a run with this recipe and config holds; None if there is no such file.
+
+    Raises: UserError that names the difference if it is of another run.
+    """
+    if not path.exists():
+        return None
+    content = load_tensors(path)
+    known = [content.get(key) for key in ("config", "recipe")] if isinstance(content, dict) else []
+    if not known or not all(isinstance(part, dict) for part in known):
+        raise UserError(f"{path}: does not tell of which run it is; start anew, without --resume")
+    changed = differences(known[0], config) or differences(known[1], asdict(recipe))
+    if changed:
+        cure = "resume it with those, or start anew, without --resume"
+        raise UserError(f"{path}: of a run with other settings: {changed}; {cure}")
+    return content
 
 
 def load_adaptor(path, device="cpu", method=None):
@@ -77,8 +90,8 @@ def load_adaptor(path, device="cpu", method=None):
         expected = {key: value.shape for key, value in METHODS[found](embed_dim).state_dict().items()}
     for key in sorted(expected.keys() | weights.keys(), key=str):
         tensor = weights.get(key)
-        fits = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.shape == expected.get(key)
-        if not fits:
+        is_float = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if not is_float or tensor.shape != expected.get(key):
             raise UserError(f"{path}: its weights do not fit {found} at width {embed_dim} ({key!r}); train again")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key!r} is not finite; train again")

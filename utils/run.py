@@ -10,10 +10,10 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from utils.checkpoint import copied, describe, save_adaptor
+from utils.checkpoint import copied, describe, load_run, save_adaptor
 from utils.cli import UserError
 from utils.distributed import barrier, is_first
-from utils.files import differences, load_tensors, locked, save_tensors
+from utils.files import locked, save_tensors
 
 
 class Run:
@@ -57,8 +57,10 @@ class Run:
     def start(self, adaptor, optimizer, schedule, order):
         """Put them where the run was saved, if it was; order is the generator of the permutations of all epochs."""
         self.adaptor, self.optimizer, self.schedule, self.order = adaptor, optimizer, schedule, order
-        saved = self._load(self.state_path) if self.resume else None
-        self.is_finished = self.resume and saved is None and self._load(self.path) is not None
+        saved, self.is_finished = None, False
+        if self.resume:
+            saved = load_run(self.state_path, self.recipe, self.config)
+            self.is_finished = saved is None and load_run(self.path, self.recipe, self.config) is not None
         barrier()  # all ranks have read what the first changes from here on
         if saved is None:
             return
@@ -104,16 +106,12 @@ class Run:
             save_tensors(self.state, self.state_path)
         self.bar.set_postfix(epoch=f"{len(self.log)}/{self.recipe.epochs}", loss=f"{record['loss']:.4f}")
 
-    def _load(self, path):
-        """What a checkpoint or a state of this very run holds; None if there is no such file."""
-        if not path.exists():
-            return None
-        content = load_tensors(path)
-        known = [content.get(key) for key in ("config", "recipe")] if isinstance(content, dict) else []
-        if not known or not all(isinstance(part, dict) for part in known):
-            raise UserError(f"{path}: does not tell of which run it is; start anew, without --resume")
-        changed = differences(known[0], self.config) or differences(known[1], asdict(self.recipe))
-        if changed:
-            cure = "resume it with those, or start anew, without --resume"
-            raise UserError(f"{path}: of a run with other settings: {changed}; {cure}")
-        return content
+
+def check_finite(losses, adaptor, method, epoch):
+    """Raise a UserError that names the first step of an epoch whose loss, or after which a weight, is not finite."""
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad or not all(torch.isfinite(weight).all() for weight in adaptor.parameters()):
+        step = bad[0] if bad else len(losses) - 1
+        found = f"the loss is {losses[step].item()}" if bad else "it leaves weights that are not finite"
+        cause = "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
+        raise UserError(f"{method}, epoch {epoch}, step {step + 1}: {found}; {cause}")

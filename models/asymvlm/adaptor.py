@@ -1,8 +1,4 @@
-"""AsymVLM: raw CLIP embeddings in, log-likelihoods of images under texts' distributions out (arXiv 2505.11029, sec. 3).
-
-The image stays a point on the unit sphere, x = z_image / ||z_image||; the text becomes a distribution on it,
-with eta = MLP(z_text), kappa = ||eta||, mu = eta / kappa.
-"""
+"""AsymVLM: raw CLIP embeddings in, likelihoods of images under texts' distributions out (arXiv 2505.11029, sec. 3)."""
 
 import torch
 from torch import nn
@@ -15,7 +11,10 @@ TEMPERATURE = 1.0  # initial value, as in the paper's code
 
 
 class AsymVLM(Adaptor):
-    """x for an image, eta for a text; mean = mu, uncertainty = 1/kappa. A subclass names the distribution."""
+    """An image stays a point x = unit(z) on the sphere, a text becomes a distribution on it, which a subclass names.
+
+    eta = MLP(z), kappa = ||eta||, mu = eta / kappa; mean = mu, uncertainty = 1 / kappa.
+    """
 
     recipes = {"paper": Recipe("sgd", lr=1e-2, weight_decay=5e-4), "small": SMALL}
     log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M)

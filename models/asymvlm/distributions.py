@@ -34,9 +34,8 @@ def power_spherical_log_prob(x, eta, temperature=1.0):
     Source: De Cao & Aziz, "The Power Spherical distribution", arXiv 2006.04437, eq. 6.
     """
     kappa = concentration(eta)  # (M,)
-    least = torch.finfo(x.dtype).eps  # log(0) is -inf
-    products = pairwise_products(x, eta / kappa[:, None])  # (N, M)
-    one_plus_cosine = F.threshold(1 + products, least, least)  # clamp_min would take longer back
+    least = torch.finfo(x.dtype).eps  # log(0) is -inf; clamp_min would take longer back than threshold
+    one_plus_cosine = F.threshold(1 + pairwise_products(x, eta / kappa[:, None]), least, least)  # (N, M)
     log_normalizer = power_spherical_log_normalizer(kappa, eta.shape[-1])  # (M,)
     return torch.addcmul(temperature * log_normalizer, temperature * kappa, one_plus_cosine.log())
 

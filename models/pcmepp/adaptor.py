@@ -6,8 +6,7 @@ from torch import nn
 from models.base import SMALL, GaussianAdaptor, Recipe
 from models.pcmepp.loss import matching_loss
 
-SHIFT = 5.0  # initial value, as in the paper's code
-NEGATIVE_SCALE = 5.0  # initial value, as in the paper's code
+SHIFT, NEGATIVE_SCALE = 5.0, 5.0  # initial values, as in the paper's code
 
 
 class PCMEPPAdaptor(GaussianAdaptor):

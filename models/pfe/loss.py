@@ -4,8 +4,7 @@ from torch.nn import functional as F
 
 from models.layers import full_precision
 
-# A standard deviation of 0.001 is none to a raw CLIP. The loss divides by the variance; softplus(-104) is 0 in float32.
-VARIANCE_MIN = 1e-6
+VARIANCE_MIN = 1e-6  # the loss divides by it, and softplus(-104) is 0; a deviation of 0.001 is none to a raw CLIP
 
 
 @full_precision

@@ -15,7 +15,9 @@ class BayesCap(nn.Module):
         layers = [nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
         layers += [nn.Dropout(0.0)]  # drops nothing; it keeps the indices of the paper's checkpoints
         self.mod = nn.Sequential(*layers, nn.Linear(hidden, embed_dim))
-        self.block_mu, self.block_alpha, self.block_beta = (_head(embed_dim) for _ in range(3))
+        self.block_mu, self.block_alpha, self.block_beta = (
+            nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)) for _ in range(3)
+        )
 
     def forward(self, z):
         """(N, D) -> mean, 1/alpha > 0 and beta > 0, (N, D) each."""
@@ -52,7 +54,3 @@ class ProbVLMAdaptor(Adaptor):
     describe_image = describe_text
 
     loss = staticmethod(probvlm_loss)  # of the true pairs; there are no negatives
-
-
-def _head(embed_dim):
-    return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))

@@ -35,8 +35,7 @@ def probvlm_loss(mean_image, inv_alpha_image, beta_image, z_image, mean_text, in
     multiplied by beta where the density raises it to that power.
     """
     image = _reconstruction_loss(mean_image, inv_alpha_image, beta_image, z_image, z_text)
-    text = _reconstruction_loss(mean_text, inv_alpha_text, beta_text, z_text, z_image)
-    return image + text
+    return image + _reconstruction_loss(mean_text, inv_alpha_text, beta_text, z_text, z_image)
 
 
 def _reconstruction_loss(mean, inv_alpha, beta, z, z_other):

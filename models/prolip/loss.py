@@ -1,9 +1,8 @@
-"""ProLIP's loss: the probabilistic pairwise contrastive loss (PPCL) and a variational information bottleneck (VIB)."""
+"""ProLIP's loss: probabilistic pairwise contrastive loss (PPCL) and information bottleneck (VIB), arXiv 2410.18857."""
 
 from models.layers import full_precision, pairwise_products, pairwise_sigmoid_loss, total_variance
 
-LOGIT_SCALE = 1.0  # fixed in the paper's code; ProLIP itself learns it
-LOGIT_BIAS = 0.0  # fixed in the paper's code; ProLIP itself learns it
+LOGIT_SCALE, LOGIT_BIAS = 1.0, 0.0  # fixed in the paper's code; ProLIP itself learns them
 VIB_BETA = 1e-5  # weight of the information bottleneck, as in the paper's code
 
 
@@ -23,8 +22,7 @@ def pairwise_logits(mean_image, log_var_image, mean_text, log_var_text):
 def information_bottleneck(mean, log_var):
     """-mean_bd (1 + v/2 - mean^2 - exp(v/2)) / 2, with v = log_var, (B, D) -> ().
 
-    The authors' own form: v/2 stands where the divergence from the standard normal has v.
-    Their guard, which drops a term above 10,000, is left out.
+    The authors' form: v/2 where the divergence from a standard normal has v. No guard against terms above 10,000.
     """
     return -(1 + log_var / 2 - mean.square() - (log_var / 2).exp()).mean() / 2
 
@@ -35,7 +33,6 @@ def prolip_loss(mean_image, log_var_image, mean_text, log_var_text):
 
     Args: all (B, D), rows in the same order.
     Returns: ().
-    Source: arXiv 2410.18857, PPCL and VIB.
     """
     logits = pairwise_logits(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)
     bottleneck = information_bottleneck(mean_image, log_var_image) + information_bottleneck(mean_text, log_var_text)

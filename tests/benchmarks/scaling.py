@@ -1,8 +1,9 @@
-"""Weak scaling: one and two ranks of one thread each, with as many pairs a rank; and what large runs should take, by calculation.
+"""Weak scaling: one and two ranks of one thread each, with as many pairs a rank; and, calculated, what large runs take.
 
     COCO_ROOT=<a COCO folder> python -m tests.benchmarks.scaling
 
-A rank encodes its share of the batch and computes the loss of all of it, so that what grows with the ranks is the loss and the exchange.
+A rank encodes its share of the batch and computes the loss of all of it: what grows with the ranks is the loss and the
+exchange.
 """
 
 import json
@@ -105,7 +106,7 @@ def decoding_rate():
 
 
 def large_runs(decoded):
-    """Rows of the table: what data sets should take on one H100 beside CORES cores. Args: decoded: pictures a second and core."""
+    """Rows of the table: what data sets should take on one H100 beside CORES cores, which decode so many a second."""
     image, text = flops_a_row()
     _, operations, passes = profile_step("asymvlm-psd", 2048)
     step = gpu_seconds("asymvlm-psd", 2048, DIM, operations, passes)
@@ -151,13 +152,12 @@ def main():
     ]
     print(markdown_table(header, rows))
     decoded = decoding_rate()
+    gpu = f"one H100 at {GPU_SHARE:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s"
+    print(f"\nCalculated, not measured: {gpu}, ViT-B/32, {CORES} cores that decode")
     print(
-        f"\nCalculated, not measured: one H100 at {GPU_SHARE:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s, ViT-B/32, {CORES} cores that decode"
+        f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many"
     )
-    print(
-        f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many cores each take 1/N of the"
-    )
-    print("hours of caching, of which the larger of the two columns counts.\n")
+    print("cores each take 1/N of the hours of caching, of which the larger of the two columns counts.\n")
     header = [
         "",
         "images",
