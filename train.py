@@ -76,7 +76,10 @@ def parse(argv):
 
 
 def train(run, method, seed, cache, ladder, precision, buffer):
-    """Train one adaptor as its run's recipe says, from its seed on, or from where the run was saved."""
+    """Train one adaptor as its run's recipe says, from its seed on, or from where the run was saved.
+
+    Args: ladder: as `load_texts` returns it. precision: dtype. buffer: captions shuffled together in a mapped cache.
+    """
     seed_everything(seed)
     adaptor = METHODS[method](cache.embed_dim).to(cache.device)
     steps = -(-len(cache.text) // run.recipe.batch_size)  # an epoch; the last batch may be smaller
