@@ -23,7 +23,7 @@ from models import METHODS
 from models.layers import cosine_similarity
 from utils.bootstrap import LEVEL, RESAMPLES, bootstrap_ambiguity, bootstrap_relevance, bootstrap_retrieval, interval
 from utils.checkpoint import checkpoint_path, load_adaptor
-from utils.cli import Parser, UserError, folder_name, positive, run, seed_number, torchrun_rank, whole
+from utils.cli import Parser, UserError, folder_name, positive, run, seed_number, torchrun_rank, whole_number
 from utils.device import pick_device
 from utils.files import load_arrays, load_json, save_json, written_aside
 from utils.metrics import (
@@ -104,7 +104,7 @@ def parse(argv):
     )
     parser.add_argument(
         "--resamples",
-        type=whole,
+        type=whole_number,
         default=RESAMPLES,
         help="of the bootstrap intervals over queries; 0: none (default: %(default)s)",
     )

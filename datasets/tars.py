@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from datasets.checks import check_widths
+from datasets.checks import check_widths, listing
 from datasets.pictures import collate, read_rgb
 from datasets.rows import shard_file
 from datasets.source import Split
 from datasets.write import clear_meta, finish_shards
 from utils.cli import UserError
 from utils.embed import Samples, say_notes, versions
-from utils.files import digest, listing, load_json, save_json, save_tensors, sha256
+from utils.files import digest, load_json, save_json, save_tensors, sha256
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 END = 1024  # bytes: a complete tar ends in so many zeros at least
