@@ -1,12 +1,10 @@
-"""Checkpoint and embeddings in, retrieval by uncertainty level out: results/<name>/<seed>/<method>.json and .npz, tables, plots.
+"""Checkpoint and embeddings in, retrieval by level of uncertainty out: results/<name>/, .json and .npz, tables, plots.
 
-    python eval.py --uncer_levels 10
-    python eval.py --dataset shapes --method all --seed 0 1 2
-    python eval.py --dataset shapes --seed 0 1 2 --compare asymvlm-psd prolip
-    python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
-    python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
-
-An .npz has one entry a query; every figure, table and plot is a function of these files.
+python eval.py --uncer_levels 10
+python eval.py --dataset shapes --method all --seed 0 1 2
+python eval.py --dataset shapes --seed 0 1 2 --compare asymvlm-psd prolip
+python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
+python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
 """
 
 import json
@@ -23,67 +21,62 @@ from utils.cli import Parser, UserError, folder_name, positive, run, seed_number
 from utils.device import pick_device
 from utils.evaluation import tables
 from utils.evaluation.bootstrap import LEVEL, RESAMPLES
-from utils.evaluation.figures import FOLDS, hierarchy_section, measure_group
-from utils.evaluation.metrics import uncertainty_by_depth
-from utils.evaluation.questions import compare_methods, describe_captions, describe_prompts, prompts_from
-from utils.evaluation.results import Results, result_path
-from utils.evaluation.scorers import BASELINES, AdaptorScorer, FrozenCosine, answer, recall_in_folds
-from utils.files import written_aside
-
-ROOT = Path("results")
+from utils.evaluation.questions import compare_runs, describe_captions, describe_prompts, prompts_from
+from utils.evaluation.results import evaluate, load_results, save_texts
+from utils.evaluation.scorers import BASELINES, AdaptorScorer, every_scorer
+from utils.report import results_page
 
 
 def main(argv=None):
     args = parse(argv)
+    folder = Path("results") / args.dataset
     if args.compare:
-        return compare(args)
+        return compare(args, folder)
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split).to(device)
     if not args.question:
         check_counts(args, cache)
     adaptors = load_adaptors(args, cache, device)
     if args.question:
-        return ask(args, cache, adaptors, device)
+        return ask(args, cache, adaptors)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
+    settings = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
     results = {}
-    for name, seed, scorer in every_scorer(cache, adaptors):
+    for scorer in every_scorer(cache, adaptors):
         found = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains)
-        if scorer.is_uncertain:
+        if found.is_uncertain:
             found.bootstrap(args.uncer_levels, args.resamples)
-            found.content["config"] = {"dataset": args.dataset, "split": args.split, "method": name, "seed": seed} | {
-                key: getattr(args, key) for key in ("uncer_levels", "resamples", "folds")
-            }
-            found.save(result_path(ROOT / args.dataset, name, seed))
-        results.setdefault(name, []).append(found)
-    report(results, args, cache)
+            found.save(folder, settings | {"method": scorer.name, "seed": scorer.seed})
+        results.setdefault(scorer.name, []).append(found)
+    report(results, cache, args, folder)
 
 
 def parse(argv):
+    names, baseline_names = ", ".join(METHODS), ", ".join(BASELINES)
     about = "Cross-modal retrieval by uncertainty level, and what else there is to ask of a caption's uncertainty."
-    names, baselines = ", ".join(METHODS), ", ".join(BASELINES)
     parser = Parser(description=about)
-    add = parser.add_argument
-    add("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
-    methods = {"choices": [*METHODS, "all"], "metavar": "METHOD", "help": f"{names}, or all"}
-    add("--method", nargs="+", default=["asymvlm-psd"], **methods)
-    add("--seed", nargs="+", type=seed_number, default=[0])
-    add("--split", type=folder_name, default="val")
-    levels = "levels of equally many queries (default: 10)"
-    add("--uncer_levels", "--uncer-levels", type=positive, default=10, help=levels)
+    flag = parser.add_argument
+    flag("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
+    choices = {"choices": [*METHODS, "all"], "metavar": "METHOD", "help": f"{names}, or all"}
+    flag("--method", nargs="+", default=["asymvlm-psd"], **choices)
+    flag("--seed", nargs="+", type=seed_number, default=[0])
+    flag("--split", type=folder_name, default="val")
+    levels = {"type": positive, "default": 10, "help": "levels of equally many queries (default: 10)"}
+    flag("--uncer_levels", "--uncer-levels", **levels)
     folds = "also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)"
-    add("--folds", type=positive, default=1, help=folds)
+    flag("--folds", type=positive, default=1, help=folds)
     resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
-    add("--resamples", type=whole, default=RESAMPLES, help=resamples)
-    add("--no-plots", action="store_true", help="tables only")
-    add("--device", default="auto")
-    add = parser.add_argument_group("instead of an evaluation").add_argument
-    pair = f"paired bootstrap of two methods evaluated before, or of {baselines}"
-    add("--compare", nargs=2, metavar=("A", "B"), help=pair)
-    add("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
-    add("--most-uncertain", type=positive, metavar="N", help="list captions of the split")
-    add("--least-uncertain", type=positive, metavar="N", help="list captions of the split")
-    add("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
+    flag("--resamples", type=whole, default=RESAMPLES, help=resamples)
+    flag("--no-plots", action="store_true", help="tables only")
+    flag("--device", default="auto")
+    flag = parser.add_argument_group("instead of an evaluation").add_argument
+    pair = f"paired bootstrap of two methods evaluated before, or of {baseline_names}"
+    flag("--compare", nargs=2, metavar=("A", "B"), default=(), help=pair)
+    flag("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
+    flag("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
+    flag("--least-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
+    flag("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed = list(dict.fromkeys(args.seed))
@@ -91,79 +84,56 @@ def parse(argv):
     args.question = args.prompts or listing
     if torchrun_rank()[1] > 1:
         parser.error("eval.py runs alone; call it without torchrun")
-    for method in args.compare or ():
+    for method in args.compare:
         if method not in (*METHODS, *BASELINES):
-            parser.error(f"--compare {method}: choose from {names}, {baselines}")
+            parser.error(f"--compare {method}: choose from {names}, {baseline_names}")
     if sum(map(bool, (args.compare, args.prompts, listing))) > 1:
         parser.error("--compare, --prompts and the lists of captions are questions of their own; ask one at a time")
     if args.json and not args.question:
-        wanted = "--prompts, --most-uncertain and --least-uncertain; results/ holds the JSON of an evaluation"
-        parser.error(f"--json: goes with {wanted}")
+        those = "--prompts, --most-uncertain and --least-uncertain"
+        parser.error(f"--json: goes with {those}; results/ holds the JSON of an evaluation")
     if args.compare and not args.resamples:
         parser.error("--resamples 0: a comparison needs resamples")
-    if args.compare and args.compare[0] == args.compare[1]:
-        parser.error(f"--compare {args.compare[0]} {args.compare[1]}: give two different methods")
+    if args.compare and len(set(args.compare)) == 1:
+        parser.error(f"--compare {' '.join(args.compare)}: give two different methods")
     return args
 
 
 def check_counts(args, cache):
     """Raise a UserError if there are more levels or folds than queries to fill them."""
     queries = len(cache.image_of_caption.unique())
-    for flag, value, what in (("uncer_levels", args.uncer_levels, "levels"), ("folds", args.folds, "folds")):
-        if value > queries:
+    for flag, count, what in (("uncer_levels", args.uncer_levels, "levels"), ("folds", args.folds, "folds")):
+        if count > queries:
             there = f"there are only {queries} image queries in {cache.folder}"
-            raise UserError(f"--{flag} {value}: {there}; choose fewer {what}")
+            raise UserError(f"--{flag} {count}: {there}; choose fewer {what}")
 
 
 def load_adaptors(args, cache, device):
-    """{(method, seed): Adaptor} of all methods and seeds. Raises: UserError if one is missing or does not fit the cache."""
+    """{(method, seed): Adaptor}. Raises: UserError if one is missing or does not fit the cache."""
     runs = [(method, seed) for method in args.method for seed in args.seed]
     paths = {(method, seed): checkpoint_path(args.dataset, seed, method) for method, seed in runs}
     for (method, seed), path in paths.items():
         if not path.exists():
             command = f"python train.py --dataset {args.dataset} --method {method} --seed {seed}"
             raise UserError(f"{path}: no such checkpoint; make it with {command}")
-    adaptors = {key: load_adaptor(path, device, key[0]) for key, path in paths.items()}
-    for key, adaptor in adaptors.items():
+    adaptors = {}
+    for (method, seed), path in paths.items():
+        adaptor = adaptors[method, seed] = load_adaptor(path, device, method)
         if adaptor.embed_dim != cache.embed_dim:
             widths = f"{adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide"
-            raise UserError(f"{paths[key]}: trained on embeddings {widths}; train again")
+            raise UserError(f"{path}: trained on embeddings {widths}; train again")
     return adaptors
 
 
-@torch.inference_mode()
-def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
-    """All figures of one scorer on one split.
-
-    Args: levels: K. folds: parts of the gallery, 1: none. ladder, chains: what load_texts and load_chains return.
-    Returns: Results.
-    """
-    results = Results.of(answer(scorer, cache), levels)
-    if folds > 1:
-        results.metrics[FOLDS.key] = recall_in_folds(scorer, cache, folds)
-    if ladder is not None and scorer.on_ladder:
-        values = scorer.text_uncertainty(*ladder[:2]).tolist()
-        results.content["ladder"] = [{"prompt": p, "uncertainty": u} for p, u in zip(ladder[0], values, strict=True)]
-    for stem, (texts, z, rows) in (chains or {}).items():
-        uncertainty = scorer.text_uncertainty(texts, z)
-        if uncertainty is not None:
-            section = hierarchy_section(f"hierarchy {stem}")
-            results.metrics[section.key] = measure_group(section.group, {"uncertainty": uncertainty, "chains": rows})
-            results.content.setdefault("depth", {})[stem] = uncertainty_by_depth(uncertainty, rows)
-    return results
-
-
-def report(results, args, cache):
+def report(results, cache, args, folder):
     """Write the tables and plots of results/<name>/ and print the short ones."""
-    folder = ROOT / args.dataset
-    title = (
-        f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {name_seeds(args.seed)}"
-    )
+    seeds, name = " ".join(map(str, args.seed)), f"{args.dataset}/{args.split}"
+    title = f"{name}: {len(cache.image)} images, {len(cache.text)} captions; {name_seeds(args.seed)}"
     compared, detailed = tables.compare(results), tables.details(results)
     texts = {
         "comparison.md": tables.markdown(compared),
         "details.md": tables.markdown(detailed) + (tables.intervals(results) if args.resamples else ""),
-        "comparison.csv": tables.comma_separated(compared + detailed),
+        "comparison.csv": tables.comma_separated(compared | detailed),
         "report.txt": f"{title}\n\n{tables.screen(results)}\n",
     }
     plots = {}
@@ -171,79 +141,53 @@ def report(results, args, cache):
         from utils.evaluation.plots import draw_all  # matplotlib takes a second to import
 
         plots = draw_all(results, folder)
-    command = f"python eval.py --dataset {args.dataset} --method {' '.join(args.method)}"
-    command += f" --seed {' '.join(map(str, args.seed))} --split {args.split} --uncer_levels {args.uncer_levels}"
-    command += f" --folds {args.folds} --resamples {args.resamples}"
-    texts["README.md"] = tables.index(title, command, texts, plots)
-    for name, text in texts.items():
-        save_text(text, folder / name)
+    command = (
+        f"python eval.py --dataset {args.dataset} --method {' '.join(args.method)} --seed {seeds} --split {args.split}"
+    )
+    command += f" --uncer_levels {args.uncer_levels} --folds {args.folds} --resamples {args.resamples}"
+    save_texts(texts | {"README.md": results_page(title, command, texts, plots)}, folder)
     what = "a .json and .npz for every method and seed, tables and plots; README.md there shows them together"
     logging.info("written to %s: %s\n", folder, what)
     print(texts["report.txt"], end="")
 
 
-def compare(args):
+def compare(args, folder):
     """Print how two methods differ over the same queries, from results written before."""
-    folder = ROOT / args.dataset
-    runs = {
-        method: [load_result(args, method, seed) for seed in ([None] if method in BASELINES else args.seed)]
-        for method in args.compare
-    }
-    text = compare_methods(runs, args.uncer_levels, args.resamples)
+    runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
     title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {name_seeds(args.seed)}: "
     title += f"{args.resamples} paired resamples of the queries, {LEVEL:.0%} intervals"
-    save_text(f"{title}\n\n{text}\n", folder / f"{'-against-'.join(args.compare)}.txt")
-    print(f"{title}\n\n{text}")
-
-
-def load_result(args, method, seed):
-    path = result_path(ROOT / args.dataset, method, seed)
-    if not path.with_suffix(".npz").exists() or not path.with_suffix(".json").exists():
-        how = f"--method {method if method in METHODS else 'all'} --seed {' '.join(map(str, args.seed))}"
-        raise UserError(f"{path}.npz: no such results; make them with python eval.py --dataset {args.dataset} {how}")
-    return Results.load(path, args.split)
-
-
-def save_text(text, path):
-    with written_aside(path) as file:
-        file.write(text.encode())
+    text = f"{title}\n\n{compare_runs(runs, args.uncer_levels, args.resamples)}\n"
+    save_texts({f"{'-against-'.join(args.compare)}.txt": text}, folder)
+    print(text, end="")
 
 
 def name_seeds(seeds):
     return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
 
 
-def every_scorer(cache, adaptors):
-    """The baselines, then the adaptors: (row name, seed, Scorer)."""
-    yield "frozen cosine", None, FrozenCosine(cache)
-    for name, baseline in BASELINES.items():
-        if name != "caption-length" or cache.captions is not None:
-            yield name, None, baseline(cache)
-    for (method, seed), adaptor in adaptors.items():
-        yield method, seed, AdaptorScorer(adaptor, cache)
-
-
 @torch.inference_mode()
-def ask(args, cache, adaptors, device):
+def ask(args, cache, adaptors):
     """Print how uncertain prompts are among the captions of the split, or the most and least uncertain captions."""
-    if args.prompts:
-        texts = prompts_from(args.prompts)
-        z = embed_prompts(args.dataset, texts, device)
     found = {}
+    if args.prompts:
+        prompts = prompts_from(args.prompts)
+        z = embed_prompts(args.dataset, prompts, cache.device)
     for (method, seed), adaptor in adaptors.items():
         scorer = AdaptorScorer(adaptor, cache)
-        rows = (
-            describe_prompts(scorer, texts, z)
-            if args.prompts
-            else describe_captions(scorer, args.most_uncertain or 0, args.least_uncertain or 0)
-        )
+        if args.prompts:
+            rows = describe_prompts(scorer, prompts, z)
+        else:
+            rows = describe_captions(scorer, args.most_uncertain, args.least_uncertain)
         found[f"{method}, seed {seed}"] = rows
     print(json.dumps(found, indent=1) if args.json else tables.rows_as_tables(found))
 
 
 def embed_prompts(name, texts, device):
-    """The embeddings (T, D) of texts by the CLIP that made a cache, in the cache's type."""
-    from cache_embeddings import clip_of_cache, encode_texts  # seam: clip_id(name).load(device), utils.embed
+    """Embed texts with the CLIP that made a cache, in the cache's type. Returns: (T, D)."""
+    from cache_embeddings import (
+        clip_of_cache,
+        encode_texts,
+    )  # SEAM: clip_id(name).load(device), utils.embed.encode_texts
 
     clip, dtype = clip_of_cache(name, device)
     return encode_texts(clip, texts).to(dtype)

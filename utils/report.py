@@ -1,8 +1,9 @@
-"""Renews the tables in markdown files.
+"""Tables in files in, markdown documents that show them out.
 
     python -m utils.report README.md datasets/README.md
 
-What stands between <!-- FILE --> and <!-- end of FILE --> becomes the content of FILE, a path relative to the current folder.
+renews what stands between <!-- FILE --> and <!-- end of FILE --> in them: it becomes the content of FILE, a path relative to
+the current folder.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 def insert_files(document):
-    """A markdown text with its <!-- FILE --> sections renewed; a .txt file is set as code. A section whose file is not there stays as it is."""
+    """A markdown text with its <!-- FILE --> sections renewed, a .txt file as code; without the file a section stays as it is."""
 
     def renew(match):
         if not Path(match[1]).exists():
@@ -22,6 +23,18 @@ def insert_files(document):
         return f"<!-- {match[1]} -->\n{content}\n<!-- end of {match[1]} -->"
 
     return re.sub(r"<!-- (\S+) -->\n.*?<!-- end of \1 -->", renew, document, flags=re.DOTALL)
+
+
+def results_page(title, command, texts, plots):
+    """The README.md of a results folder: its tables and plots together, and the command that makes them.
+
+    Args: texts: {file name: content}. plots: {file name of a PNG: caption}.
+    Returns: markdown.
+    """
+    pictures = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in plots.items())
+    head = f"# {title}\n\nWritten by `{command}`; mean ± standard deviation over seeds, best in bold."
+    tables = f"{texts['comparison.md']}\n{pictures}\n\n## Details\n\n{texts['details.md']}"
+    return f"{head}\n\n{tables}\n## As on the screen\n\n```\n{texts['report.txt'].rstrip()}\n```\n"
 
 
 if __name__ == "__main__":

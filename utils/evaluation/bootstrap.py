@@ -30,8 +30,8 @@ def mean(counts, values):
     return np.array([np.average(values, weights=count) for count in counts])
 
 
-def level_statistics(counts, correct, uncertainty, levels):
-    """S, R2 and -S*R2 of recall by level, in a dict."""
+def by_level(counts, correct, uncertainty, levels):
+    """`metrics.level_statistics` of `metrics.recall_by_level`."""
     order = np.argsort(uncertainty, kind="stable")  # a resample is in order too: nothing is sorted again
     bounds = np.cumsum([0] + [len(level) for level in np.array_split(order, levels)])
     recall = np.empty((len(counts), levels))

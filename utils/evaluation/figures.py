@@ -1,7 +1,8 @@
-"""Every figure of an evaluation, a row each: result files, tables, bootstrap and comparison follow from FIGURES. A new figure is a new row."""
+"""Every figure of an evaluation, a row each: result files, tables, intervals and comparisons follow. A new figure is a new row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -12,17 +13,15 @@ DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
 
 @dataclass(frozen=True)
 class Figure:
-    """One number, and what has to be known for it.
+    """A number, and what it is a function of.
 
     Args:
-        group: the figures that it stands among. name: its column. more_is_better: None if neither is better, then it is in no table.
-        fields: the arrays of a section's answers that function takes, or "levels": their number; without one of them the figure is left out.
-        function: (*fields) -> float, or None where undefined.
-        resampled: (counts, *fields) -> (resamples,), the same for all resamples at once; without it function is called for each.
-        column: whether tables show it. queries: it is left out if there are fewer.
+        name: its column. more_is_better: None if neither is better; then it has no interval. fields: of a view (`views_of`); where one is
+            missing, the figure is left out. function: (*fields) -> float, or None where undefined.
+        resampled: (counts, *fields) -> (resamples,), the same for all resamples at once; None: function is called for each.
+        column: whether tables show it. queries: with fewer of them it is left out.
     """
 
-    group: str
     name: str
     more_is_better: bool | None
     fields: tuple
@@ -31,188 +30,167 @@ class Figure:
     column: bool = True
     queries: int = 1
 
-    def applies(self, answers):
-        """Whether some answers, {field: array}, have what it needs."""
-        return all(field in answers for field in self.fields) and len(answers[self.fields[0]]) >= self.queries
+    def is_known(self, view):
+        """Whether a view, {field: array}, has what it needs."""
+        return all(field in view for field in self.fields) and len(view[self.fields[0]]) >= self.queries
 
-    def of(self, answers):
-        """Its value for some answers."""
-        return self.function(*(answers[field] for field in self.fields))
+    def of(self, view):
+        """Its value: float or None."""
+        return self.function(*(view[field] for field in self.fields))
 
-    def of_resamples(self, answers, counts):
-        """Its value in every resample. Args: counts (resamples, Q). Returns: (resamples,), nan where undefined."""
+    def of_resamples(self, view, counts):
+        """Its values (resamples,), nan where undefined. Args: counts: as `bootstrap.resample` gives them."""
+        values = [view[field] for field in self.fields]
         if self.resampled:
-            return self.resampled(counts, *(answers[field] for field in self.fields))
-        return np.array([self.of(drawn(answers, count)) for count in counts], dtype=np.float64)
-
-
-def drawn(answers, count):
-    """The answers in which every query stands as often as it is drawn."""
-    return {field: np.repeat(values, count) if np.ndim(values) else values for field, values in answers.items()}
-
-
-def recall_at(group, name, field, k, **options):
-    """The row of a share of queries, from a field of ranks."""
-    return Figure(group, name, True, (field,), lambda rank: metrics.recall_at(rank, k), **options)
+            return self.resampled(counts, *values)
+        return np.array([self.function(*(np.repeat(v, count) for v in values)) for count in counts], dtype=np.float64)
 
 
 def entry(function, name):
-    """A function that gives one entry of what another returns."""
-    return lambda *arrays: function(*arrays)[name]
+    """The function that gives one entry of the dict that another gives."""
+    return lambda *values, **options: function(*values, **options)[name]
 
 
-def by_level(figure, levels=None):
-    """A function that gives a level statistic of (correct, uncertainty) at so many levels; None: they are its third argument."""
-    return lambda *arrays: metrics.level_statistics(metrics.recall_by_level(*arrays, *([levels] if levels else [])))[
-        figure
-    ]
+def by_level(correct, uncertainty, levels):
+    """`level_statistics` of `recall_by_level`."""
+    return metrics.level_statistics(metrics.recall_by_level(correct, uncertainty, levels))
+
+
+def recall(name, field, k, **options):
+    """The row of a recall at k. Args: field: of ranks."""
+    return Figure(name, True, (field,), partial(metrics.recall_at, k=k), **options)
 
 
 RANKED = ("correct", "uncertainty")
-BY_WHOM = [
-    (d, whose, field) for d in DIRECTIONS for whose, field in (("text", "uncertainty"), ("image", "image_uncertainty"))
-]
-
-FIGURES = (
-    *(recall_at("retrieval", f"R@{k}", "rank", k, column=k == 1) for k in (1, 5, 10)),
-    Figure("retrieval", "AURC", False, RANKED, entry(metrics.aurc, "AURC"), entry(bootstrap.aurc, "AURC")),
-    Figure("retrieval", "E-AURC", False, RANKED, entry(metrics.aurc, "E-AURC"), entry(bootstrap.aurc, "E-AURC")),
-    *(
-        Figure("retrieval", s, s != "S", (*RANKED, "levels"), by_level(s), entry(bootstrap.level_statistics, s))
-        for s in ("S", "R2", "-S*R2")
-    ),
-    Figure("retrieval", "ties", None, ("uncertainty",), metrics.share_of_ties),
-    Figure("ambiguity", "spearman", True, ("uncertainty", "relevant"), metrics.spearman, bootstrap.spearman),
+LEVELED = (*RANKED, "levels")
+DESCRIBED = ("uncertainty", "relevant")  # relevant: exact ambiguity, how many images a caption describes
+RETRIEVAL = (
+    *(recall(f"R@{k}", "rank", k, column=k == 1) for k in (1, 5, 10)),
+    Figure("AURC", False, RANKED, entry(metrics.aurc, "AURC"), entry(bootstrap.aurc, "AURC")),
+    Figure("E-AURC", False, RANKED, entry(metrics.aurc, "E-AURC"), entry(bootstrap.aurc, "E-AURC")),
+    Figure("S", False, LEVELED, entry(by_level, "S"), entry(bootstrap.by_level, "S")),
+    Figure("R2", True, LEVELED, entry(by_level, "R2"), entry(bootstrap.by_level, "R2")),
+    Figure("-S*R2", True, LEVELED, entry(by_level, "-S*R2"), entry(bootstrap.by_level, "-S*R2")),
+    Figure("ties", None, ("uncertainty",), metrics.share_of_ties, column=False),
+)
+AMBIGUITY = (
+    Figure("spearman", True, DESCRIBED, metrics.spearman, bootstrap.spearman),
     Figure(
-        "ambiguity",
         "partial_spearman_given_length",
         True,
-        ("uncertainty", "relevant", "words"),
+        (*DESCRIBED, "words"),
         metrics.partial_spearman,
         bootstrap.partial_spearman,
     ),
-    recall_at("ambiguity", "R@1_described", "relevant_rank", 1),
-    *(recall_at("recall", f"{d} R@{k}", f"{d}_rank", k) for d in DIRECTIONS for k in (1, 5, 10)),
-    Figure("recall", "RSUM", True, ("t2i_rank", "i2t_rank"), metrics.recall_sum),
-    *(recall_at("relevance", f"R@{k}", "relevant_rank", k) for k in (1, 5, 10)),
-    Figure("relevance", "mAP@R", True, ("ap_at_r",), lambda precision: float(np.mean(precision)), bootstrap.mean),
-    *(
-        Figure("sweep", f"{s}@{k}", s != "S", RANKED, by_level(s, k), queries=k)
-        for s in ("S", "-S*R2")  # S is easily had at 10 levels
-        for k in (5, 10, 20, 50)
-    ),
-    *(
-        Figure(
-            "AURC by whom", f"{d} AURC by {whose}", False, (f"{d}_correct", f"{d}_{field}"), entry(metrics.aurc, "AURC")
-        )
-        for d, whose, field in BY_WHOM
-    ),
-    *(
-        Figure("AUROC by whom", f"{d} AUROC by {whose}", True, (f"{d}_correct", f"{d}_{field}"), metrics.auroc)
-        for d, whose, field in BY_WHOM
-    ),
-    Figure("hierarchy", "falling", True, ("uncertainty", "chains"), metrics.share_falling),
-    Figure("hierarchy", "tau", True, ("uncertainty", "chains"), metrics.mean_tau),
+    recall("R@1_described", "relevant_rank", 1),
+)
+RECALL = (
+    *(recall(f"{d} R@{k}", f"{d}_rank", k) for d in DIRECTIONS for k in (1, 5, 10)),
+    Figure("RSUM", True, ("t2i_rank", "i2t_rank"), metrics.recall_sum),
+)
+RELEVANCE = (
+    *(recall(f"R@{k}", "relevant_rank", k) for k in (1, 5, 10)),
+    Figure("mAP@R", True, ("ap_at_r",), lambda precision: float(np.mean(precision)), bootstrap.mean),
+)
+SWEEP = tuple(  # S is easily had at 10 levels
+    Figure(f"{name}@{k}", name != "S", RANKED, entry(partial(by_level, levels=k), name), queries=k)
+    for name in ("S", "-S*R2")
+    for k in (5, 10, 20, 50)
+)
+AURC, AUROC = (  # which modality's uncertainty predicts the errors
+    tuple(
+        Figure(f"{d} {name} by {modality}", name == "AUROC", (f"{d}_correct", f"{d}_{field}"), function)
+        for d in DIRECTIONS
+        for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty"))
+    )
+    for name, function in (("AURC", entry(metrics.aurc, "AURC")), ("AUROC", metrics.auroc))
+)
+HIERARCHY = (
+    Figure("falling", True, ("uncertainty", "chains"), metrics.share_falling),
+    Figure("tau", True, ("uncertainty", "chains"), metrics.mean_tau),
 )
 
 
 @dataclass(frozen=True)
 class Section:
-    """Figures of the same answers: an entry of the metrics in a result file, and a table.
-
-    Args:
-        key: in the result file. title: of the table. group: of its figures. direction: of its answers, None for both.
-        by_image: the queries are ranked by the image's uncertainty. annotated: only queries whose right answers were looked into.
-        compared: whether it stands in the comparison; otherwise in the details. resampled: whether it is bootstrapped.
-    """
+    """Figures of one view, under one key of the metrics and in one table: of the comparison or the details, with intervals or without."""
 
     key: str
     title: str
-    group: str
-    direction: str | None = None
-    by_image: bool = False
-    annotated: bool = False
+    view: str
+    figures: tuple
     compared: bool = False
     resampled: bool = False
 
-    @property
-    def columns(self):
-        """The figures that its table shows."""
-        return [f for f in FIGURES if f.group == self.group and f.column and f.more_is_better is not None]
-
-    def select(self, answers, levels):
-        """What its figures are made from. Args: answers: both directions'; levels: K. Returns: {field: array, "levels": K}."""
-        answers = {d: fields | {"correct": fields["rank"] == 1} for d, fields in answers.items()}
-        if self.direction is None:
-            return {f"{d}_{field}": values for d, fields in answers.items() for field, values in fields.items()}
-        fields = only_annotated(answers[self.direction]) if self.annotated else answers[self.direction]
-        if self.by_image:
-            fields = fields | {"uncertainty": fields["image_uncertainty"]} if "image_uncertainty" in fields else {}
-        return fields | {"levels": levels}
+    def measure(self, view):
+        """Those of its figures that are known: {name: float or None}."""
+        return {figure.name: figure.of(view) for figure in self.figures if figure.is_known(view)}
 
 
-FOLDS = Section(
-    "recall_folds", "recall, mean over the folds", "recall"
-)  # of several galleries: scorers.recall_in_folds
+FOLDS = Section("recall_folds", "recall, mean over the folds", "folds", RECALL)
 SECTIONS = (
-    *(Section(d, title, "retrieval", d, compared=True, resampled=True) for d, title in DIRECTIONS.items()),
-    Section("ambiguity", "exact ambiguity", "ambiguity", "t2i", annotated=True, compared=True, resampled=True),
-    Section("recall", "recall", "recall"),
+    *(Section(d, title, d, RETRIEVAL, True, True) for d, title in DIRECTIONS.items()),
+    Section("ambiguity", "exact ambiguity", "known t2i", AMBIGUITY, True, True),
+    Section("recall", "recall", "both", RECALL),
     FOLDS,
     *(
-        Section(f"relevance_{d}", f"{title}, all right answers", "relevance", d, annotated=True, resampled=True)
-        for d, title in DIRECTIONS.items()
+        Section(f"relevance_{d}", f"{DIRECTIONS[d]}, all right answers", f"known {d}", RELEVANCE, resampled=True)
+        for d in DIRECTIONS
     ),
-    *(Section(f"sweep_{d}", f"{title}, 5 to 50 levels", "sweep", d) for d, title in DIRECTIONS.items()),
+    *(Section(f"sweep_{d}", f"{DIRECTIONS[d]}, 5 to 50 levels", d, SWEEP) for d in DIRECTIONS),
     *(
-        Section(f"image_{d}", f"{title}, by the image's uncertainty", "retrieval", d, by_image=True)
-        for d, title in DIRECTIONS.items()
+        Section(f"image_{d}", f"{DIRECTIONS[d]}, by the image's uncertainty", f"image {d}", RETRIEVAL)
+        for d in DIRECTIONS
     ),
-    *(Section("asymmetry", f"asymmetry: {name} by whose uncertainty", f"{name} by whom") for name in ("AURC", "AUROC")),
+    Section("asymmetry", "asymmetry: AURC by whose uncertainty", "both", AURC),
+    Section("asymmetry", "asymmetry: AUROC by whose uncertainty", "both", AUROC),
 )
 
 
-def hierarchy_section(key):
-    """The section of a file of caption chains, whose key is "hierarchy " and the file's stem."""
-    return Section(key, f"{key}: from general to specific", "hierarchy")
+def hierarchy(stem):
+    """The section of a file of caption chains."""
+    return Section(f"hierarchy {stem}", f"hierarchy {stem}: from general to specific", "chains", HIERARCHY)
 
 
-def only_annotated(answers):
+def views_of(answers, levels):
+    """What figures are functions of.
+
+    Args: answers: {"t2i", "i2t"}, as `scorers.answer` gives them. levels: K.
+    Returns: {view: {field: array, "levels": K}}: "t2i" and "i2t"; "known t2i", ..., of the queries whose right answers were looked into;
+        "image t2i", ..., whose uncertainty is the image's; "both": fields <direction>_<field>.
+    """
+    views = {d: fields | {"levels": levels, "correct": fields["rank"] == 1} for d, fields in answers.items()}
+    both = {f"{d}_{field}": values for d in answers for field, values in views[d].items()}
+    known = {f"known {d}": only_annotated(fields) for d, fields in answers.items()}
+    image = {
+        f"image {d}": fields | {"uncertainty": fields["image_uncertainty"]}
+        for d, fields in views.items()
+        if "image_uncertainty" in fields
+    }
+    return views | known | image | {"both": both}
+
+
+def only_annotated(fields):
     """The answers to the queries whose right answers were looked into; all where it is not said which."""
-    return {key: values[answers["annotated"]] for key, values in answers.items()} if "annotated" in answers else answers
-
-
-def measure_group(group, answers):
-    """All figures of a group that apply to some answers. Args: answers: {field: array}. Returns: {figure: float or None}."""
-    return {f.name: f.of(answers) for f in FIGURES if f.group == group and f.applies(answers)}
+    return {field: values[fields["annotated"]] for field, values in fields.items()} if "annotated" in fields else fields
 
 
 def measure(answers, levels):
-    """All figures of all sections.
-
-    Args: answers: {"t2i", "i2t"}, as `scorers.answer` gives them. levels: K.
-    Returns: {section key: {figure: float or None}}.
-    """
-    found = {}
+    """All figures. Args: as for `views_of`. Returns: {section key: {figure name: float or None}}."""
+    views, found = views_of(answers, levels), {}
     for section in SECTIONS:
-        if section is not FOLDS and (values := measure_group(section.group, section.select(answers, levels))):
+        if values := section.measure(views.get(section.view, {})):
             found.setdefault(section.key, {}).update(values)
     return found
 
 
 def measure_resamples(answers, levels, resamples):
-    """The figures that have an interval, for every resample of the queries.
-
-    Args: as for `measure`. resamples: how many, 0: none.
-    Returns: {section key: {figure: (resamples,) array, nan where undefined}}.
-    """
-    found = {}
-    for section in SECTIONS if resamples else ():
-        selected = section.select(answers, levels)
-        figures = [
-            f for f in FIGURES if f.group == section.group and f.more_is_better is not None and f.applies(selected)
-        ]
-        if section.resampled and figures:
-            counts = bootstrap.resample(len(selected["rank"]), resamples)
-            found[section.key] = {figure.name: figure.of_resamples(selected, counts) for figure in figures}
+    """The figures that have an interval, for every resample of the queries: {section key: {figure name: (resamples,) array}}; {} for none."""
+    views, found = views_of(answers, levels), {}
+    for section in SECTIONS:
+        view = views.get(section.view, {})
+        figures = [figure for figure in section.figures if figure.is_known(view) and figure.more_is_better is not None]
+        if section.resampled and figures and resamples:
+            counts = bootstrap.resample(len(view[figures[0].fields[0]]), resamples)
+            found[section.key] = {figure.name: figure.of_resamples(view, counts) for figure in figures}
     return found

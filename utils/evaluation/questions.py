@@ -1,11 +1,10 @@
-"""Single questions in, plain answers out: how uncertain some texts are, which captions are the least certain, how two methods differ."""
+"""Answers to single questions: how uncertain some texts are, which captions are the least certain, how two methods differ."""
 
 from pathlib import Path
 
 import numpy as np
 
 from utils.cli import UserError
-from utils.evaluation.bootstrap import LEVEL
 from utils.evaluation.results import Results
 from utils.evaluation.tables import paired
 
@@ -13,14 +12,17 @@ CLOSEST = 3  # images that are named for a prompt
 
 
 def prompts_from(arguments):
-    """The texts of --prompts; "@FILE" stands for the lines of a file. Returns: list of strings, at least one. Raises: UserError."""
+    """The texts of --prompts, at least one; "@FILE" stands for the lines of a file. Raises: UserError if one is blank."""
     texts = []
     for argument in arguments:
+        if not argument.startswith("@"):
+            texts.append(argument)
+            continue
         try:
-            lines = Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines() if argument[0:1] == "@" else None
+            lines = Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts {argument}: not readable as UTF-8 text ({error})") from None
-        texts += [argument] if lines is None else [line.strip() for line in lines if line.strip()]
+        texts += [line.strip() for line in lines if line.strip()]
     if not texts or not all(text.strip() for text in texts):
         raise UserError("--prompts: a prompt is blank; give texts that are not")
     return texts
@@ -35,7 +37,7 @@ def describe_prompts(scorer, texts, z):
     """
     cache = scorer.cache
     uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
-    similarity = scorer.score_texts(z)  # (N, T)
+    similarity = scorer.adaptor.score(scorer.image, scorer.encode_text(z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
     return [
         {
@@ -49,27 +51,20 @@ def describe_prompts(scorer, texts, z):
 
 
 def describe_captions(scorer, most, least):
-    """The most and the least uncertain captions of a cache.
+    """The most and the least uncertain captions of a cache: dicts of "caption", "uncertainty", "image", most certain last.
 
-    Args: scorer. most, least: how many.
-    Returns: list of dicts, most certain last: "caption", "uncertainty", "image": file name.
     Raises: UserError if the cache does not know its captions.
     """
     cache = scorer.cache
     if cache.captions is None:
         lacks = "has no captions.json, so its captions cannot be listed"
         raise UserError(f"{cache.folder}: {lacks}; make the cache with cache_embeddings.py")
-    uncertainty = scorer.text_uncertainty(cache.captions, cache.text)
+    uncertainty, images = scorer.text_uncertainty(cache.captions, cache.text), cache.image_of_caption.tolist()
     order = np.argsort(-uncertainty, kind="stable").tolist()
     rows = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
-    images = cache.image_of_caption.tolist()
+    values = uncertainty.tolist()
     return [
-        {
-            "caption": cache.captions[row],
-            "uncertainty": float(uncertainty[row]),
-            "image": _image_name(cache, images[row]),
-        }
-        for row in rows
+        {"caption": cache.captions[r], "uncertainty": values[r], "image": _image_name(cache, images[r])} for r in rows
     ]
 
 
@@ -77,25 +72,18 @@ def _image_name(cache, image):
     return cache.images[image] if cache.images is not None else str(image)
 
 
-def compare_methods(runs, levels, resamples):
+def compare_runs(runs, levels, resamples):
     """How two methods differ over the same queries; over several seeds, how their means differ.
 
     Args: runs: {method: [Results, one a seed]}, two of them. levels: K. resamples: of the bootstrap.
     Returns: text, as `paired` gives it.
-    Raises: UserError if the queries are not the same, or are fewer than the levels.
+    Raises: UserError if the queries are not the same, or fewer than the levels.
     """
-    sizes = {
-        tuple(len(fields["rank"]) for fields in run.answers.values())
-        for of_method in runs.values()
-        for run in of_method
-    }
+    everything = [run for of_method in runs.values() for run in of_method]
+    sizes = {tuple(len(fields["rank"]) for fields in run.answers.values()) for run in everything}
     if len(sizes) > 1:
         raise UserError(f"--compare: the results are of different queries ({sorted(sizes)}); evaluate both again")
     if levels > min(*sizes.pop()):
         raise UserError(f"--uncer_levels {levels}: there are fewer queries in the results; choose fewer levels")
-    return paired(
-        {
-            method: [Results.of(run.answers, levels).bootstrap(levels, resamples) for run in of_method]
-            for method, of_method in runs.items()
-        }
-    )
+    measured = lambda run: Results.of(run.answers, levels).bootstrap(levels, resamples)  # noqa: E731
+    return paired({method: [measured(run) for run in of_method] for method, of_method in runs.items()})
