@@ -18,7 +18,8 @@ from datasets.embedding import EmbeddingCache, write_texts
 from datasets.shapes import world
 from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
-from utils.metrics import hierarchy_metrics
+from utils.evaluation.figures import hierarchy
+from utils.evaluation.results import Results
 
 PLAIN = ("--no-plots", "--resamples", 20)
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
@@ -80,7 +81,7 @@ def test_all_figures_follow_from_the_file_of_queries(script, trained):
         d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(d)}
         for d in ("t2i", "i2t")
     }
-    again = eval_script.figures(answers, 10)
+    again = Results.of(answers, 10).content
     assert again["t2i"] == result["t2i"]
     assert all(result["metrics"][key] == values for key, values in again["metrics"].items())
 
@@ -122,7 +123,9 @@ def test_hierarchies_are_measured_for_every_row_of_the_table(script, trained):
     ]
     with torch.no_grad():
         uncertainty = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").adapt_text(texts)[1].double().numpy()
-    assert result["metrics"]["hierarchy steps"] == hierarchy_metrics(uncertainty, chains["chains"])
+    assert result["metrics"]["hierarchy steps"] == hierarchy("steps").measure(
+        {"uncertainty": uncertainty, "chains": chains["chains"]}
+    )
     assert len(result["depth"]["steps"]) == 4
     details = Path("results/tiny/details.md").read_text()
     table = details[details.index("hierarchy steps") :].split("\n\n")[0]

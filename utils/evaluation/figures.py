@@ -43,7 +43,8 @@ class Figure:
         values = [view[field] for field in self.fields]
         if self.resampled:
             return self.resampled(counts, *values)
-        return np.array([self.function(*(np.repeat(v, count) for v in values)) for count in counts], dtype=np.float64)
+        drawn = ([np.repeat(v, count) if np.ndim(v) else v for v in values] for count in counts)
+        return np.array([self.function(*values) for values in drawn], dtype=np.float64)
 
 
 def entry(function, name):
