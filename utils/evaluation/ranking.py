@@ -1,6 +1,6 @@
-"""A function that scores in, every query's answer out: ranks of right answers, without ever holding the matrix of all similarities.
+"""A function that scores in, the answer to every query out, without ever holding the matrix of all similarities.
 
-Similarities are (n images, m captions), larger = better match. Of equal similarities the lower row counts as the better one.
+Similarities are (n images, m captions), larger = better. Of equal ones the lower row counts as the better one.
 """
 
 import numpy as np
@@ -13,17 +13,17 @@ RELEVANT_BLOCK = 128  # queries whose answers are sorted at a time
 def rank_queries(score, image_of_caption, images, uncertainty=None):
     """Answer every query of both directions, a tile of the similarity matrix at a time.
 
-    A tile is the images of one block against the captions of the images of another, so that all right pairs lie in the tiles on the diagonal.
-    These come first: from then on it is known what every competitor has to beat, and each tile is computed exactly once.
+    A tile is the images of one block against the captions of the images of another, so that all right pairs lie in the tiles on
+    the diagonal. These come first: from then on it is known what every competitor has to beat; each tile is computed once.
     Args:
-        score: function of (image rows, caption rows), int64 tensors of n and m rows, that returns their (n, m) similarities as a tensor.
+        score: function of (image rows (n,), caption rows (m,)), int64 tensors, that returns the similarities (n, m).
         image_of_caption (M,): image rows. images: N. uncertainty (M,): of the captions, or None.
-    Returns: {"t2i": M captions, "i2t": the images that have a caption}, dicts of arrays with one entry a query:
-        query: the caption's or image's row. top1: row of the first answer. rank: of the first right answer, 1 = best.
-        uncertainty, where it is given: of the caption itself (t2i), of the caption retrieved (i2t).
+    Returns: {"t2i": of M captions, "i2t": of the images that have a caption}, arrays with one entry a query:
+        query: its row. top1: row of the first answer. rank: of the first right answer, 1 = best.
+        uncertainty, where given: of the caption itself (t2i), of the caption retrieved (i2t).
     Raises: ValueError if a similarity is not a number.
 
-    Example: two images, two captions each; caption 1 prefers the wrong image, and image 1 prefers a caption of image 0.
+    Example: two images, two captions each; caption 1 prefers the wrong image, and image 1 a caption of image 0.
     >>> s = torch.tensor([[0.9, 0.4, 0.1, 0.2], [0.3, 0.8, 0.7, 0.6]])
     >>> answers = rank_queries(lambda i, j: s[i][:, j], np.array([0, 0, 1, 1]), 2, np.array([1.0, 4.0, 2.0, 3.0]))
     >>> answers["t2i"]["rank"].tolist(), answers["t2i"]["top1"].tolist()
@@ -34,9 +34,7 @@ def rank_queries(score, image_of_caption, images, uncertainty=None):
     image_of_caption = torch.as_tensor(np.asarray(image_of_caption), dtype=torch.int64)
     block = image_of_caption // TILE
     image_blocks = torch.arange(images).split(TILE)
-    caption_blocks = torch.argsort(block, stable=True).split(
-        torch.bincount(block, minlength=len(image_blocks)).tolist()
-    )
+    caption_blocks = torch.argsort(block, stable=True).split(block.bincount(minlength=len(image_blocks)).tolist())
     t2i, i2t = _Race(len(image_of_caption)), _Race(images)
     blocks = range(len(image_blocks))
     for a, b in [(k, k) for k in blocks] + [(a, b) for b in blocks for a in blocks if a != b]:
@@ -48,13 +46,11 @@ def rank_queries(score, image_of_caption, images, uncertainty=None):
             image = image_of_caption[columns]
             right = tile[image - rows[0], torch.arange(len(columns))].cpu()  # (m,), what each caption's image has
             t2i.aim(columns, right, image)
-            order = np.lexsort(
-                (columns.numpy(), -right.double().numpy(), image.numpy())
-            )  # an image's best caption first
-            best = order[np.unique(image.numpy()[order], return_index=True)[1]]
+            order = np.lexsort((columns, -right.double(), image))  # an image's best caption comes first
+            best = order[np.unique(image[order], return_index=True)[1]]
             i2t.aim(image[best], right[best], columns[best])
-        t2i.run(columns, tile, 0, rows, a == b)
-        i2t.run(rows, tile, 1, columns, a == b)
+        t2i.run(columns, tile.T, rows)
+        i2t.run(rows, tile, columns)
     answers = {"t2i": t2i.answers(torch.arange(len(image_of_caption))), "i2t": i2t.answers(image_of_caption.unique())}
     if uncertainty is not None:
         answers["t2i"]["uncertainty"] = np.asarray(uncertainty)
@@ -76,27 +72,20 @@ class _Race:
         """Set the best right answer of some queries: its similarity and row."""
         self.target[queries], self.target_row[queries] = similarity.double(), row
 
-    def run(self, queries, tile, dim, answers, diagonal):
-        """Take in a tile (n, m).
-
-        dim: the axis of the answers. queries, answers: the rows that the two axes stand for, answers ascending. diagonal: whether the
-        queries' right answers are in it.
-        """
-        target = self.target[queries].to(tile.device, tile.dtype).unsqueeze(dim)
-        above, level = (tile > target).sum(dim).cpu(), (tile == target).sum(dim).cpu()
-        highest, where = (x.cpu() for x in tile.max(dim))  # the first of equal ones
+    def run(self, queries, tile, answers):
+        """Take in the similarities (q, n) of some queries and answers, whose rows ascend."""
+        target = self.target[queries, None].to(tile.device, tile.dtype)
+        is_lower = (answers < self.target_row[queries, None]).to(tile.device)
+        self.rank[queries] += ((tile > target) | ((tile == target) & is_lower)).sum(dim=1).cpu()
+        highest, where = (x.cpu() for x in tile.max(dim=1))  # the first of equal ones
         if highest.isnan().any():
             raise ValueError("a similarity is not a number")
-        for q in (level > int(diagonal)).nonzero().flatten().tolist():  # ties: few, but for captions of the same text
-            line = tile.select(1 - dim, q).cpu() == target.flatten()[q].cpu()
-            above[q] += (answers[line] < self.target_row[queries[q]]).sum()
-        self.rank[queries] += above
         highest, where = highest.double(), answers[where]
         better = (highest > self.best[queries]) | ((highest == self.best[queries]) & (where < self.top1[queries]))
         self.best[queries[better]], self.top1[queries[better]] = highest[better], where[better]
 
     def answers(self, queries):
-        """What the race has found for some queries, as arrays."""
+        """What it has found for some queries, as arrays."""
         return {"query": queries.numpy(), "top1": self.top1[queries].numpy(), "rank": self.rank[queries].numpy()}
 
 
@@ -104,9 +93,9 @@ def rank_relevant(score, relevance, answers):
     """How well all right answers are found, where a query has several of them; memory is linear in N.
 
     Args:
-        score: function of (query rows (q,), answer rows (n,)), int64 tensors, that returns their (q, n) similarities as a tensor.
+        score: function of (query rows (q,), answer rows (n,)), int64 tensors, that returns the similarities (q, n).
         relevance: Q lists of right answers, each once, at least one. answers: N, how many there are to choose from.
-    Returns: dict of arrays with one entry a query:
+    Returns: arrays with one entry a query:
         relevant: R, how many answers are right. relevant_rank: rank of the first right answer, 1 = best.
         ap_at_r: average precision at R in [0, 1]: sum over the right ones among the best R of (precision at its rank) / R.
     Source: Musgrave et al., "A metric learning reality check", arXiv 2003.08505, sec. 3.2.
