@@ -10,6 +10,7 @@ python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,8 @@ from models import METHODS
 from utils.checkpoint import checkpoint_path, load_adaptor
 from utils.cli import Parser, UserError, folder_name, positive, run, seed_number, torchrun_rank, whole
 from utils.device import pick_device
-from utils.evaluation import tables
+from utils.evaluation import questions, tables
 from utils.evaluation.bootstrap import LEVEL, RESAMPLES
-from utils.evaluation.questions import compare_runs, describe_captions, describe_prompts, prompts_from
 from utils.evaluation.results import evaluate, load_results, save_texts
 from utils.evaluation.scorers import BASELINES, AdaptorScorer, every_scorer
 from utils.report import results_page
@@ -34,26 +34,25 @@ def main(argv=None):
         return compare(args, folder)
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split).to(device)
-    if not args.question:
-        check_counts(args, cache)
+    if args.asks:
+        return ask(args, cache, load_adaptors(args, cache, device))
+    check_counts(args, cache)
     adaptors = load_adaptors(args, cache, device)
-    if args.question:
-        return ask(args, cache, adaptors)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
-    settings = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
+    config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
     results = {}
     for scorer in every_scorer(cache, adaptors):
         found = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains)
         if found.is_uncertain:
             found.bootstrap(args.uncer_levels, args.resamples)
-            found.save(folder, settings | {"method": scorer.name, "seed": scorer.seed})
+            found.save(folder, config | {"method": scorer.name, "seed": scorer.seed})
         results.setdefault(scorer.name, []).append(found)
-    report(results, cache, args, folder)
+    report(results, args, cache, folder)
 
 
 def parse(argv):
-    names, baseline_names = ", ".join(METHODS), ", ".join(BASELINES)
+    names, baselines = ", ".join(METHODS), ", ".join(BASELINES)
     about = "Cross-modal retrieval by uncertainty level, and what else there is to ask of a caption's uncertainty."
     parser = Parser(description=about)
     flag = parser.add_argument
@@ -62,8 +61,8 @@ def parse(argv):
     flag("--method", nargs="+", default=["asymvlm-psd"], **choices)
     flag("--seed", nargs="+", type=seed_number, default=[0])
     flag("--split", type=folder_name, default="val")
-    levels = {"type": positive, "default": 10, "help": "levels of equally many queries (default: 10)"}
-    flag("--uncer_levels", "--uncer-levels", **levels)
+    levels = "levels of equally many queries (default: 10)"
+    flag("--uncer_levels", "--uncer-levels", type=positive, default=10, help=levels)
     folds = "also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)"
     flag("--folds", type=positive, default=1, help=folds)
     resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
@@ -71,7 +70,7 @@ def parse(argv):
     flag("--no-plots", action="store_true", help="tables only")
     flag("--device", default="auto")
     flag = parser.add_argument_group("instead of an evaluation").add_argument
-    pair = f"paired bootstrap of two methods evaluated before, or of {baseline_names}"
+    pair = f"paired bootstrap of two methods evaluated before, or of {baselines}"
     flag("--compare", nargs=2, metavar=("A", "B"), default=(), help=pair)
     flag("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
     flag("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
@@ -81,21 +80,20 @@ def parse(argv):
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed = list(dict.fromkeys(args.seed))
     listing = args.most_uncertain or args.least_uncertain
-    args.question = args.prompts or listing
-    if torchrun_rank()[1] > 1:
-        parser.error("eval.py runs alone; call it without torchrun")
-    for method in args.compare:
-        if method not in (*METHODS, *BASELINES):
-            parser.error(f"--compare {method}: choose from {names}, {baseline_names}")
-    if sum(map(bool, (args.compare, args.prompts, listing))) > 1:
-        parser.error("--compare, --prompts and the lists of captions are questions of their own; ask one at a time")
-    if args.json and not args.question:
-        those = "--prompts, --most-uncertain and --least-uncertain"
-        parser.error(f"--json: goes with {those}; results/ holds the JSON of an evaluation")
-    if args.compare and not args.resamples:
-        parser.error("--resamples 0: a comparison needs resamples")
-    if args.compare and len(set(args.compare)) == 1:
-        parser.error(f"--compare {' '.join(args.compare)}: give two different methods")
+    args.asks = args.prompts or listing
+    unknown = next((method for method in args.compare if method not in (*METHODS, *BASELINES)), None)
+    several = sum(map(bool, (args.compare, args.prompts, listing))) > 1
+    asking = "--prompts, --most-uncertain and --least-uncertain"
+    for is_wrong, message in (
+        (torchrun_rank()[1] > 1, "eval.py runs alone; call it without torchrun"),
+        (unknown, f"--compare {unknown}: choose from {names}, {baselines}"),
+        (several, "--compare, --prompts and the lists of captions are questions of their own; ask one at a time"),
+        (args.json and not args.asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
+        (args.compare and not args.resamples, "--resamples 0: a comparison needs resamples"),
+        (len(set(args.compare)) == 1, f"--compare {' '.join(args.compare)}: give two different methods"),
+    ):
+        if is_wrong:
+            parser.error(message)
     return args
 
 
@@ -110,14 +108,12 @@ def check_counts(args, cache):
 
 def load_adaptors(args, cache, device):
     """{(method, seed): Adaptor}. Raises: UserError if one is missing or does not fit the cache."""
-    runs = [(method, seed) for method in args.method for seed in args.seed]
-    paths = {(method, seed): checkpoint_path(args.dataset, seed, method) for method, seed in runs}
-    for (method, seed), path in paths.items():
+    adaptors = {}
+    for method, seed in [(method, seed) for method in args.method for seed in args.seed]:
+        path = checkpoint_path(args.dataset, seed, method)
         if not path.exists():
             command = f"python train.py --dataset {args.dataset} --method {method} --seed {seed}"
             raise UserError(f"{path}: no such checkpoint; make it with {command}")
-    adaptors = {}
-    for (method, seed), path in paths.items():
         adaptor = adaptors[method, seed] = load_adaptor(path, device, method)
         if adaptor.embed_dim != cache.embed_dim:
             widths = f"{adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide"
@@ -125,26 +121,19 @@ def load_adaptors(args, cache, device):
     return adaptors
 
 
-def report(results, cache, args, folder):
+def report(results, args, cache, folder):
     """Write the tables and plots of results/<name>/ and print the short ones."""
-    seeds, name = " ".join(map(str, args.seed)), f"{args.dataset}/{args.split}"
-    title = f"{name}: {len(cache.image)} images, {len(cache.text)} captions; {name_seeds(args.seed)}"
-    compared, detailed = tables.compare(results), tables.details(results)
-    texts = {
-        "comparison.md": tables.markdown(compared),
-        "details.md": tables.markdown(detailed) + (tables.intervals(results) if args.resamples else ""),
-        "comparison.csv": tables.comma_separated(compared | detailed),
-        "report.txt": f"{title}\n\n{tables.screen(results)}\n",
-    }
-    plots = {}
+    title = (
+        f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {name_seeds(args.seed)}"
+    )
+    texts, plots = tables.write_all(results, title), {}
     if not args.no_plots:
         from utils.evaluation.plots import draw_all  # matplotlib takes a second to import
 
         plots = draw_all(results, folder)
-    command = (
-        f"python eval.py --dataset {args.dataset} --method {' '.join(args.method)} --seed {seeds} --split {args.split}"
-    )
-    command += f" --uncer_levels {args.uncer_levels} --folds {args.folds} --resamples {args.resamples}"
+    flags = {"dataset": [args.dataset], "method": args.method, "seed": args.seed, "split": [args.split]}
+    flags |= {key: [getattr(args, key)] for key in ("uncer_levels", "folds", "resamples")}
+    command = " ".join(["python eval.py", *(f"--{key} {' '.join(map(str, values))}" for key, values in flags.items())])
     save_texts(texts | {"README.md": results_page(title, command, texts, plots)}, folder)
     what = "a .json and .npz for every method and seed, tables and plots; README.md there shows them together"
     logging.info("written to %s: %s\n", folder, what)
@@ -156,7 +145,7 @@ def compare(args, folder):
     runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
     title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {name_seeds(args.seed)}: "
     title += f"{args.resamples} paired resamples of the queries, {LEVEL:.0%} intervals"
-    text = f"{title}\n\n{compare_runs(runs, args.uncer_levels, args.resamples)}\n"
+    text = f"{title}\n\n{questions.compare_runs(runs, args.uncer_levels, args.resamples)}\n"
     save_texts({f"{'-against-'.join(args.compare)}.txt": text}, folder)
     print(text, end="")
 
@@ -168,17 +157,13 @@ def name_seeds(seeds):
 @torch.inference_mode()
 def ask(args, cache, adaptors):
     """Print how uncertain prompts are among the captions of the split, or the most and least uncertain captions."""
-    found = {}
     if args.prompts:
-        prompts = prompts_from(args.prompts)
-        z = embed_prompts(args.dataset, prompts, cache.device)
-    for (method, seed), adaptor in adaptors.items():
-        scorer = AdaptorScorer(adaptor, cache)
-        if args.prompts:
-            rows = describe_prompts(scorer, prompts, z)
-        else:
-            rows = describe_captions(scorer, args.most_uncertain, args.least_uncertain)
-        found[f"{method}, seed {seed}"] = rows
+        texts = questions.prompts_from(args.prompts)
+        z = embed_prompts(args.dataset, texts, cache.device)
+        describe = partial(questions.describe_prompts, texts=texts, z=z)
+    else:
+        describe = partial(questions.describe_captions, most=args.most_uncertain, least=args.least_uncertain)
+    found = {f"{method}, seed {seed}": describe(AdaptorScorer(a, cache)) for (method, seed), a in adaptors.items()}
     print(json.dumps(found, indent=1) if args.json else tables.rows_as_tables(found))
 
 
@@ -187,7 +172,7 @@ def embed_prompts(name, texts, device):
     from cache_embeddings import (
         clip_of_cache,
         encode_texts,
-    )  # SEAM: clip_id(name).load(device), utils.embed.encode_texts
+    )  # SEAM: clip_id(name).load(device)
 
     clip, dtype = clip_of_cache(name, device)
     return encode_texts(clip, texts).to(dtype)

@@ -37,7 +37,7 @@ def describe_prompts(scorer, texts, z):
     """
     cache = scorer.cache
     uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
-    similarity = scorer.adaptor.score(scorer.image, scorer.encode_text(z))  # (N, T)
+    similarity = scorer.adaptor.score(scorer.image, scorer.encode(scorer.adaptor.encode_text, z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
     return [
         {

@@ -1,4 +1,4 @@
-"""What ranks images and captions behind one interface, adaptors and baselines alike; and its answers to every query of a cache."""
+"""What ranks images and captions, baselines and adaptors alike, behind one interface; and its answers to all queries."""
 
 import numpy as np
 import torch
@@ -12,74 +12,31 @@ LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its u
 
 
 class Scorer:
-    """How well a cache's images and captions match, and how uncertain they are.
+    """How well a cache's images and captions match, and how uncertain they are; itself the frozen CLIP, without uncertainty.
 
-    Attributes: name, seed: of its results. on_ladder: whether a ratio of its uncertainties means something, as on the prompt ladder.
+    Attributes: name, seed: of its results. on_ladder: whether ratios of its uncertainties mean something.
     """
 
-    name, seed, on_ladder = None, None, False
+    name, seed, on_ladder = "frozen cosine", None, False
 
     def __init__(self, cache):
-        self.cache = cache
+        self.cache, self.image, self.text = cache, unit(cache.image), unit(cache.text)
 
     def score(self, images, captions):
-        """How well pairs match. Args: images (N,), captions (M,): rows of the cache. Returns: (N, M), larger = better."""
-        raise NotImplementedError
-
-    def text_uncertainty(self, texts, z):
-        """How uncertain texts are. Args: texts: T strings. z (T, D): their embeddings. Returns: (T,) float64 array, or None."""
-        return None
-
-    def image_uncertainty(self):
-        """How uncertain the cache's images are. Returns: (N,) float64 array, or None."""
-        return None
-
-
-class AdaptorScorer(Scorer):
-    """An adaptor; the cache is encoded once."""
-
-    on_ladder = True
-
-    def __init__(self, adaptor, cache, name=None, seed=None):
-        super().__init__(cache)
-        self.adaptor, self.name, self.seed = adaptor, name, seed
-        self.image, self.text = self._encode(adaptor.encode_image, cache.image), self.encode_text(cache.text)
-
-    def encode_text(self, z):
-        """What the adaptor makes of texts (T, D): a list of (T, ...) tensors."""
-        return self._encode(self.adaptor.encode_text, z)
-
-    def _encode(self, encode, z):
-        parts = [encode(part.to(self.cache.text.device).float()) for part in z.split(CHUNK)]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-    def score(self, images, captions):
-        return self.adaptor.score([part[images] for part in self.image], [part[captions] for part in self.text])
-
-    def text_uncertainty(self, texts, z):
-        encoded = self.text if z is self.cache.text else self.encode_text(z)
-        return self.adaptor.describe_text(*encoded)[1].double().cpu().numpy()
-
-    def image_uncertainty(self):
-        uncertainty = self.adaptor.describe_image(*self.image)[1]
-        return None if uncertainty is None else uncertainty.double().cpu().numpy()
-
-
-class FrozenCosine(Scorer):
-    """The cosine of the frozen CLIP's embeddings, which knows no uncertainty."""
-
-    name = "frozen cosine"
-
-    def __init__(self, cache):
-        super().__init__(cache)
-        self.image, self.text = unit(cache.image), unit(cache.text)
-
-    def score(self, images, captions):
+        """Similarities (N, M), larger = better. Args: images (N,), captions (M,): rows of the cache."""
         return pairwise_products(self.image[images], self.text[captions])
 
+    def text_uncertainty(self, texts, z):
+        """Uncertainty (T,) of T texts, a float64 array, or None. Args: z (T, D): their embeddings."""
+        return None
 
-class SoftmaxEntropy(FrozenCosine):
-    """A text is uncertain whose softmax over the gallery's images has a large entropy, in nats; an adaptor needs no gallery."""
+    def image_uncertainty(self):
+        """Uncertainty (N,) of the cache's images, a float64 array, or None."""
+        return None
+
+
+class SoftmaxEntropy(Scorer):
+    """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats; an adaptor needs no gallery."""
 
     name = "softmax-entropy"
 
@@ -88,11 +45,11 @@ class SoftmaxEntropy(FrozenCosine):
         for part in z.to(self.image.device).split(CHUNK):
             log_p = (scale * pairwise_products(self.image, unit(part))).log_softmax(dim=0)  # (N, chunk)
             entropy.append(-(log_p.exp() * log_p).sum(dim=0))
-        return torch.cat(entropy).double().cpu().numpy()
+        return _array(torch.cat(entropy))
 
 
-class CaptionLength(FrozenCosine):
-    """A text is uncertain that has few words."""
+class CaptionLength(Scorer):
+    """Uncertain is a text of few words."""
 
     name = "caption-length"
 
@@ -100,12 +57,41 @@ class CaptionLength(FrozenCosine):
         return -count_words(texts)
 
 
-BASELINES = (SoftmaxEntropy.name, CaptionLength.name)  # those that know an uncertainty
+class AdaptorScorer(Scorer):
+    """An adaptor; the cache is encoded once."""
+
+    on_ladder = True
+
+    def __init__(self, adaptor, cache, name=None, seed=None):
+        self.cache, self.adaptor, self.name, self.seed = cache, adaptor, name, seed
+        self.image, self.text = (
+            self.encode(adaptor.encode_image, cache.image),
+            self.encode(adaptor.encode_text, cache.text),
+        )
+
+    def encode(self, encode, z):
+        """What a function of the adaptor makes of embeddings (N, D): a list of (N, ...) tensors."""
+        parts = [encode(part.to(self.cache.text.device).float()) for part in z.split(CHUNK)]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def score(self, images, captions):
+        return self.adaptor.score([part[images] for part in self.image], [part[captions] for part in self.text])
+
+    def text_uncertainty(self, texts, z):
+        encoded = self.text if z is self.cache.text else self.encode(self.adaptor.encode_text, z)
+        return _array(self.adaptor.describe_text(*encoded)[1])
+
+    def image_uncertainty(self):
+        uncertainty = self.adaptor.describe_image(*self.image)[1]
+        return None if uncertainty is None else _array(uncertainty)
+
+
+BASELINES = (SoftmaxEntropy.name, CaptionLength.name)  # those with an uncertainty
 
 
 def every_scorer(cache, adaptors):
-    """The baselines that a cache allows, then its adaptors, one at a time. Args: adaptors: {(method, seed): Adaptor}. Yields: Scorers."""
-    yield FrozenCosine(cache)
+    """The baselines, then the adaptors, one at a time. Args: adaptors: {(method, seed): Adaptor}. Yields: Scorer."""
+    yield Scorer(cache)
     yield SoftmaxEntropy(cache)
     if cache.captions is not None:
         yield CaptionLength(cache)
@@ -113,16 +99,20 @@ def every_scorer(cache, adaptors):
         yield AdaptorScorer(adaptor, cache, method, seed)
 
 
+def _array(tensor):
+    return tensor.double().cpu().numpy()
+
+
 def count_words(texts):
-    """How many words each text has. Returns: (M,) float64 array."""
+    """How many words each text has: a float64 array."""
     return np.array([len(text.split()) for text in texts], dtype=np.float64)
 
 
 def answer(scorer, cache):
     """Answer every query of a cache.
 
-    Returns: {"t2i", "i2t"} of arrays with one entry a query: what `rank_queries` returns and, where they are known, "words" of the caption;
-        "image_uncertainty", of the image retrieved (t2i) or asked (i2t); what `rank_relevant` returns; "annotated".
+    Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank_queries` gives and, where known: "words" of the
+        caption; "image_uncertainty" of the image retrieved (t2i) or asked (i2t); what `rank_relevant` gives; "annotated".
     """
     image_of_caption = cache.image_of_caption.cpu().numpy()
     uncertainty, image_uncertainty = scorer.text_uncertainty(cache.captions, cache.text), scorer.image_uncertainty()
@@ -138,14 +128,14 @@ def answer(scorer, cache):
         right_captions = [cache.right_captions[image] for image in asked]
         t2i |= rank_relevant(lambda q, images: scorer.score(images, q).T, cache.right_images, len(cache.image))
         i2t |= rank_relevant(lambda q, captions: scorer.score(asked[q], captions), right_captions, len(cache.text))
-    if cache.relevance is not None and cache.annotated is not None:
-        t2i["annotated"] = np.isin(t2i["query"], cache.annotated)
-        i2t["annotated"] = np.isin(i2t["query"], image_of_caption[cache.annotated])
+        if cache.annotated is not None:
+            t2i["annotated"] = np.isin(t2i["query"], cache.annotated)
+            i2t["annotated"] = np.isin(i2t["query"], image_of_caption[cache.annotated])
     return answers
 
 
 def recall_in_folds(scorer, cache, folds):
-    """The figures of recall within each of so many consecutive parts of the gallery, averaged: {figure name: float}."""
+    """The figures of recall in each of so many consecutive parts of the gallery, averaged: {figure name: float}."""
     image_of_caption, found = cache.image_of_caption.cpu(), []
     for images in torch.arange(len(cache.image)).tensor_split(folds):
         captions = ((image_of_caption >= images[0]) & (image_of_caption <= images[-1])).nonzero().flatten()

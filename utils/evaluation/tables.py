@@ -61,49 +61,57 @@ def number(mean, deviation=None, digits=3):
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-def _rows(table, text=lambda figure, name, cell: number(*cell)):
-    """The texts of a table: [[row name, text, ...], ...]."""
+def write_all(results, title):
+    """The texts of a results folder: {file name: text}."""
+    compared, detailed = compare(results), details(results)
+    return {
+        "comparison.md": markdown(compared),
+        "details.md": markdown(detailed) + intervals(results),
+        "comparison.csv": comma_separated(compared | detailed),
+        "report.txt": f"{title}\n\n{screen(results)}\n",
+    }
+
+
+def _plain(section, figure, name, cells):
+    return number(*cells[name])
+
+
+def _bold(section, figure, name, cells):
+    best = (max if figure.more_is_better else min)(cell[0] for cell in cells.values() if _is_defined(cell))
+    return (
+        f"**{number(*cells[name])}**"
+        if number(cells[name][0]) == number(best) and len(cells) > 1
+        else number(*cells[name])
+    )
+
+
+def _rows(section, table, text):
+    """[[row name, text of every cell, ...], ...]. Args: text: (section, figure, row name, cells of the figure) -> text."""
     names = next(iter(table.values()))
-    return [[name, *(text(figure, name, cells[name]) for figure, cells in table.items())] for name in names]
+    return [[name, *(text(section, figure, name, cells) for figure, cells in table.items())] for name in names]
 
 
-def markdown(tables):
+def markdown(tables, text=_bold, suffix=""):
     """Tables as markdown, the best figure of every column in bold. Args: tables: as `compare` gives them."""
     parts = []
     for section, table in tables.items():
-        best = {
-            figure: number(
-                (max if figure.more_is_better else min)(cell[0] for cell in cells.values() if _is_defined(cell))
-            )
-            for figure, cells in table.items()
-        }
-
-        def bold(figure, _, cell, best=best, table=table):
-            is_best = number(cell[0]) == best[figure] and len(table[figure]) > 1
-            return f"**{number(*cell)}**" if is_best else number(*cell)
-
-        parts.append(_markdown([section.title, *(figure.name for figure in table)], _rows(table, bold)))
+        rows = [[section.title + suffix, *(figure.name for figure in table)], *_rows(section, table, text)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        parts.append("\n".join([lines[0], "|---|" + "---:|" * len(table), *lines[1:]]))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(header, rows):
-    lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]])
-
-
 def intervals(results):
-    """The comparison with 95 % bootstrap intervals over queries, of the mean over seeds, as markdown."""
-    parts = []
-    for section, table in compare({name: runs for name, runs in results.items() if runs[0].draws}).items():
+    """The comparison with 95 % bootstrap intervals over queries, of the mean over seeds, as markdown; nothing without draws."""
+    results = {name: runs for name, runs in results.items() if runs[0].draws}
 
-        def with_interval(figure, name, cell, section=section):
-            draws = _draws(results[name], section, figure)
-            limits = None if draws is None or cell[0] is None else interval(draws)
-            return number(cell[0]) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits else "")
+    def with_interval(section, figure, name, cells):
+        draws, mean = _draws(results[name], section, figure), cells[name][0]
+        limits = None if draws is None or mean is None else interval(draws)
+        return number(mean) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits else "")
 
-        header = [f"{section.title}, 95 % interval over queries", *(figure.name for figure in table)]
-        parts.append(_markdown(header, _rows(table, with_interval)))
-    return "\n" + "\n\n".join([*parts, NOTE]) + "\n"
+    suffix = ", 95 % interval over queries"
+    return f"\n{markdown(compare(results), with_interval, suffix)}\n{NOTE}\n" if results else ""
 
 
 def paired(results):
@@ -149,7 +157,9 @@ def screen(results):
         title = f"{title}: R@1 by uncertainty level, from the most certain queries (1) to the least\n"
         parts.append(title + text_table(["", *map(str, range(1, len(rows[0])))], rows))
     for section, table in compare(results).items():
-        parts.append(f"{section.title}\n" + text_table(["", *(figure.name for figure in table)], _rows(table)))
+        parts.append(
+            f"{section.title}\n" + text_table(["", *(figure.name for figure in table)], _rows(section, table, _plain))
+        )
     ladders = _means(results, lambda run: [rung["uncertainty"] for rung in run.content.get("ladder", ())])
     if ladders:
         prompts = [rung["prompt"] for rung in results[next(iter(ladders))][0].content["ladder"]]
