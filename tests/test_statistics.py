@@ -12,8 +12,8 @@ from sklearn.metrics import roc_auc_score
 
 from utils.evaluation import bootstrap, ranking
 from utils.evaluation.bootstrap import interval, p_value, resample
-from utils.evaluation.figures import RELEVANCE, SECTIONS, Section, hierarchy, measure, measure_resamples
-from utils.evaluation.metrics import auroc, recall_by_level, recall_sum, share_of_ties, uncertainty_by_depth
+from utils.evaluation.figures import RECALL, RELEVANCE, SECTIONS, Section, hierarchy, measure, measure_resamples
+from utils.evaluation.metrics import auroc, recall_by_level, share_of_ties, uncertainty_by_depth
 from utils.evaluation.ranking import rank_relevant
 
 
@@ -137,7 +137,9 @@ def test_depth_is_averaged_over_the_chains_that_reach_it():
 def test_rsum_is_the_sum_of_all_recalls_in_per_cent():
     t2i, i2t = np.array([1, 3, 20]), np.array([7, 1])
     expected = 100 * (1 / 3 + 2 / 3 + 2 / 3 + 1 / 2 + 1 / 2 + 1)
-    assert recall_sum(t2i, i2t) == pytest.approx(expected)
+    ranks = Section("", "", "", RECALL).measure
+    assert ranks({"t2i_rank": t2i, "i2t_rank": i2t})["RSUM"] == pytest.approx(expected)
+    assert ranks({"t2i_rank": np.array([1, 9]), "i2t_rank": np.array([1])})["RSUM"] == 500.0
 
 
 # Bootstrap.

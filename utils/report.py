@@ -2,8 +2,8 @@
 
     python -m utils.report README.md datasets/README.md
 
-renews what stands between <!-- FILE --> and <!-- end of FILE --> in them: it becomes the content of FILE, a path relative to
-the current folder.
+renews what stands between <!-- FILE --> and <!-- end of FILE -->: it becomes the content of FILE, a path relative to the
+current folder.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def insert_files(document):
-    """A markdown text with its <!-- FILE --> sections renewed, a .txt file as code; without the file a section stays as it is."""
+    """A markdown text with its <!-- FILE --> sections renewed, a .txt as code; without its file a section stays."""
 
     def renew(match):
         if not Path(match[1]).exists():

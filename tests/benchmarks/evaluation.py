@@ -1,4 +1,4 @@
-"""Seconds and memory of an evaluation of both directions, at 1x, 2x and 4x the images and captions, beside the full matrix.
+"""Seconds and memory of an evaluation of both directions, at 1x, 2x and 4x the pairs, beside the full matrix.
 
     python -m tests.benchmarks.evaluation
 

@@ -1,9 +1,9 @@
 """Figures of resampled queries in, intervals and p-values out; and some metrics of all resamples at once.
 
-Every resample draws as many queries as there are, with replacement. Which ones depends on the number of queries alone, so that two methods
-that answered the same queries are resampled alike and their differences are paired. Source: Efron & Tibshirani, "An introduction to the
-bootstrap", 1993. A function of `counts` (resamples, Q), how often every query is drawn, gives (resamples,) arrays, nan for None: what the
-function of its name in metrics.py gives for the drawn queries.
+A resample draws as many queries as there are, with replacement; which ones depends on their number alone, so that the
+differences of methods that answered the same queries are paired. A function of `counts` (resamples, Q), how often every
+query is drawn, gives (resamples,) arrays: what its namesake in metrics.py gives for the drawn queries, nan for None.
+Source: Efron & Tibshirani, "An introduction to the bootstrap", 1993.
 """
 
 import functools
@@ -51,7 +51,7 @@ def _correlation_with_level(values):
 
 
 def aurc(counts, correct, uncertainty):
-    """AURC and E-AURC, in a dict."""
+    """`metrics.aurc`."""
     order = np.argsort(uncertainty, kind="stable")
     error, position = 1.0 - correct[order], np.arange(1, len(order) + 1)
     _, group = np.unique(uncertainty[order], return_inverse=True)
@@ -67,13 +67,13 @@ def aurc(counts, correct, uncertainty):
 
 
 def spearman(counts, x, y):
-    """Spearman rank correlation of x and y (Q,)."""
+    """`metrics.spearman`."""
     x, y = (np.unique(values, return_inverse=True)[1] for values in (x, y))
     return np.array([_correlation(_midranks(x, count), _midranks(y, count), count) for count in counts])
 
 
 def partial_spearman(counts, x, y, given):
-    """Spearman correlation of x and y (Q,) that a third quantity does not explain."""
+    """`metrics.partial_spearman`."""
     xy, xg, yg = spearman(counts, x, y), spearman(counts, x, given), spearman(counts, y, given)
     rest = (1 - xg**2) * (1 - yg**2)
     return (xy - xg * yg) / np.sqrt(np.where(rest > 1e-12, rest, np.nan))
@@ -93,10 +93,10 @@ def _correlation(x, y, weight):
 
 
 def interval(values):
-    """The percentile interval, at 95 %, of a figure's values over resamples: (low, high), or None if one is undefined.
+    """The 95 % percentile interval of a figure's values over resamples: (low, high), or None if one is undefined.
 
-    A resample is noisier than the sample, which can only disturb an even fall of recall: the intervals of S, R2 and -S*R2 lie towards
-    the worse side and may leave out the figure itself.
+    A resample is noisier than the sample, which can only disturb an even fall of recall: the intervals of S, R2 and
+    -S*R2 lie towards the worse side and may leave out the figure itself.
     """
     if not len(values) or np.isnan(values).any():
         return None
@@ -104,7 +104,7 @@ def interval(values):
 
 
 def p_value(differences):
-    """Two-sided: twice the share of differences that have the rarer sign, zeros counting for both; None if one is undefined."""
+    """Two-sided: twice the share of differences of the rarer sign, zeros counting for both; None if undefined."""
     if np.isnan(differences).any():
         return None
     return float(min(1.0, 2 * min(np.mean(differences <= 0), np.mean(differences >= 0))))

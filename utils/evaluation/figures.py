@@ -1,4 +1,4 @@
-"""Every figure of an evaluation, a row each: result files, tables, intervals and comparisons follow. A new figure is a new row."""
+"""Every figure of an evaluation, one row each: result files, tables, intervals and comparisons follow from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 from utils.evaluation import bootstrap, metrics
 
 DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
+TITLES = DIRECTIONS.items()
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,10 @@ class Figure:
     """A number, and what it is a function of.
 
     Args:
-        name: its column. more_is_better: None if neither is better; then it has no interval. fields: of a view (`views_of`); where one is
-            missing, the figure is left out. function: (*fields) -> float, or None where undefined.
-        resampled: (counts, *fields) -> (resamples,), the same for all resamples at once; None: function is called for each.
+        name: its column. more_is_better: None if neither is better; then it has no interval.
+        fields: of a view (`views_of`), what function takes; where one is missing, the figure is left out.
+        function: (*fields) -> float, or None where undefined.
+        resampled: (counts, *fields) -> (resamples,), the same of all resamples at once; None: function of each.
         column: whether tables show it. queries: with fewer of them it is left out.
     """
 
@@ -34,10 +36,6 @@ class Figure:
         """Whether a view, {field: array}, has what it needs."""
         return all(field in view for field in self.fields) and len(view[self.fields[0]]) >= self.queries
 
-    def of(self, view):
-        """Its value: float or None."""
-        return self.function(*(view[field] for field in self.fields))
-
     def of_resamples(self, view, counts):
         """Its values (resamples,), nan where undefined. Args: counts: as `bootstrap.resample` gives them."""
         values = [view[field] for field in self.fields]
@@ -47,9 +45,14 @@ class Figure:
         return np.array([self.function(*values) for values in drawn], dtype=np.float64)
 
 
-def entry(function, name):
-    """The function that gives one entry of the dict that another gives."""
-    return lambda *values, **options: function(*values, **options)[name]
+def recall(name, field, k, **options):
+    """The row of a recall at k. Args: field: of ranks."""
+    return Figure(name, True, (field,), partial(metrics.recall_at, k=k), **options)
+
+
+def rsum(*ranks):
+    """All recalls in per cent, summed."""
+    return 100 * sum(metrics.recall_at(rank, k) for rank in ranks for k in (1, 5, 10))
 
 
 def by_level(correct, uncertainty, levels):
@@ -57,14 +60,15 @@ def by_level(correct, uncertainty, levels):
     return metrics.level_statistics(metrics.recall_by_level(correct, uncertainty, levels))
 
 
-def recall(name, field, k, **options):
-    """The row of a recall at k. Args: field: of ranks."""
-    return Figure(name, True, (field,), partial(metrics.recall_at, k=k), **options)
+def entry(function, name):
+    """The function that gives one entry of the dict that another gives."""
+    return lambda *values, **options: function(*values, **options)[name]
 
 
 RANKED = ("correct", "uncertainty")
 LEVELED = (*RANKED, "levels")
 DESCRIBED = ("uncertainty", "relevant")  # relevant: exact ambiguity, how many images a caption describes
+GIVEN = (*DESCRIBED, "words")
 RETRIEVAL = (
     *(recall(f"R@{k}", "rank", k, column=k == 1) for k in (1, 5, 10)),
     Figure("AURC", False, RANKED, entry(metrics.aurc, "AURC"), entry(bootstrap.aurc, "AURC")),
@@ -76,18 +80,12 @@ RETRIEVAL = (
 )
 AMBIGUITY = (
     Figure("spearman", True, DESCRIBED, metrics.spearman, bootstrap.spearman),
-    Figure(
-        "partial_spearman_given_length",
-        True,
-        (*DESCRIBED, "words"),
-        metrics.partial_spearman,
-        bootstrap.partial_spearman,
-    ),
+    Figure("partial_spearman_given_length", True, GIVEN, metrics.partial_spearman, bootstrap.partial_spearman),
     recall("R@1_described", "relevant_rank", 1),
 )
 RECALL = (
     *(recall(f"{d} R@{k}", f"{d}_rank", k) for d in DIRECTIONS for k in (1, 5, 10)),
-    Figure("RSUM", True, ("t2i_rank", "i2t_rank"), metrics.recall_sum),
+    Figure("RSUM", True, ("t2i_rank", "i2t_rank"), rsum),
 )
 RELEVANCE = (
     *(recall(f"R@{k}", "relevant_rank", k) for k in (1, 5, 10)),
@@ -114,7 +112,7 @@ HIERARCHY = (
 
 @dataclass(frozen=True)
 class Section:
-    """Figures of one view, under one key of the metrics and in one table: of the comparison or the details, with intervals or without."""
+    """Figures of a view, under one key of the metrics and in one table, of the comparison or else of the details."""
 
     key: str
     title: str
@@ -125,24 +123,18 @@ class Section:
 
     def measure(self, view):
         """Those of its figures that are known: {name: float or None}."""
-        return {figure.name: figure.of(view) for figure in self.figures if figure.is_known(view)}
+        return {f.name: f.function(*(view[field] for field in f.fields)) for f in self.figures if f.is_known(view)}
 
 
 FOLDS = Section("recall_folds", "recall, mean over the folds", "folds", RECALL)
 SECTIONS = (
-    *(Section(d, title, d, RETRIEVAL, True, True) for d, title in DIRECTIONS.items()),
+    *(Section(d, title, d, RETRIEVAL, True, True) for d, title in TITLES),
     Section("ambiguity", "exact ambiguity", "known t2i", AMBIGUITY, True, True),
     Section("recall", "recall", "both", RECALL),
     FOLDS,
-    *(
-        Section(f"relevance_{d}", f"{DIRECTIONS[d]}, all right answers", f"known {d}", RELEVANCE, resampled=True)
-        for d in DIRECTIONS
-    ),
-    *(Section(f"sweep_{d}", f"{DIRECTIONS[d]}, 5 to 50 levels", d, SWEEP) for d in DIRECTIONS),
-    *(
-        Section(f"image_{d}", f"{DIRECTIONS[d]}, by the image's uncertainty", f"image {d}", RETRIEVAL)
-        for d in DIRECTIONS
-    ),
+    *(Section(f"relevance_{d}", f"{t}, all right answers", f"known {d}", RELEVANCE, False, True) for d, t in TITLES),
+    *(Section(f"sweep_{d}", f"{t}, 5 to 50 levels", d, SWEEP) for d, t in TITLES),
+    *(Section(f"image_{d}", f"{t}, by the image's uncertainty", f"image {d}", RETRIEVAL) for d, t in TITLES),
     Section("asymmetry", "asymmetry: AURC by whose uncertainty", "both", AURC),
     Section("asymmetry", "asymmetry: AUROC by whose uncertainty", "both", AUROC),
 )
@@ -157,18 +149,16 @@ def views_of(answers, levels):
     """What figures are functions of.
 
     Args: answers: {"t2i", "i2t"}, as `scorers.answer` gives them. levels: K.
-    Returns: {view: {field: array, "levels": K}}: "t2i" and "i2t"; "known t2i", ..., of the queries whose right answers were looked into;
-        "image t2i", ..., whose uncertainty is the image's; "both": fields <direction>_<field>.
+    Returns: {view: {field: array, "levels": K}}. Views: "t2i", "i2t"; "known t2i", ..., if their right answers were
+        looked into; "image t2i", ..., whose uncertainty is the image's; "both": fields <direction>_<field>.
     """
-    views = {d: fields | {"levels": levels, "correct": fields["rank"] == 1} for d, fields in answers.items()}
-    both = {f"{d}_{field}": values for d in answers for field, values in views[d].items()}
-    known = {f"known {d}": only_annotated(fields) for d, fields in answers.items()}
-    image = {
-        f"image {d}": fields | {"uncertainty": fields["image_uncertainty"]}
-        for d, fields in views.items()
-        if "image_uncertainty" in fields
-    }
-    return views | known | image | {"both": both}
+    views = {}
+    for d, fields in answers.items():
+        views[d] = fields | {"correct": fields["rank"] == 1, "levels": levels}
+        views[f"known {d}"] = only_annotated(fields)
+        if "image_uncertainty" in fields:
+            views[f"image {d}"] = views[d] | {"uncertainty": fields["image_uncertainty"]}
+    return views | {"both": {f"{d}_{field}": values for d in answers for field, values in views[d].items()}}
 
 
 def only_annotated(fields):
@@ -186,7 +176,7 @@ def measure(answers, levels):
 
 
 def measure_resamples(answers, levels, resamples):
-    """The figures that have an interval, for every resample of the queries: {section key: {figure name: (resamples,) array}}; {} for none."""
+    """The figures of resampled queries: {section key: {figure name: (resamples,)}}, nan: undefined; {} for none."""
     views, found = views_of(answers, levels), {}
     for section in SECTIONS:
         view = views.get(section.view, {})

@@ -16,21 +16,11 @@ def recall_at(rank, k):
     return float(np.mean(np.asarray(rank) <= k))
 
 
-def recall_sum(*ranks):
-    """RSUM: R@1 + R@5 + R@10 in per cent, summed over directions, each an array of ranks.
-
-    >>> recall_sum(np.array([1, 9]), np.array([1]))
-    500.0
-    """
-    return 100 * sum(recall_at(rank, k) for rank in ranks for k in (1, 5, 10))
-
-
 def recall_by_level(correct, uncertainty, levels):
     """R@1 of equally many queries a level, least uncertain level first.
 
-    Queries are sorted by uncertainty (stable: ties stay in query order) and split into levels; none is dropped, a remainder makes the
-    first levels one query larger.
-    Args: correct (Q,) bool, uncertainty (Q,), levels: K <= Q.
+    Queries are sorted (ties stay in query order) and split; a remainder makes the first levels one query larger.
+    Args: correct (Q,) bool, uncertainty (Q,), levels: K.
     Returns: list of K floats.
     Raises: ValueError if K > Q or K < 1.
     Source: the protocol of ProbVLM (arXiv 2307.00398, sec. 4.1).
@@ -46,9 +36,9 @@ def recall_by_level(correct, uncertainty, levels):
 def level_statistics(recall):
     """How steadily recall falls with the uncertainty level.
 
+    S is the Spearman correlation of level and recall, -1 is best; R2 is r^2 of the straight line; of -S*R2, 1 is best.
     Args: recall: K floats, least uncertain first.
-    Returns: {"S": Spearman correlation of level and recall, -1 is best; "R2": r^2 of the straight line; "-S*R2": 1 is best}, None where
-        undefined: fewer than two levels, or the same recall in all.
+    Returns: dict of three floats, None where undefined: fewer than two levels, or the same recall in all.
     Source: ProbVLM, sec. 4.1.
     >>> level_statistics([0.9, 0.6, 0.3])
     {'S': -1.0, 'R2': 1.0, '-S*R2': 1.0}
@@ -62,10 +52,10 @@ def level_statistics(recall):
 
 
 def aurc(correct, uncertainty):
-    """Area under the risk-coverage curve, its mean over n, and the excess over the best possible order's: less is better.
+    """Area under the risk-coverage curve, its mean over n, and its excess over the best possible order's area.
 
     Args: correct (Q,) bool, uncertainty (Q,).
-    Returns: {"AURC", "E-AURC"}, in [0, 1].
+    Returns: dict of two floats in [0, 1], less is better.
     Source: Geifman et al., "Bias-reduced uncertainty estimation", arXiv 1805.08206.
     >>> aurc(np.array([True, False]), np.array([0.1, 0.2]))
     {'AURC': 0.25, 'E-AURC': 0.0}
@@ -80,7 +70,7 @@ def aurc(correct, uncertainty):
 def risk_coverage(correct, uncertainty):
     """The risk-coverage curve: the error rate among the n most certain queries, n = 1..Q.
 
-    Of queries with the same uncertainty every order is equally likely, and the expectation is returned: no order is favoured.
+    Of queries with the same uncertainty every order is equally likely, and the expectation is returned.
     Args: correct (Q,) bool, uncertainty (Q,).
     Returns: (Q,) array in [0, 1]; entry n - 1 is at coverage n / Q.
     >>> risk_coverage(np.array([True, False]), np.array([0.1, 0.2])).tolist()
@@ -137,7 +127,7 @@ def uncertainty_by_depth(uncertainty, chains):
     """How uncertainty falls with depth, in ranks, so that methods can be compared.
 
     Args: as for `share_falling`.
-    Returns: list of floats, one a depth that a chain reaches, general first: the mean percentile, in [0, 100], of its texts among all T.
+    Returns: a float a depth, general first: the mean percentile, in [0, 100], of its texts among all T.
     >>> uncertainty_by_depth(np.array([0.9, 0.5, 0.7]), [[0, 1], [0, 2]])
     [100.0, 50.0]
     """

@@ -10,25 +10,21 @@ from scipy import stats
 
 from utils.evaluation.figures import DIRECTIONS, only_annotated
 from utils.evaluation.metrics import risk_coverage
+from utils.evaluation.scorers import BASELINES
 from utils.files import written_aside
 
-# Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell lines apart in grey too.
+# Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell them apart in grey.
+NAMES = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip", *BASELINES)
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#000000", "#7F7F7F")
+LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Pxx", strict=True)}
+LOOKS |= {name: LOOKS[name] | {"linestyle": "--"} for name in BASELINES}
 BEST = "best possible order"
-LOOKS = {
-    "asymvlm-psd": {"color": "#0072B2", "marker": "o"},
-    "asymvlm-vmf": {"color": "#56B4E9", "marker": "s"},
-    "probvlm": {"color": "#D55E00", "marker": "D"},
-    "pfe": {"color": "#CC79A7", "marker": "v"},
-    "pcmepp": {"color": "#E69F00", "marker": "^"},
-    "prolip": {"color": "#009E73", "marker": "P"},
-    "softmax-entropy": {"color": "#000000", "marker": "x", "linestyle": "--"},
-    "caption-length": {"color": "#7F7F7F", "marker": "x", "linestyle": "--"},
-    BEST: {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2},
-}
+LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
 OTHER = {"color": "#882255", "marker": "*"}
 STYLE = {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 4, "axes.axisbelow": True, "axes.grid": True}
 STYLE |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
 POINTS = 200  # of a risk-coverage curve
+DEPTH = "Uncertainty by depth in the chains of {}, general first, in percentiles"
 AMONG = "in percentiles among the captions; band: the middle half of the captions"
 CAPTIONS = {
     "levels": "Recall by level of uncertainty, most certain queries first; band: standard deviation over seeds",
@@ -57,9 +53,6 @@ def draw_all(results, folder):
             "ambiguity": _against(results, "relevant", "images that the caption describes", logarithmic=True),
             "ladder": _ladder(results),
         } | {f"hierarchy-{stem}": _depth(results, stem) for stem in stems}
-    captions = {
-        f"hierarchy-{s}": f"Uncertainty by depth in the chains of {s}, general first, in percentiles" for s in stems
-    }
     for name, picture in pictures.items():
         for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
             path = folder / f"{name}{suffix}"
@@ -68,6 +61,7 @@ def draw_all(results, folder):
                 with written_aside(path) as file:
                     picture.savefig(file, format=suffix[1:], metadata=metadata)
         plt.close(picture)
+    captions = {f"hierarchy-{stem}": DEPTH.format(stem) for stem in stems}
     return {f"{name}.png": caption for name, caption in (CAPTIONS | captions).items() if pictures[name] is not None}
 
 
@@ -76,14 +70,10 @@ def _levels(results, modality, recall_of):
     rows = {name: [recall_of(run) for run in runs] for name, runs in results.items() if recall_of(runs[0])}
     if not rows:
         return None
-    panels = {
-        title: {name: [_steps(recall[d]) for recall in runs] for name, runs in rows.items()}
-        for d, title in DIRECTIONS.items()
-    }
+    panels = {t: {name: [_steps(run[d]) for run in runs] for name, runs in rows.items()} for d, t in DIRECTIONS.items()}
     figure, axes = _lines(panels, f"level of {modality} uncertainty (1 = most certain)", "R@1")
     for axis in axes:
         axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     return figure
 
 
@@ -110,9 +100,8 @@ def _curve(correct, uncertainty):
 
 def _ladder(results):
     """Uncertainty of every prompt of the ladder relative to the first one."""
-    ladders = {
-        name: [run.content["ladder"] for run in runs] for name, runs in results.items() if "ladder" in runs[0].content
-    }
+    known = {name: runs for name, runs in results.items() if "ladder" in runs[0].content}
+    ladders = {name: [run.content["ladder"] for run in runs] for name, runs in known.items()}
     if not ladders:
         return None
     prompts = [rung["prompt"] for rung in next(iter(ladders.values()))[0]]
@@ -132,13 +121,11 @@ def _depth(results, stem):
     """Mean percentile of uncertainty by depth in caption chains."""
     rows = {name: [_steps(run.content["depth"][stem]) for run in runs] for name, runs in results.items()}
     labels = ("depth in the chain (1 = most general)", "percentile of uncertainty")
-    figure, (axis,) = _lines({"": rows}, *labels, (3.8, 2.9))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+    return _lines({"": rows}, *labels, size=(3.8, 2.9))[0]
 
 
 def _against(results, field, label, logarithmic=False):
-    """The percentile of a caption's uncertainty against something known about the caption, a panel a method: median, middle half."""
+    """The percentile of a caption's uncertainty against something known about it, a panel a method: median, middle half."""
     choose = only_annotated if field == "relevant" else dict
     answers = {name: [choose(run.answers["t2i"]) for run in runs] for name, runs in results.items()}
     if any(field not in runs[0] for runs in answers.values()):
@@ -165,7 +152,7 @@ def _against(results, field, label, logarithmic=False):
 
 
 def _bins(values, logarithmic):
-    """Masks of at most a dozen bins that are not empty: narrow at first where logarithmic, else of equally many values."""
+    """Masks of at most a dozen bins that hold something: narrow at first (logarithmic), or of equally many values."""
     edges = np.unique(np.quantile(values, np.linspace(0, 1, 13)))
     if logarithmic:
         edges = 2.0 ** np.arange(0, np.ceil(np.log2(values.max() + 1)) + 1)
@@ -178,30 +165,27 @@ def _steps(values):
 
 
 def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), **options):
-    """Means over seeds with bands of a standard deviation. Args: panels: {title: {row name: [(x, y), one a seed]}}."""
+    """Means over seeds in bands of a deviation. Args: panels: {title: {row name: [(x, y), one a seed]}}."""
     size = {"figsize": (size[0] * len(panels) + 1.5, size[1]), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for name, curves in rows.items():
-            values = np.array([y for _, y in curves])
-            mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else None
-            _line(
-                axis,
-                name,
-                curves[0][0],
-                mean,
-                (mean - deviation, mean + deviation) if len(curves) > 1 else None,
-                **options,
-            )
+            x, y = curves[0][0], np.array([y for _, y in curves])
+            deviation = y.std(axis=0, ddof=1) if len(curves) > 1 else None
+            _line(axis, name, x, y.mean(axis=0), deviation, **options)
         axis.set_title(title, loc="left")
         axis.set_xlabel(xlabel)
+        if x.dtype == int:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes[0, 0].set_ylabel(ylabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure, axes[0]
 
 
 def _line(axis, name, x, y, band=None, **options):
+    """A method's line in its look, in a band: (low, high), or a deviation."""
     look = LOOKS.get(name, OTHER)
     axis.plot(x, y, label=name, **look | options)
     if band is not None:
-        axis.fill_between(x, *band, color=look["color"], alpha=0.18, linewidth=0)
+        low, high = band if isinstance(band, tuple) else (y - band, y + band)
+        axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)

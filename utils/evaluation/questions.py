@@ -1,4 +1,4 @@
-"""Answers to single questions: how uncertain some texts are, which captions are the least certain, how two methods differ."""
+"""Single questions in, answers out: how uncertain texts are, which captions are most uncertain, how methods differ."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ CLOSEST = 3  # images that are named for a prompt
 
 
 def prompts_from(arguments):
-    """The texts of --prompts, at least one; "@FILE" stands for the lines of a file. Raises: UserError if one is blank."""
+    """The texts of --prompts; "@FILE" stands for the lines of a file. Raises: UserError without one, or if one is blank."""
     texts = []
     for argument in arguments:
         if not argument.startswith("@"):
@@ -32,8 +32,8 @@ def describe_prompts(scorer, texts, z):
     """How uncertain prompts are among a cache's captions, and what they match.
 
     Args: scorer: AdaptorScorer. texts: T strings. z (T, D): their embeddings.
-    Returns: list of T dicts, most certain last: "prompt", "uncertainty", "percentile": share of the captions that are more certain, in
-        [0, 100]; "closest": file names (rows where there are none) of the images that match best, best first.
+    Returns: dicts, most certain last: "prompt"; "uncertainty"; "percentile" of captions that are more certain;
+        "closest": file names (rows where there are none) of the images that match best, best first.
     """
     cache = scorer.cache
     uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
@@ -51,7 +51,7 @@ def describe_prompts(scorer, texts, z):
 
 
 def describe_captions(scorer, most, least):
-    """The most and the least uncertain captions of a cache: dicts of "caption", "uncertainty", "image", most certain last.
+    """The most and least uncertain captions of a cache: dicts of "caption", "uncertainty", "image", most certain last.
 
     Raises: UserError if the cache does not know its captions.
     """
@@ -73,10 +73,9 @@ def _image_name(cache, image):
 
 
 def compare_runs(runs, levels, resamples):
-    """How two methods differ over the same queries; over several seeds, how their means differ.
+    """How two methods differ over the same queries, as `paired` tells it.
 
     Args: runs: {method: [Results, one a seed]}, two of them. levels: K. resamples: of the bootstrap.
-    Returns: text, as `paired` gives it.
     Raises: UserError if the queries are not the same, or fewer than the levels.
     """
     everything = [run for of_method in runs.values() for run in of_method]

@@ -13,8 +13,8 @@ RELEVANT_BLOCK = 128  # queries whose answers are sorted at a time
 def rank_queries(score, image_of_caption, images, uncertainty=None):
     """Answer every query of both directions, a tile of the similarity matrix at a time.
 
-    A tile is the images of one block against the captions of the images of another, so that all right pairs lie in the tiles on
-    the diagonal. These come first: from then on it is known what every competitor has to beat; each tile is computed once.
+    A tile is the images of one block against the captions of the images of another, so that all right pairs lie in the
+    tiles on the diagonal. These come first: then it is known what competitors have to beat; each tile is computed once.
     Args:
         score: function of (image rows (n,), caption rows (m,)), int64 tensors, that returns the similarities (n, m).
         image_of_caption (M,): image rows. images: N. uncertainty (M,): of the captions, or None.
@@ -97,7 +97,7 @@ def rank_relevant(score, relevance, answers):
         relevance: Q lists of right answers, each once, at least one. answers: N, how many there are to choose from.
     Returns: arrays with one entry a query:
         relevant: R, how many answers are right. relevant_rank: rank of the first right answer, 1 = best.
-        ap_at_r: average precision at R in [0, 1]: sum over the right ones among the best R of (precision at its rank) / R.
+        ap_at_r: average precision at R in [0, 1]: sum over right ones among the best R of (precision at its rank) / R.
     Source: Musgrave et al., "A metric learning reality check", arXiv 2003.08505, sec. 3.2.
 
     Example: answers 0 and 2 are right, and the order is 2, 1, 0: AP@R = (1/1 + 0) / 2.

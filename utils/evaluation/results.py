@@ -1,4 +1,4 @@
-"""A scorer in, what its evaluation finds out; and two files of it: .json (figures, intervals) and .npz (one entry a query)."""
+"""A scorer in, what its evaluation finds out, in two files: .json (figures, intervals) and .npz (one entry a query)."""
 
 from dataclasses import dataclass, field
 
@@ -21,8 +21,8 @@ class Results:
 
     Args:
         answers: {"t2i", "i2t"}, as `answer` gives them. draws: as `measure_resamples` gives them.
-        content: what is written: "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty; "metrics", as
-            `measure` gives them; "ladder", "depth", "intervals", "config".
+        content: of the .json: "t2i", "i2t", recall by level; "by_image", the same by the image's uncertainty;
+            "metrics", as `measure` gives them; "ladder", "depth", "intervals", "config".
     """
 
     answers: dict
@@ -33,12 +33,10 @@ class Results:
     def of(cls, answers, levels):
         """The results that follow from answers alone. Args: levels: K."""
         content = {"metrics": measure(answers, levels), "by_image": {}}
-        for direction, fields in answers.items():
-            if "uncertainty" in fields:
-                content[direction] = recall_by_level(fields["rank"] == 1, fields["uncertainty"], levels)
-            if "image_uncertainty" in fields:
-                recall = recall_by_level(fields["rank"] == 1, fields["image_uncertainty"], levels)
-                content["by_image"][direction] = recall
+        for by, recall in (("uncertainty", content), ("image_uncertainty", content["by_image"])):
+            for direction, fields in answers.items():
+                if by in fields:
+                    recall[direction] = recall_by_level(fields["rank"] == 1, fields[by], levels)
         return cls(answers, content)
 
     @property
@@ -48,19 +46,17 @@ class Results:
 
     @property
     def is_uncertain(self):
-        """Whether they are of a scorer that knows an uncertainty."""
+        """Whether the scorer has an uncertainty."""
         return "t2i" in self.content
 
     def bootstrap(self, levels, resamples):
         """Add draws and intervals. Returns: self."""
         self.draws = measure_resamples(self.answers, levels, resamples)
-        self.content["intervals"] = {
-            key: {name: interval(values) for name, values in figures.items()} for key, figures in self.draws.items()
-        }
+        self.content["intervals"] = {k: {n: interval(d) for n, d in draws.items()} for k, draws in self.draws.items()}
         return self
 
     def save(self, folder, config):
-        """Write the two files. Args: folder: results/<name>/. config: how they were made, "method" and "seed" among it."""
+        """Write the two files. Args: folder: results/<name>/. config: how they were made, with "method" and "seed"."""
         path = result_path(folder, config["method"], config["seed"])
         save_json(self.content | {"config": config}, path.with_suffix(".json"), indent=1)
         arrays = {f"{d}_{name}": values for d, fields in self.answers.items() for name, values in fields.items()}
@@ -95,9 +91,8 @@ def load_results(folder, method, seeds, split):
     for path in paths:
         if not path.with_suffix(".npz").exists() or not path.with_suffix(".json").exists():
             flags = f"--method {'all' if method in BASELINES else method} --seed {' '.join(map(str, seeds))}"
-            raise UserError(
-                f"{path}.npz: no such results; make them with python eval.py --dataset {folder.name} {flags}"
-            )
+            command = f"python eval.py --dataset {folder.name} {flags}"
+            raise UserError(f"{path}.npz: no such results; make them with {command}")
     return [Results.load(path, split) for path in paths]
 
 
@@ -113,8 +108,7 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
         results.metrics[FOLDS.key] = recall_in_folds(scorer, cache, folds)
     if ladder is not None and scorer.on_ladder:
         values = scorer.text_uncertainty(*ladder[:2]).tolist()
-        rungs = [{"prompt": text, "uncertainty": value} for text, value in zip(ladder[0], values, strict=True)]
-        results.content["ladder"] = rungs
+        results.content["ladder"] = [{"prompt": p, "uncertainty": u} for p, u in zip(ladder[0], values, strict=True)]
     for stem, (texts, z, rows) in (chains or {}).items() if results.is_uncertain else ():
         uncertainty, section = scorer.text_uncertainty(texts, z), hierarchy(stem)
         results.metrics[section.key] = section.measure({"uncertainty": uncertainty, "chains": rows})

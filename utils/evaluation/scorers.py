@@ -1,4 +1,4 @@
-"""What ranks images and captions, baselines and adaptors alike, behind one interface; and its answers to all queries."""
+"""What ranks images and captions, baselines and adaptors alike, behind one interface; its answers to all queries."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its u
 
 
 class Scorer:
-    """How well a cache's images and captions match, and how uncertain they are; itself the frozen CLIP, without uncertainty.
+    """How well a cache's images and captions match, and how uncertain they are; this one is the frozen CLIP: it is not.
 
     Attributes: name, seed: of its results. on_ladder: whether ratios of its uncertainties mean something.
     """
@@ -36,7 +36,7 @@ class Scorer:
 
 
 class SoftmaxEntropy(Scorer):
-    """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats; an adaptor needs no gallery."""
+    """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats."""
 
     name = "softmax-entropy"
 
@@ -111,8 +111,8 @@ def count_words(texts):
 def answer(scorer, cache):
     """Answer every query of a cache.
 
-    Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank_queries` gives and, where known: "words" of the
-        caption; "image_uncertainty" of the image retrieved (t2i) or asked (i2t); what `rank_relevant` gives; "annotated".
+    Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank_queries` gives and, where known, "words" of the
+        caption, "image_uncertainty" of the image found (t2i) or asked (i2t), what `rank_relevant` gives, "annotated".
     """
     image_of_caption = cache.image_of_caption.cpu().numpy()
     uncertainty, image_uncertainty = scorer.text_uncertainty(cache.captions, cache.text), scorer.image_uncertainty()

@@ -1,7 +1,7 @@
 """Results in, tables that a person can read out: on the screen, as markdown and as CSV.
 
-Results are {row name: [Results, one a seed]}; a table is {Figure: {row name: (mean, deviation) over seeds}}: None where undefined, nan where a
-figure does not apply; the deviation of a single seed is None.
+Results are {row name: [Results, one a seed]}. A table is {Figure: {row name: (mean, deviation) over seeds}}: None where
+undefined, nan where a figure does not apply; the deviation of a single seed is None.
 """
 
 import csv
@@ -13,7 +13,8 @@ from utils.evaluation.bootstrap import interval, p_value
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, hierarchy
 
 COMPARED = [section for section in SECTIONS if section.compared]
-NOTE = "A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse side and may leave out the figure itself."
+NOTE = "A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse side "
+NOTE += "and may leave out the figure itself."
 
 
 def compare(results, sections=COMPARED):
@@ -78,11 +79,8 @@ def _plain(section, figure, name, cells):
 
 def _bold(section, figure, name, cells):
     best = (max if figure.more_is_better else min)(cell[0] for cell in cells.values() if _is_defined(cell))
-    return (
-        f"**{number(*cells[name])}**"
-        if number(cells[name][0]) == number(best) and len(cells) > 1
-        else number(*cells[name])
-    )
+    is_best = number(cells[name][0]) == number(best) and len(cells) > 1
+    return f"**{number(*cells[name])}**" if is_best else number(*cells[name])
 
 
 def _rows(section, table, text):
@@ -102,7 +100,7 @@ def markdown(tables, text=_bold, suffix=""):
 
 
 def intervals(results):
-    """The comparison with 95 % bootstrap intervals over queries, of the mean over seeds, as markdown; nothing without draws."""
+    """The comparison with 95 % bootstrap intervals over queries, as markdown; "" without draws."""
     results = {name: runs for name, runs in results.items() if runs[0].draws}
 
     def with_interval(section, figure, name, cells):
@@ -136,7 +134,7 @@ def paired(results):
 
 
 def comma_separated(tables):
-    """Tables as CSV in long form: table, method, figure, mean, standard deviation. Args: tables: as `compare` gives them."""
+    """Tables as CSV in long form. Args: tables: as `compare` gives them."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "method", "figure", "mean", "standard deviation"])
@@ -170,9 +168,8 @@ def screen(results):
 
 def _means(results, values_of):
     """{row name: the mean over seeds of a list}, where there is one."""
-    return {
-        name: np.mean([values_of(run) for run in runs], axis=0) for name, runs in results.items() if values_of(runs[0])
-    }
+    known = {name: [values_of(run) for run in runs] for name, runs in results.items() if values_of(runs[0])}
+    return {name: np.mean(values, axis=0) for name, values in known.items()}
 
 
 def rows_as_tables(found):
