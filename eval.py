@@ -55,30 +55,31 @@ def parse(argv):
     names, baselines = ", ".join(METHODS), ", ".join(BASELINES)
     about = "Cross-modal retrieval by uncertainty level, and what else there is to ask of a caption's uncertainty."
     parser = Parser(description=about)
-    flag = parser.add_argument
-    flag("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
+    add = parser.add_argument
+    add("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
     choices = {"choices": [*METHODS, "all"], "metavar": "METHOD", "help": f"{names}, or all"}
-    flag("--method", nargs="+", default=["asymvlm-psd"], **choices)
-    flag("--seed", nargs="+", type=seed_number, default=[0])
-    flag("--split", type=folder_name, default="val")
+    add("--method", nargs="+", default=["asymvlm-psd"], **choices)
+    add("--seed", nargs="+", type=seed_number, default=[0])
+    add("--split", type=folder_name, default="val")
     levels = "levels of equally many queries (default: 10)"
-    flag("--uncer_levels", "--uncer-levels", type=positive, default=10, help=levels)
+    add("--uncer_levels", "--uncer-levels", type=positive, default=10, help=levels)
     folds = "also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)"
-    flag("--folds", type=positive, default=1, help=folds)
+    add("--folds", type=positive, default=1, help=folds)
     resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
-    flag("--resamples", type=whole, default=RESAMPLES, help=resamples)
-    flag("--no-plots", action="store_true", help="tables only")
-    flag("--device", default="auto")
-    flag = parser.add_argument_group("instead of an evaluation").add_argument
+    add("--resamples", type=whole, default=RESAMPLES, help=resamples)
+    add("--no-plots", action="store_true", help="tables only")
+    add("--device", default="auto")
+    add = parser.add_argument_group("instead of an evaluation").add_argument
     pair = f"paired bootstrap of two methods evaluated before, or of {baselines}"
-    flag("--compare", nargs=2, metavar=("A", "B"), default=(), help=pair)
-    flag("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
-    flag("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
-    flag("--least-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
-    flag("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
+    add("--compare", nargs=2, metavar=("A", "B"), default=(), help=pair)
+    add("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
+    add("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
+    add("--least-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
+    add("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
     args = parser.parse_args(argv)
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed = list(dict.fromkeys(args.seed))
+    args.seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"  # in titles
     listing = args.most_uncertain or args.least_uncertain
     args.asks = args.prompts or listing
     unknown = next((method for method in args.compare if method not in (*METHODS, *BASELINES)), None)
@@ -123,9 +124,7 @@ def load_adaptors(args, cache, device):
 
 def report(results, args, cache, folder):
     """Write the tables and plots of results/<name>/ and print the short ones."""
-    title = (
-        f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {name_seeds(args.seed)}"
-    )
+    title = f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {args.seeds}"
     texts, plots = tables.write_all(results, title), {}
     if not args.no_plots:
         from utils.evaluation.plots import draw_all  # matplotlib takes a second to import
@@ -143,15 +142,11 @@ def report(results, args, cache, folder):
 def compare(args, folder):
     """Print how two methods differ over the same queries, from results written before."""
     runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
-    title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {name_seeds(args.seed)}: "
+    title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {args.seeds}: "
     title += f"{args.resamples} paired resamples of the queries, {LEVEL:.0%} intervals"
     text = f"{title}\n\n{questions.compare_runs(runs, args.uncer_levels, args.resamples)}\n"
     save_texts({f"{'-against-'.join(args.compare)}.txt": text}, folder)
     print(text, end="")
-
-
-def name_seeds(seeds):
-    return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
 
 
 @torch.inference_mode()
@@ -169,12 +164,9 @@ def ask(args, cache, adaptors):
 
 def embed_prompts(name, texts, device):
     """Embed texts with the CLIP that made a cache, in the cache's type. Returns: (T, D)."""
-    from cache_embeddings import (
-        clip_of_cache,
-        encode_texts,
-    )  # SEAM: clip_id(name).load(device)
+    from cache_embeddings import clip_of_cache, encode_texts
 
-    clip, dtype = clip_of_cache(name, device)
+    clip, dtype = clip_of_cache(name, device)  # SEAM: clip_id(name).load(device), clip_id(name).dtype
     return encode_texts(clip, texts).to(dtype)
 
 

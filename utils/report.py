@@ -2,8 +2,7 @@
 
     python -m utils.report README.md datasets/README.md
 
-renews what stands between <!-- FILE --> and <!-- end of FILE -->: it becomes the content of FILE, a path relative to the
-current folder.
+renews what stands between <!-- FILE --> and <!-- end of FILE -->: it becomes the content of FILE, a path from here.
 """
 
 import re

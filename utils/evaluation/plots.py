@@ -125,7 +125,7 @@ def _depth(results, stem):
 
 
 def _against(results, field, label, logarithmic=False):
-    """The percentile of a caption's uncertainty against something known about it, a panel a method: median, middle half."""
+    """The percentile of a caption's uncertainty against something known about it, a panel a method: median, middle."""
     choose = only_annotated if field == "relevant" else dict
     answers = {name: [choose(run.answers["t2i"]) for run in runs] for name, runs in results.items()}
     if any(field not in runs[0] for runs in answers.values()):

@@ -12,7 +12,7 @@ CLOSEST = 3  # images that are named for a prompt
 
 
 def prompts_from(arguments):
-    """The texts of --prompts; "@FILE" stands for the lines of a file. Raises: UserError without one, or if one is blank."""
+    """The texts of --prompts; "@FILE" stands for the lines of a file. Raises: UserError if one is blank."""
     texts = []
     for argument in arguments:
         if not argument.startswith("@"):

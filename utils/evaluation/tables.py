@@ -84,7 +84,7 @@ def _bold(section, figure, name, cells):
 
 
 def _rows(section, table, text):
-    """[[row name, text of every cell, ...], ...]. Args: text: (section, figure, row name, cells of the figure) -> text."""
+    """[[row name, text of a cell, ...], ...]. Args: text: (section, figure, row name, cells of the figure) -> text."""
     names = next(iter(table.values()))
     return [[name, *(text(section, figure, name, cells) for figure, cells in table.items())] for name in names]
 
@@ -173,7 +173,7 @@ def _means(results, values_of):
 
 
 def rows_as_tables(found):
-    """Answers to questions about texts as text. Args: found: {title: [row of plain types, ...]}, the same keys in every row."""
+    """Answers about texts, as text. Args: found: {title: [row of plain types, ...]}, the same keys in every row."""
 
     def cell(key, value):
         if isinstance(value, float):
