@@ -13,8 +13,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from datasets.embedding import LADDER, EmbeddingCache, load_chains, load_texts
 from models import METHODS
 from utils.checkpoint import checkpoint_path, load_adaptor
@@ -23,7 +21,7 @@ from utils.device import pick_device
 from utils.evaluation import questions, tables
 from utils.evaluation.bootstrap import LEVEL, RESAMPLES
 from utils.evaluation.results import evaluate, load_results, save_texts
-from utils.evaluation.scorers import BASELINES, AdaptorScorer, every_scorer
+from utils.evaluation.scorers import BASELINES, every_scorer
 from utils.report import results_page
 
 
@@ -80,10 +78,9 @@ def parse(argv):
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed = list(dict.fromkeys(args.seed))
     args.seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"  # in titles
-    listing = args.most_uncertain or args.least_uncertain
-    args.asks = args.prompts or listing
+    args.asks = args.prompts or args.most_uncertain or args.least_uncertain
     unknown = next((method for method in args.compare if method not in (*METHODS, *BASELINES)), None)
-    several = sum(map(bool, (args.compare, args.prompts, listing))) > 1
+    several = bool(args.compare) + bool(args.prompts) + bool(args.most_uncertain or args.least_uncertain) > 1
     asking = "--prompts, --most-uncertain and --least-uncertain"
     for is_wrong, message in (
         (torchrun_rank()[1] > 1, "eval.py runs alone; call it without torchrun"),
@@ -149,7 +146,6 @@ def compare(args, folder):
     print(text, end="")
 
 
-@torch.inference_mode()
 def ask(args, cache, adaptors):
     """Print how uncertain prompts are among the captions of the split, or the most and least uncertain captions."""
     if args.prompts:
@@ -158,7 +154,7 @@ def ask(args, cache, adaptors):
         describe = partial(questions.describe_prompts, texts=texts, z=z)
     else:
         describe = partial(questions.describe_captions, most=args.most_uncertain, least=args.least_uncertain)
-    found = {f"{method}, seed {seed}": describe(AdaptorScorer(a, cache)) for (method, seed), a in adaptors.items()}
+    found = {f"{method}, seed {seed}": describe(adaptor, cache) for (method, seed), adaptor in adaptors.items()}
     print(json.dumps(found, indent=1) if args.json else tables.rows_as_tables(found))
 
 

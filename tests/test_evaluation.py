@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
 from utils.evaluation.figures import hierarchy
 from utils.evaluation.results import Results
+from utils.report import insert_files
 
 PLAIN = ("--no-plots", "--resamples", 20)
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
@@ -270,6 +271,17 @@ def test_prompts_are_placed_among_the_captions(script, workdir):
     )
     assert script(eval_script.main, "--dataset", "shapes", *PLAIN)[0] == 0
     assert "hierarchy chains" in load_result("shapes", 0, "asymvlm-psd")[0]["metrics"]
+
+
+def test_only_the_marked_tables_of_a_document_are_renewed(workdir, capsys):
+    Path("a.md").write_text("| a |\n")
+    Path("b.txt").write_text("b\n")
+    marked = "text\n<!-- a.md -->\n{}\n<!-- end of a.md -->\n<!-- b.txt -->\n{}\n<!-- end of b.txt -->\n"
+    missing = "<!-- c.md -->\nold\n<!-- end of c.md -->\nend\n"
+    renewed = insert_files(marked.format("old", "old") + missing)
+    assert renewed == marked.format("| a |", "```\nb\n```") + missing
+    assert insert_files(renewed) == renewed
+    assert "c.md: no such file" in capsys.readouterr().err
 
 
 def test_every_step_of_a_chain_is_true_and_says_more():

@@ -25,7 +25,8 @@ def random_cache(images, captions, dim=DIM):
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.randn(rows, dim, generator=generator).half() for rows in (images, captions))
     owner = torch.arange(captions)[torch.randperm(captions, generator=generator)] % images
-    return SimpleNamespace(image=image, text=text, image_of_caption=owner, relevance=None, captions=None, meta={})
+    known = {"image": image, "text": text, "image_of_caption": owner, "device": torch.device("cpu")}
+    return SimpleNamespace(**known, relevance=None, captions=None, meta={})
 
 
 def ours(cache):

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from utils.cli import UserError
 from utils.evaluation.results import Results
+from utils.evaluation.scorers import AdaptorScorer
 from utils.evaluation.tables import paired
 
 CLOSEST = 3  # images that are named for a prompt
@@ -28,16 +30,17 @@ def prompts_from(arguments):
     return texts
 
 
-def describe_prompts(scorer, texts, z):
+@torch.inference_mode()
+def describe_prompts(adaptor, cache, texts, z):
     """How uncertain prompts are among a cache's captions, and what they match.
 
-    Args: scorer: AdaptorScorer. texts: T strings. z (T, D): their embeddings.
+    Args: adaptor, cache. texts: T strings. z (T, D): their embeddings.
     Returns: dicts, most certain last: "prompt"; "uncertainty"; "percentile" of captions that are more certain;
         "closest": file names (rows where there are none) of the images that match best, best first.
     """
-    cache = scorer.cache
+    scorer = AdaptorScorer(adaptor, cache)
     uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
-    similarity = scorer.adaptor.score(scorer.image, scorer.encode(scorer.adaptor.encode_text, z))  # (N, T)
+    similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
     return [
         {
@@ -50,16 +53,17 @@ def describe_prompts(scorer, texts, z):
     ]
 
 
-def describe_captions(scorer, most, least):
+@torch.inference_mode()
+def describe_captions(adaptor, cache, most, least):
     """The most and least uncertain captions of a cache: dicts of "caption", "uncertainty", "image", most certain last.
 
     Raises: UserError if the cache does not know its captions.
     """
-    cache = scorer.cache
     if cache.captions is None:
         lacks = "has no captions.json, so its captions cannot be listed"
         raise UserError(f"{cache.folder}: {lacks}; make the cache with cache_embeddings.py")
-    uncertainty, images = scorer.text_uncertainty(cache.captions, cache.text), cache.image_of_caption.tolist()
+    uncertainty = AdaptorScorer(adaptor, cache).text_uncertainty(cache.captions, cache.text)
+    images = cache.image_of_caption.tolist()
     order = np.argsort(-uncertainty, kind="stable").tolist()
     rows = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
     values = uncertainty.tolist()

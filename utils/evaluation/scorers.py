@@ -20,7 +20,7 @@ class Scorer:
     name, seed, on_ladder = "frozen cosine", None, False
 
     def __init__(self, cache):
-        self.cache, self.image, self.text = cache, unit(cache.image), unit(cache.text)
+        self.cache, self.image, self.text = cache, unit(_read(cache.image)), unit(_read(cache.text))
 
     def score(self, images, captions):
         """Similarities (N, M), larger = better. Args: images (N,), captions (M,): rows of the cache."""
@@ -42,10 +42,10 @@ class SoftmaxEntropy(Scorer):
 
     def text_uncertainty(self, texts, z):
         scale, entropy = self.cache.meta.get("logit_scale") or LOGIT_SCALE, []
-        for part in z.to(self.image.device).split(CHUNK):
+        for part in _read(z).to(self.cache.device).split(CHUNK):
             log_p = (scale * pairwise_products(self.image, unit(part))).log_softmax(dim=0)  # (N, chunk)
             entropy.append(-(log_p.exp() * log_p).sum(dim=0))
-        return _array(torch.cat(entropy))
+        return torch.cat(entropy).double().cpu().numpy()
 
 
 class CaptionLength(Scorer):
@@ -71,7 +71,7 @@ class AdaptorScorer(Scorer):
 
     def encode(self, encode, z):
         """What a function of the adaptor makes of embeddings (N, D): a list of (N, ...) tensors."""
-        parts = [encode(part.to(self.cache.text.device).float()) for part in z.split(CHUNK)]
+        parts = [encode(part.to(self.cache.device).float()) for part in _read(z).split(CHUNK)]
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def score(self, images, captions):
@@ -79,11 +79,11 @@ class AdaptorScorer(Scorer):
 
     def text_uncertainty(self, texts, z):
         encoded = self.text if z is self.cache.text else self.encode(self.adaptor.encode_text, z)
-        return _array(self.adaptor.describe_text(*encoded)[1])
+        return self.adaptor.describe_text(*encoded)[1].double().cpu().numpy()
 
     def image_uncertainty(self):
         uncertainty = self.adaptor.describe_image(*self.image)[1]
-        return None if uncertainty is None else _array(uncertainty)
+        return None if uncertainty is None else uncertainty.double().cpu().numpy()
 
 
 BASELINES = (SoftmaxEntropy.name, CaptionLength.name)  # those with an uncertainty
@@ -99,8 +99,9 @@ def every_scorer(cache, adaptors):
         yield AdaptorScorer(adaptor, cache, method, seed)
 
 
-def _array(tensor):
-    return tensor.double().cpu().numpy()
+def _read(rows):
+    """Rows of a cache, wherever they lie, as a tensor; a tensor is one already."""
+    return rows if isinstance(rows, torch.Tensor) else rows.read()
 
 
 def count_words(texts):
