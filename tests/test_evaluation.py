@@ -18,7 +18,9 @@ from datasets.embedding import EmbeddingCache, write_texts
 from datasets.shapes import world
 from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
-from utils.metrics import hierarchy_metrics
+from utils.evaluation.figures import hierarchy
+from utils.evaluation.results import Results
+from utils.report import insert_files
 
 PLAIN = ("--no-plots", "--resamples", 20)
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
@@ -80,7 +82,7 @@ def test_all_figures_follow_from_the_file_of_queries(script, trained):
         d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(d)}
         for d in ("t2i", "i2t")
     }
-    again = eval_script.figures(answers, 10)
+    again = Results.of(answers, 10).content
     assert again["t2i"] == result["t2i"]
     assert all(result["metrics"][key] == values for key, values in again["metrics"].items())
 
@@ -122,7 +124,9 @@ def test_hierarchies_are_measured_for_every_row_of_the_table(script, trained):
     ]
     with torch.no_grad():
         uncertainty = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").adapt_text(texts)[1].double().numpy()
-    assert result["metrics"]["hierarchy steps"] == hierarchy_metrics(uncertainty, chains["chains"])
+    assert result["metrics"]["hierarchy steps"] == hierarchy("steps").measure(
+        {"uncertainty": uncertainty, "chains": chains["chains"]}
+    )
     assert len(result["depth"]["steps"]) == 4
     details = Path("results/tiny/details.md").read_text()
     table = details[details.index("hierarchy steps") :].split("\n\n")[0]
@@ -267,6 +271,17 @@ def test_prompts_are_placed_among_the_captions(script, workdir):
     )
     assert script(eval_script.main, "--dataset", "shapes", *PLAIN)[0] == 0
     assert "hierarchy chains" in load_result("shapes", 0, "asymvlm-psd")[0]["metrics"]
+
+
+def test_only_the_marked_tables_of_a_document_are_renewed(workdir, capsys):
+    Path("a.md").write_text("| a |\n")
+    Path("b.txt").write_text("b\n")
+    marked = "text\n<!-- a.md -->\n{}\n<!-- end of a.md -->\n<!-- b.txt -->\n{}\n<!-- end of b.txt -->\n"
+    missing = "<!-- c.md -->\nold\n<!-- end of c.md -->\nend\n"
+    renewed = insert_files(marked.format("old", "old") + missing)
+    assert renewed == marked.format("| a |", "```\nb\n```") + missing
+    assert insert_files(renewed) == renewed
+    assert "c.md: no such file" in capsys.readouterr().err
 
 
 def test_every_step_of_a_chain_is_true_and_says_more():
