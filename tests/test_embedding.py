@@ -80,7 +80,7 @@ def test_the_three_files_of_the_papers_repository_are_enough(cache):
         if path.name not in ("image.pt", "text.pt", "cap_id_to_img_id.json"):
             path.unlink()
     found = read()
-    with pytest.raises(UserError, match="no cache with a meta.json in embeddings/it to take the CLIP from"):
+    with pytest.raises(UserError, match=r"no cache with a meta\.json in embeddings/it to take the CLIP from"):
         clip_id("it")
     assert torch.equal(found.text.read(), content()["text"])
     assert (found.captions, found.images, found.relevance, found.meta) == (None, None, None, {})
