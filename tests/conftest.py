@@ -137,6 +137,14 @@ def tiny(tmp_path_factory):
     return write_tiny_clip(tmp_path_factory.mktemp("clip"), "tiny-cache")
 
 
+def direct_texts(model, texts):
+    """Embeddings one text at a time with open_clip's own tokenizer."""
+    import open_clip
+
+    with torch.no_grad():
+        return torch.cat([model.encode_text(open_clip.tokenize([text], context_length=16)) for text in texts])
+
+
 class Trap:
     """Touches a file when it is unpickled."""
 
