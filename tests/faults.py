@@ -42,14 +42,15 @@ from safetensors.torch import load_file
 import cache_embeddings
 import eval as eval_script
 import train as train_script
-from datasets import DATASETS, parts
+from datasets import source as split_source
 from datasets.embedding import EmbeddingCache
+from datasets.registry import DATASETS
 from datasets.shapes import world
-from tests.conftest import make_cache
-from tests.test_clip import write_tiny_clip
+from tests.conftest import all_bytes, make_cache, write_tiny_clip
+from utils import preprocess
 from utils.cli import UserError, run
 
-PART = 64  # rows, so that a small data set has several parts
+UNIT = 64  # rows, so that a small data set has several units
 EVAL = ("--dataset", "tiny", "--device", "cpu", "--no-plots", "--resamples", 5)
 CACHE = ("--dataset", "shapes", "--data-root", "data", "--device", "cpu", "--precision", "fp32")
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--batch-size", "50", "--device", "cpu", "--precision", "fp32")
@@ -62,48 +63,43 @@ class Hang(BaseException):
 
 @contextlib.contextmanager
 def workshop(folder, images=(240, 60)):
-    """A folder with a drawn data set to work in; one thread, small parts and a CLIP that is loaded once, as long as the block runs."""
-    before = Path.cwd(), torch.get_num_threads(), parts.PART, cache_embeddings.load_clip
+    """A folder with a drawn data set to work in; one thread, small units, a CLIP that is loaded once."""
+    before, threads, unit = Path.cwd(), torch.get_num_threads(), split_source.UNIT
     source = DATASETS["shapes"]
     DATASETS["shapes"] = dataclasses.replace(source, chains=functools.partial(world.write_chains, count=3))
     os.chdir(folder)
     torch.set_num_threads(1)
-    parts.PART = PART
-    built_in = functools.cache(before[3])
-    cache_embeddings.load_clip = lambda model, *args: (built_in if model == DATASETS["shapes"].model else before[3])(
-        model, *args
-    )
+    split_source.UNIT = UNIT
+    load, built_in = preprocess.load_clip, functools.cache(preprocess.load_clip)
+
+    def load_clip(model, *args):
+        return (built_in if model == source.model else load)(model, *args)
+
+    cache_embeddings.load_clip = preprocess.load_clip = load_clip  # of the data sets, and of --texts
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         world.make("data", train=images[0], val=images[1])
-        cache_embeddings.load_clip(source.model, source.pretrained, torch.device("cpu"), torch.float32)
+        load_clip(source.model, source.pretrained, torch.device("cpu"), torch.float32)
         yield
     finally:
-        os.chdir(before[0])
-        torch.set_num_threads(before[1])
-        parts.PART = before[2]
+        os.chdir(before)
+        torch.set_num_threads(threads)
+        split_source.UNIT = unit
         DATASETS["shapes"] = source
-        cache_embeddings.load_clip = before[3]
-
-
-def all_bytes(folder):
-    """The content of all files, hidden ones too, by name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
-    }
+        cache_embeddings.load_clip = preprocess.load_clip = load
 
 
 # Kills.
 
 
-def start(main, argv, sabotage=lambda: None):
-    """Call main(argv) as a script does, in a fork. Returns: its process id."""
+def start(main, argv, sabotage=lambda: None, output="output.txt"):
+    """Call main(argv) as a script does, in a fork. Args: output: file for what it says. Returns: its process id."""
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
         status = 99
         try:
-            sys.stdout = sys.stderr = open("output.txt", "w")  # noqa: SIM115  ends with the process
+            sys.stdout = sys.stderr = open(output, "w")  # noqa: SIM115  ends with the process
             torch.set_num_threads(1)  # the threads of this process did not come along
             sabotage()
             status = run(main, [str(word) for word in argv])

@@ -331,3 +331,17 @@ def test_a_cache_of_broken_pictures_only_is_refused(call, tmp_path):
     status, _, last = call("--data-root", root, "--split", "train", "--skip-broken")
     assert status == 2
     assert "no caption is left" in last
+
+
+def test_a_data_set_goes_into_files_of_so_many_rows(call):
+    assert call("--name", "one")[0] == 0
+    assert call("--name", "many", "--shard-rows", 16)[0] == 0
+    one, many = (EmbeddingCache(name, "val") for name in ("one", "many"))
+    assert torch.equal(one.image.read(), many.image.read())
+    assert torch.equal(one.text.read(), many.text.read())
+    for attribute in ("captions", "images", "relevance"):
+        assert getattr(one, attribute) == getattr(many, attribute)
+    assert one.meta["caption_ids"] == many.meta["caption_ids"]
+    assert EmbeddingCache("many", "val", mapped=True).mapped
+    status, err = call.stderr("--name", "many", "--shard-rows", 16)
+    assert (status, err.count("whole already")) == (0, 2)
