@@ -3,8 +3,11 @@
 COCO is read where it is at hand (COCO_ROOT).
 """
 
+import io
 import json
 import os
+import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,7 +227,45 @@ def call(script, data, tiny, monkeypatch, capsys):
     return with_flags
 
 
-# Single pictures, and COCO's.
+# Data sets with Karpathy's splits.
+
+
+@pytest.fixture
+def without_eccv_caption(monkeypatch):
+    """Whether the package is installed must not matter."""
+    monkeypatch.setitem(sys.modules, "eccv_caption", None)
+
+
+# (imgid, cocoid, folder, split, [(sentid, raw)]): neither ids nor splits are in order, and the order of imgids is not
+# that of cocoids.
+ENTRIES = [
+    (4, 40, "val2014", "test", [(9, "a red square"), (2, "a picture")]),
+    (1, 70, "val2014", "test", [(11, "a blue circle\n")]),
+    (3, 10, "train2014", "train", [(8, "a star"), (1, "a big star")]),
+    (0, 30, "val2014", "restval", [(12, "a small circle")]),
+    (5, 20, "val2014", "val", [(3, "a square 🐈")]),
+    (2, 60, "val2014", "test", []),
+]
+
+
+def karpathy_document():
+    return {
+        "dataset": "made here",
+        "images": [
+            {
+                "filename": f"{cocoid}.png",
+                "filepath": folder,
+                "split": split,
+                "imgid": imgid,
+                "cocoid": cocoid,
+                "sentids": [sentid for sentid, _ in sentences],
+                "sentences": [
+                    {"raw": raw, "tokens": raw.split(), "sentid": sentid, "imgid": imgid} for sentid, raw in sentences
+                ],
+            }
+            for imgid, cocoid, folder, split, sentences in ENTRIES
+        ],
+    }
 
 
 def draw(path, shade):
@@ -232,6 +273,40 @@ def draw(path, shade):
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(shade).integers(0, 256, size=(16, 16, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((64, 64), 0).save(path)
+
+
+def write_karpathy_coco(root, content=None):
+    """The files of coco-karpathy under root. content: a document or the text of its file."""
+    for _, cocoid, folder, _, _ in ENTRIES:
+        draw(root / folder / f"{cocoid}.png", cocoid)
+    text = content if isinstance(content, str) else json.dumps(content or karpathy_document())
+    (root / "dataset_coco.json").write_text(text, encoding="utf-8")
+    return root
+
+
+def write_flickr30k(root, folder="flickr30k-images", content=None):
+    """The files of flickr30k under root: those of COCO without cocoid and filepath."""
+    content = content or karpathy_document()
+    for image in content["images"]:
+        draw(root / folder / image["filename"], image.pop("cocoid"))
+        del image["filepath"]
+    (root / "dataset_flickr30k.json").write_text(json.dumps(content), encoding="utf-8")
+    return root
+
+
+# Tars.
+
+
+def write_tar(path, samples):
+    """Args: samples: {file name: bytes}, in order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+# Rows of pictures, and COCO's.
 
 
 def check_rows(cache, file_of_caption):

@@ -1,4 +1,4 @@
-"""The built-in data set: what captions describe against a recursive search, its pictures by their pixels, its files by pycocotools."""
+"""The built-in data set: captions against a recursive search, pictures by their pixels, files by pycocotools."""
 
 import contextlib
 import hashlib
@@ -15,8 +15,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from scipy.stats import spearmanr
 
-from datasets import DATASETS
-from datasets.coco import CocoCaptions, read_rgb
+from datasets.coco import CocoCaptions
+from datasets.pictures import read_rgb
+from datasets.registry import DATASETS
 from datasets.shapes import world
 from datasets.shapes.world import (
     Caption,
@@ -65,7 +66,7 @@ def relevance(split):
 
 
 def described_by_search(mentions, objects):
-    """Whether the mentions can be assigned to objects of their own: give the first one away in every possible way and go on with what is left."""
+    """Whether the mentions can have objects of their own: give the first away in every way, go on with what is left."""
     if not mentions:
         return True
     for k in range(len(objects)):

@@ -22,17 +22,8 @@ from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
 from datasets.tars import TarSplit, TarUnit
 from tests import faults
-from tests.conftest import Trap, all_bytes, make_cache
+from tests.conftest import Trap, all_bytes, make_cache, write_tar
 from utils.cli import UserError, run
-
-
-def write_tar(path, samples):
-    """Args: samples: {file name: bytes}, in order."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in samples.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 @pytest.fixture(scope="module")
