@@ -288,12 +288,13 @@ def test_pretrained_given_as_nothing_is_the_data_sets_own(call, monkeypatch):
     assert asked == [("datasets/shapes/clip.json", "datasets/shapes/clip.safetensors")]
 
 
-def test_embeddings_too_large_for_float16_are_refused(call, tiny, tmp_path):
+def test_embeddings_too_large_for_float16_are_refused(call, data, tiny, tmp_path):
     weights = tiny[2].state_dict() | {"visual.proj": tiny[2].visual.proj.detach() * 1e7}
     save_file(weights, tmp_path / "large.safetensors")
     status, _, last = call("--pretrained", tmp_path / "large.safetensors", "--split", "train")
     assert status == 2
     assert "--dtype float32" in last
+    assert f"the embedding of '{data / 'train' / plain_split(data, 'train')[0][0]['file_name']}' is not finite" in last
     assert call("--pretrained", tmp_path / "large.safetensors", "--split", "train", "--dtype", "float32")[0] == 0
 
 

@@ -293,6 +293,12 @@ def test_a_broken_meta_is_refused(cache, value):
     assert f"{FOLDER}/meta.json: " in refusal()
 
 
+@pytest.mark.parametrize("value", [[], [6], [-1], ["0"], [True], 0, {"0": 1}])
+def test_a_meta_with_broken_rows_of_annotated_captions_is_refused(cache, value):
+    put("meta.json", {"annotated": value})
+    assert f"{FOLDER}/meta.json: 'annotated' is not a list of caption rows from 0 to 5" in refusal()
+
+
 @pytest.mark.parametrize("value", ["1", -1, 0, [1], float("inf")])
 def test_a_logit_scale_that_is_none_is_refused(cache, value):
     put("meta.json", {"logit_scale": value})
