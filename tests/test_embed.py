@@ -1,4 +1,4 @@
-"""embed_units on units that know no data set and an encoder whose outputs can be told: what is encoded, kept, left out."""
+"""embed_units on units that know no data set and an encoder whose outputs tell: what is encoded, kept and left out."""
 
 from types import SimpleNamespace
 

@@ -208,6 +208,8 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     assert [name for name, _ in cache.meta["skipped"]] == [f"00000.tar: 00000000{n}" for n in range(4)]
     assert "4 broken images were left out" in call()[1].splitlines()[-1]
     assert call("--max-broken", 4)[0] == 0
+    assert call("--skip-broken", "--name", "skip")[0] == 0
+    assert all_bytes("embeddings/skip") == all_bytes("embeddings/web")
 
 
 def test_a_tar_of_broken_samples_only_is_an_empty_file_among_the_others(call, pictures, script):
@@ -303,6 +305,26 @@ def test_a_url_whose_samples_were_broken_is_looked_at_again(call, pictures):
     write_tar("tars/a.tar", samples_of(pictures, 0, 5))
     assert call("--data-root", "pipe:cat tars/a.tar")[0] == 0
     assert len(EmbeddingCache("web", "train").text) == 5
+
+
+def test_a_url_without_whose_broken_samples_it_was_kept_is_looked_at_again_after_a_stop(call, pictures, monkeypatch):
+    """A file that was mended has another time of its last change; of a URL nothing tells."""
+    write_tar("tars/a.tar", samples_of(pictures, 0, 5) | {"000000001.png": b"broken"})
+    write_tar("tars/b.tar", samples_of(pictures, 5, 10))
+    flags = ("--data-root", "pipe:cat tars/{a,b}.tar", "--max-broken", 1)
+    save = TarUnit.save
+
+    def save_one(self, *rest):
+        if self.number:
+            raise KeyboardInterrupt
+        save(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TarUnit, "save", save_one)
+        assert call(*flags)[0] == 130
+    write_tar("tars/a.tar", samples_of(pictures, 0, 5))
+    assert call(*flags)[0] == 0
+    assert len(EmbeddingCache("web", "train").text) == 10
 
 
 def test_tars_leave_nothing_of_what_was_there_before(call, pictures):

@@ -14,6 +14,7 @@ import cache_embeddings
 from datasets import source
 from datasets.embedding import EmbeddingCache
 from datasets.pictures import Pictures
+from datasets.registry import DATASETS
 from tests.conftest import VAL_IDS, all_bytes, draw_data, make_cache, plain_split
 from utils import embed
 from utils.cli import UserError
@@ -231,6 +232,57 @@ def test_skipping_goes_on_after_a_stop_with_the_same_bytes_and_is_not_forgotten(
     status, _, last = call(*flags[:-1])
     assert status == 2
     assert "2 broken images were left out" in last
+
+
+@pytest.fixture(params=["shapes", "coco", "csv"])
+def root_with_two_broken(request, tmp_path):
+    """A data set of 70 pictures, those of rows 2 and 66 broken. Returns: (flags, the two file names)."""
+    root, layout = tmp_path / "broken", DATASETS["coco" if request.param == "coco" else "shapes"].layout
+    draw_data(root, (("val", VAL_IDS),), layout)
+    document = json.loads((root / layout.captions.format(split="val")).read_text())
+    images = sorted(document["images"], key=lambda image: image["id"])
+    files = [root / layout.images.format(split="val") / image["file_name"] for image in images]
+    names = [image["file_name"] for image in images]
+    if request.param == "csv":
+        names = [f"val/{name}" for name in names]
+        (root / "val.csv").write_text("\n".join(["filepath,title", *(f"{name},{name[-9:]}" for name in names)]))
+    for row in (2, 66):
+        files[row].write_bytes(b"no picture")
+    flags = ("--dataset", request.param, "--name", "it", "--data-root", root, "--split", "val")
+    return flags, [names[row] for row in (2, 66)]
+
+
+def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(call, small_units, root_with_two_broken):
+    flags, names = root_with_two_broken
+    status, err = call.stderr(*flags, "--max-broken", 1)
+    assert status == 2
+    assert all(name in err for name in names)
+    cure = "mend them, or leave them out with --skip-broken or --max-broken 2"
+    assert err.splitlines()[-1].endswith(f"(2 broken samples in all; {cure})")
+    assert not Path("embeddings/it/val/meta.json").exists()
+    assert call(*flags, "--max-broken", 2)[0] == 0
+    cache = EmbeddingCache("it", "val")
+    assert [name for name, _ in cache.meta["skipped"]] == names
+    assert (len(cache.image), set(names) & set(cache.images)) == (68, set())
+    before = all_bytes("embeddings")
+    for allowed in (2, 3):
+        assert call(*flags, "--max-broken", allowed)[0] == 0
+    assert call(*flags, "--skip-broken")[0] == 0
+    status, _, last = call(*flags, "--max-broken", 1)
+    assert status == 2
+    assert "2 broken images were left out; --max-broken 2 or --skip-broken leaves it so" in last
+    assert all_bytes("embeddings") == before
+    assert call(*flags, "--skip-broken", "--overwrite")[0] == 0
+    assert all_bytes("embeddings") == before
+
+
+def test_pictures_left_out_before_a_stop_count_after_it(call, stopped, broken_root):
+    root, names = broken_root
+    stopped("--data-root", root, "--max-broken", 2)
+    (root / "val" / names[1]).write_bytes((root / "val" / plain_split(root, "val")[0][0]["file_name"]).read_bytes())
+    assert call("--data-root", root, "--split", "val")[0] == 2
+    assert call("--data-root", root, "--split", "val", "--max-broken", 1)[0] == 0  # one was mended
+    assert [name for name, _ in EmbeddingCache("shapes", "val").meta["skipped"]] == [names[0]]
 
 
 # Two runs at a time.
