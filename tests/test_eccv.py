@@ -25,6 +25,10 @@ def load(root, split="test", layout=karpathy.COCO):
 
 
 def stand_in(monkeypatch, original, right):
+    """A package with the interface of eccv_caption 0.1.0: Metrics().coco_gts["t2i"] and .eccv_gts["t2i"].
+
+    Args: original, right: {caption id: [image ids]}.
+    """
     package = types.ModuleType("eccv_caption")
     package.Metrics = type("Metrics", (), {"coco_gts": {"t2i": original}, "eccv_gts": {"t2i": right}})
     monkeypatch.setitem(sys.modules, "eccv_caption", package)

@@ -31,6 +31,9 @@ def test_texts_that_were_written_are_read(workdir):
             load_texts("it", "v1.2", DIM)
 
 
+# --texts.
+
+
 @pytest.fixture
 def made(call):
     assert call("--name", "it", "--split", "val", "--precision", "fp32")[0] == 0

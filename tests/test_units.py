@@ -21,6 +21,9 @@ from utils.cli import UserError
 from utils.files import locked
 
 
+# Killed and called again.
+
+
 @pytest.fixture
 def small_units(monkeypatch):
     """Val has two units of images and two of texts."""
