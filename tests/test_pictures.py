@@ -4,10 +4,11 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datasets.coco import CocoCaptions
-from datasets.pictures import Pictures, read_rgb
+from datasets.pictures import Pictures, PictureStream, read_rgb
 from datasets.registry import DATASETS
 
 
@@ -141,6 +142,24 @@ def test_a_transform_gets_the_picture_of_its_row(tmp_path):
         Image.new("L", (3, 2), shade).save(files[-1])
     images = Pictures(files, lambda image: image.getpixel((0, 0))[0])
     assert [images[row] for row in range(3)] == [(5, None), (90, None), (250, None)]
+
+
+def test_pictures_are_handed_over_as_one_tensor_black_where_one_is_broken(tmp_path):
+    files = []
+    for shade in (5, 90):
+        files.append(tmp_path / f"{shade}.png")
+        Image.new("L", (3, 2), shade).save(files[-1])
+    (batch,) = PictureStream([files[0], tmp_path / "absent.png", files[1]], first=64)(to_tensor)
+    assert batch.keys == [64, 65, 66]
+    assert batch.captions == []
+    assert batch.pictures[:, 0, 0, 0].tolist() == [5, 0, 90]
+    assert batch.errors == [None, f"{tmp_path / 'absent.png'}: no such file", None]
+    (batch,) = PictureStream([tmp_path / "absent.png"], first=0)(to_tensor)
+    assert (batch.keys, batch.pictures) == ([0], None)
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image))
 
 
 def test_warnings_about_big_pictures_elsewhere_stay_as_they_are(tmp_path, recwarn):

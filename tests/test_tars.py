@@ -307,11 +307,14 @@ def test_a_url_whose_samples_were_broken_is_looked_at_again(call, pictures):
     assert len(EmbeddingCache("web", "train").text) == 5
 
 
-def test_a_url_without_whose_broken_samples_it_was_kept_is_looked_at_again_after_a_stop(call, pictures, monkeypatch):
+@pytest.mark.parametrize("root", ["tars/{a,b}.tar", "pipe:cat tars/{a,b}.tar"])
+def test_a_tar_that_was_kept_without_a_sample_is_looked_at_again_once_it_may_be_mended(
+    call, pictures, monkeypatch, root
+):
     """A file that was mended has another time of its last change; of a URL nothing tells."""
     write_tar("tars/a.tar", samples_of(pictures, 0, 5) | {"000000001.png": b"broken"})
     write_tar("tars/b.tar", samples_of(pictures, 5, 10))
-    flags = ("--data-root", "pipe:cat tars/{a,b}.tar", "--max-broken", 1)
+    flags = ("--data-root", root, "--max-broken", 1)
     save = TarUnit.save
 
     def save_one(self, *rest):
