@@ -101,9 +101,9 @@ def wait_for(condition, process, seconds=120):
 def cache(part, *flags):
     """cache_embeddings.py with small parts."""
     import cache_embeddings
-    from datasets import parts
+    from datasets import source
 
-    parts.PART = int(part)
+    source.UNIT = int(part)
     sys.exit(run(cache_embeddings.main, list(flags)))
 
 

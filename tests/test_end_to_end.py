@@ -1,4 +1,4 @@
-"""The whole way, from pictures to tables: on the built-in data set with its own CLIP, and on real COCO files with a small random one."""
+"""From pictures to tables: on the built-in data set with its own CLIP, and on COCO files with a small random one."""
 
 import json
 import zlib
@@ -10,12 +10,11 @@ import torch
 import cache_embeddings
 import eval as eval_script
 import train as train_script
-from datasets import DATASETS
 from datasets.embedding import EmbeddingCache
+from datasets.registry import DATASETS
 from datasets.shapes import world
 from datasets.shapes.pretrain import FOLDER, recall
-from tests.conftest import load_result
-from tests.test_clip import write_tiny_clip
+from tests.conftest import load_result, write_tiny_clip
 from utils.preprocess import load_clip
 
 
@@ -35,10 +34,8 @@ def test_the_built_in_clip_is_small_enough_to_ship():
 def test_shapes_go_from_drawing_to_tables(script):
     world.make("small", train=600, val=100)
     assert script(cache_embeddings.main, "--dataset", "shapes", "--data-root", "small", "--workers", 0)[0] == 0
-    assert (
-        script(train_script.main, "--dataset", "shapes", "--recipe", "small", "--epochs", 15, "--batch-size", 512)[0]
-        == 0
-    )
+    training = "--dataset shapes --recipe small --epochs 15 --batch-size 512".split()
+    assert script(train_script.main, *training)[0] == 0
     status, printed, _ = script(eval_script.main, "--dataset", "shapes")
     assert status == 0
     result, queries = load_result("shapes", 0, "asymvlm-psd")
