@@ -14,9 +14,8 @@ import train as train_script
 from datasets.shapes import world
 from models import METHODS
 from models.base import SMALL
-from tests.conftest import make_cache
+from tests.conftest import make_cache, write_tiny_clip
 from tests.ranks import BATCHES, REPOSITORY, new_adaptor, random_pairs, ranks_of, torchrun, wait_for
-from tests.test_clip import write_tiny_clip
 from utils.cli import UserError
 from utils.device import pick_device
 from utils.distributed import gather, share_of_rank

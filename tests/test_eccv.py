@@ -15,7 +15,7 @@ from datasets.embedding import EmbeddingCache
 from datasets.karpathy import KarpathyCaptions
 from tests.conftest import SHAPES_CLIP, coco_sample, load_result, write_flickr30k, write_karpathy_coco
 from utils.cli import UserError
-from utils.metrics import ambiguity_metrics, only_annotated
+from utils.evaluation.figures import measure
 
 pytestmark = pytest.mark.usefixtures("without_eccv_caption")
 
@@ -85,9 +85,9 @@ def test_figures_about_relevance_are_those_of_the_annotated_captions(script, wor
 
 def test_captions_that_are_not_annotated_do_not_enter_the_figures():
     answers = {"uncertainty": [3.0, 2.0, 9.0, 1.0], "relevant": [3, 2, 1, 1], "relevant_rank": [1, 1, 9, 2]}
-    answers |= {"words": [2, 3, 5, 4]}
+    answers |= {"words": [2, 3, 5, 4], "rank": [1, 1, 9, 2]}
     answers = {key: np.array(values) for key, values in answers.items()}
-    figures = ambiguity_metrics(only_annotated(answers | {"annotated": np.array([True, True, False, True])}))
+    figures = measure({"t2i": answers | {"annotated": np.array([True, True, False, True])}}, 1)["ambiguity"]
     assert figures["spearman"] == pytest.approx(1.0)
     assert figures["R@1_described"] == pytest.approx(2 / 3)
 

@@ -31,8 +31,8 @@ def test_results_equal_a_plain_evaluation_with_the_full_matrix(method, script):
     result, queries = load_result("tiny", 0, method)
     cache, adaptor = EmbeddingCache("tiny", "val"), load_adaptor(f"checkpoints/tiny/0/{method}.pt")
     with torch.no_grad():
-        similarity = adaptor.similarity(cache.image, cache.text).numpy()
-        uncertainty = adaptor.adapt_text(cache.text)[1].numpy()
+        similarity = adaptor.similarity(cache.image.read(), cache.text.read()).numpy()
+        uncertainty = adaptor.adapt_text(cache.text.read())[1].numpy()
     image_of_caption = cache.image_of_caption.numpy()
     t2i = similarity.argmax(0) == image_of_caption
     retrieved = similarity.argmax(1)
@@ -92,7 +92,7 @@ def test_softmax_entropy_baseline_equals_scipys(script):
     cache = EmbeddingCache("tiny", "val")
     image, text = (
         z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1, keepdims=True)
-        for z in (cache.image, cache.text)
+        for z in (cache.image.read(), cache.text.read())
     )
     expected = stats.entropy(special.softmax(100 * image @ text.T, axis=0), axis=0)
     found = np.load("results/tiny/baselines/softmax-entropy.npz")["t2i_uncertainty"]

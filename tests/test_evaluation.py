@@ -14,8 +14,9 @@ from PIL import Image
 import cache_embeddings
 import eval as eval_script
 import train as train_script
-from datasets.embedding import EmbeddingCache, write_texts
+from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
+from datasets.texts import write_texts
 from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
 from utils.evaluation.figures import hierarchy
@@ -92,7 +93,7 @@ def test_right_answers_of_both_directions_equal_a_sort_of_the_full_matrix(script
     _, arrays = load_result("tiny", 0, "pfe")
     cache = EmbeddingCache("tiny", "val")
     with torch.no_grad():
-        similarity = load_adaptor("checkpoints/tiny/0/pfe.pt").similarity(cache.image, cache.text)
+        similarity = load_adaptor("checkpoints/tiny/0/pfe.pt").similarity(cache.image.read(), cache.text.read())
     right = torch.zeros(40, 120, dtype=torch.bool)
     for caption, (rows, own) in enumerate(zip(cache.relevance, cache.image_of_caption.tolist(), strict=True)):
         right[[*rows, own], caption] = True
@@ -138,7 +139,7 @@ def test_folds_average_the_recall_within_parts_of_the_gallery(script, trained):
     found = load_result("tiny", 0, "asymvlm-psd")[0]["metrics"]["recall_folds"]
     cache = EmbeddingCache("tiny", "val")
     with torch.no_grad():
-        similarity = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").similarity(cache.image, cache.text)
+        similarity = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").similarity(cache.image.read(), cache.text.read())
     hits = []
     for start in range(0, 40, 10):
         captions = [j for j, own in enumerate(cache.image_of_caption.tolist()) if start <= own < start + 10]
@@ -223,7 +224,7 @@ def test_captions_are_listed_most_certain_last(script, trained):
     rows = json.loads(printed)["asymvlm-psd, seed 0"]
     cache = EmbeddingCache("tiny", "val")
     with torch.no_grad():
-        uncertainty = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").adapt_text(cache.text)[1].tolist()
+        uncertainty = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").adapt_text(cache.text.read())[1].tolist()
     ordered = sorted(uncertainty, reverse=True)
     assert [row["uncertainty"] for row in rows] == pytest.approx(ordered[:3] + ordered[-2:])
     row = cache.captions.index(rows[0]["caption"])
@@ -249,7 +250,7 @@ def test_prompts_are_placed_among_the_captions(script, workdir):
     assert [row["uncertainty"] for row in rows] == sorted((row["uncertainty"] for row in rows), reverse=True)
     cache = EmbeddingCache("shapes", "val")
     with torch.no_grad():
-        uncertainty = load_adaptor("checkpoints/shapes/0/asymvlm-psd.pt").adapt_text(cache.text)[1].numpy()
+        uncertainty = load_adaptor("checkpoints/shapes/0/asymvlm-psd.pt").adapt_text(cache.text.read())[1].numpy()
     for row in rows:
         assert row["percentile"] == pytest.approx(
             100 * np.mean(uncertainty < row["uncertainty"]), abs=100 / len(uncertainty)

@@ -13,7 +13,8 @@ from scipy import stats
 
 import eval as eval_script
 import train as train_script
-from datasets.embedding import EmbeddingCache, write_split
+from datasets.embedding import EmbeddingCache
+from datasets.write import write_split
 from models import GROUPS, METHODS, expand_groups
 from models.base import SMALL, Adaptor
 from models.layers import mlp
@@ -100,10 +101,12 @@ def test_uncertainty_learns_how_noisy_a_caption_is(script):
         == 0
     )
     cache = EmbeddingCache("noisy", "train")
-    noise = -torch.nn.functional.cosine_similarity(cache.text.float(), cache.image[cache.image_of_caption].float())
+    noise = -torch.nn.functional.cosine_similarity(
+        cache.text.read().float(), cache.image[cache.image_of_caption].float()
+    )
     adaptor = load_adaptor("checkpoints/noisy/0/asymvlm-psd.pt")
     with torch.no_grad():
-        uncertainty = adaptor.adapt_text(cache.text)[1]
+        uncertainty = adaptor.adapt_text(cache.text.read())[1]
     assert stats.spearmanr(noise, uncertainty).statistic > 0.5
 
 
