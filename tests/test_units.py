@@ -20,7 +20,6 @@ from utils import embed
 from utils.cli import UserError
 from utils.files import locked
 
-
 # Killed and called again.
 
 
