@@ -3,9 +3,13 @@
 COCO is read where it is at hand (COCO_ROOT).
 """
 
+import os
+
+# A thread that waits is to sleep: spinning, it takes a core from those that work where others work too. Torch reads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import io
 import json
-import os
 import sys
 import tarfile
 from dataclasses import replace

@@ -37,8 +37,8 @@ def clip(monkeypatch):
 class Unit:
     """Pictures of one value each, given as texts, or what is broken about one; it keeps what it became in `kept`."""
 
-    def __init__(self, name, values=(), texts=None, kept=None):
-        self.name, self.values, self.texts, self.kept = name, list(values), texts, kept
+    def __init__(self, title, values=(), texts=None, kept=None):
+        self.title, self.values, self.texts, self.kept = title, list(values), texts, kept
         self.pictures = len(self.values)
 
     def streams(self, size):
@@ -55,7 +55,10 @@ class Unit:
         return stream
 
     def describe(self, key, reason):
-        return f"{self.name} {key}: {reason}"
+        return f"{self.title} {key}: {reason}"
+
+    def name(self, key):
+        return f"{self.title} {key}"
 
     def left_out(self, folder):
         return None if self.kept is None else self.kept.left_out
