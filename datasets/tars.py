@@ -116,6 +116,10 @@ class TarUnit:
         """The tar itself: it is read by one process."""
         return [TarStream(self.url, size)]
 
+    def name(self, key):
+        """A sample in a message."""
+        return key
+
     def describe(self, key, reason):
         """A broken sample in a message."""
         return f"{self.url}: {key}: {reason}"
@@ -132,7 +136,8 @@ class TarUnit:
     def left_out(self, folder):
         """The broken samples without which it was kept, or None if it is not there, or was another tar then."""
         notes = self.notes(folder)
-        if notes is None or notes["tar"] != _identity(self.url):
+        may_be_mended = notes is not None and notes["left_out"] and not _is_file(self.url)  # nothing would tell
+        if notes is None or may_be_mended or notes["tar"] != _identity(self.url):
             return None
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
         files = [file if file.exists() else folder.parent / file.name for file in files]  # it may have moved already
