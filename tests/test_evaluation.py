@@ -107,9 +107,8 @@ def test_uncertainty_of_images_is_that_of_the_query_and_of_the_image_retrieved(s
     assert script(eval_script.main, *EVAL, *trained)[0] == 0
     result, arrays = load_result("tiny", 0, "pfe")
     with torch.no_grad():
-        uncertainty = (
-            load_adaptor("checkpoints/tiny/0/pfe.pt").adapt_image(EmbeddingCache("tiny", "val").image)[1].numpy()
-        )
+        images = EmbeddingCache("tiny", "val").image.read()
+        uncertainty = load_adaptor("checkpoints/tiny/0/pfe.pt").adapt_image(images)[1].numpy()
     np.testing.assert_allclose(arrays["i2t_image_uncertainty"], uncertainty[arrays["i2t_query"]], rtol=1e-6)
     np.testing.assert_allclose(arrays["t2i_image_uncertainty"], uncertainty[arrays["t2i_top1"]], rtol=1e-6)
     assert len(result["by_image"]["i2t"]) == 10
