@@ -20,9 +20,9 @@ from datasets.embedding import ROOT, clip_id
 from datasets.registry import DATASETS
 from datasets.texts import CHAINS, LADDER, are_written, flatten, read_texts, write_texts
 from datasets.units import UnitStore, check_other_splits, is_finished, lock_file
-from utils.cli import Parser, UserError, folder_name, positive, run, torchrun_rank, whole
+from utils.cli import Parser, UserError, folder_name, positive, run, torchrun_rank, whole_number
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
-from utils.distributed import PATIENCE, agreed, first_rank_first, is_first, joined, together
+from utils.distributed import PATIENCE, broadcast_flag, first_rank_first, is_first, joined, stop_together
 from utils.embed import CHUNK, embed_units, encode_texts, to_dtype, versions
 from utils.files import locked
 from utils.preprocess import ClipId, load_clip
@@ -54,12 +54,17 @@ def parse(argv):
         "--name", type=folder_name, help="folder under embeddings/, --dataset to the other scripts (default: --dataset)"
     )
     add("--batch-size", type=positive, default=CHUNK, help="pictures that a worker hands over at a time")
-    add("--workers", type=whole, default=WORKERS, help="processes that decode pictures, a rank; 0: none")
+    add("--workers", type=whole_number, default=WORKERS, help="processes that decode pictures, a rank; 0: none")
     add("--device", default="auto")
     add("--precision", default="auto", choices=("auto", *PRECISIONS))
     add("--dtype", default="float16", choices=DTYPES, help="of the stored embeddings")
     add("--overwrite", action="store_true", help="make a cache anew; the old one stays until the new one is complete")
-    add("--max-broken", type=whole, default=0, help="so many broken samples may be left out; meta.json lists them")
+    add(
+        "--max-broken",
+        type=whole_number,
+        default=0,
+        help="so many broken samples may be left out; meta.json lists them",
+    )
     add("--skip-broken", action="store_true", help="leave out all broken samples: --max-broken without a limit")
     add("--shard-rows", type=positive, help="write files of so many rows, which train.py reads without loading them")
     add("--texts", help="embed these for an existing cache: a text a line, or a .csv with a column 'captions'")
@@ -104,9 +109,9 @@ def cache_data_set(args, source, name, device):
     for split in waiting:
         folder = ROOT / name / split
         with locked(lock_file(folder), folder) if is_first() else contextlib.nullcontext():
-            with together():  # another run may have ended since
+            with stop_together():  # another run may have ended since
                 is_done_now = is_first() and not args.overwrite and is_done(split)
-            if not agreed(is_done_now):
+            if not broadcast_flag(is_done_now):
                 cache_split(args, folder, splits[split], clip, settings[split])
     for stem, (lines, chains) in texts.items() if is_first() else ():
         z = to_dtype(encode_texts(clip, lines), getattr(torch, args.dtype), lines)
@@ -128,7 +133,7 @@ def cache_split(args, folder, data, clip, settings):
     made_with = {"device": torch.device(clip.device).type, "versions": versions()}
     with first_rank_first():  # the others compare their settings with what it has begun
         store = UnitStore(folder, settings | made_with, getattr(torch, args.dtype), args.max_broken, args.overwrite)
-    with together():  # an error of one rank stops all
+    with stop_together():  # an error of one rank stops all
         embed_units(data.units(), clip, store, args.batch_size, args.workers)
     if is_first():
         meta = data.assemble(store, folder, {"split": folder.name, **settings, **clip.info})

@@ -1,7 +1,9 @@
-"""Files of a cache in, their content out if it has the right form and range; anything else is a UserError.
+"""Files of a cache or a data set in, their content out if it has the right form and range; else a UserError.
 
 Every message names the file, and what is to be done.
 """
+
+import json
 
 import torch
 
@@ -155,3 +157,44 @@ def _there(path):
     if not path.exists():
         raise UserError(f"{path}: no such file; {ANEW}")
     return path
+
+
+def check_fields(entry, fields, where):
+    """Check an entry of a JSON file.
+
+    Args: fields: {name: int or str}, the one that names the entry first. where: file and place, for the message.
+    Raises: UserError if the entry is no object, or a field is missing, of another type or blank.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is not an object")
+    name = next(iter(fields))
+    for field, kind in fields.items():
+        value = entry.get(field)
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is str and not value.strip()):
+            found = f"'{field}' is {json.dumps(value)[:80]}"
+            wanted = "a whole number" if kind is int else "a text that is not blank"
+            raise UserError(f"{where} ({name} {entry.get(name)}): {found}, expected {wanted}")
+
+
+def inside(folder, name, where):
+    """The path of an image in a folder.
+
+    Args: name: as a file gives it. where: that file, and the place in it, for the message.
+    Raises: UserError if it leads out of the folder, over a link too, or nowhere.
+    """
+    path = folder / name
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, RuntimeError):  # a character that no file name can have; a link that leads to itself
+        raise UserError(f"{where}: the image file {name!r} cannot be the name of a file; mend it") from None
+    if not is_inside:
+        raise UserError(f"{where}: the image file {name!r} lies outside {folder}; give names inside it")
+    return path
+
+
+def listing(folder):
+    """What is in a folder, for an error message."""
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    return f"only {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "an empty folder"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from datasets.checks import need
+from datasets.checks import check_fields, inside, listing, need
 from datasets.source import ListSplit
 from utils.cli import UserError
-from utils.files import check_fields, inside, listing, load_json
+from utils.files import load_json
 
 
 @dataclass(frozen=True)

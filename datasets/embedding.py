@@ -37,12 +37,12 @@ class EmbeddingCache:
         image, text: Rows (N, D) and (M, D) of raw embeddings. image_of_caption (M,) int64: image rows.
         captions: M texts or None. images: N file names or None. meta: dict, empty if unknown.
         relevance: M lists of image rows or None. annotated: the caption rows that it was looked into for; None: all.
-        mapped: whether the embeddings are on the disk.
+        mapped: whether the embeddings are on the disk. device: where pairs are given.
     Raises: UserError that names the file and what is wrong with it, or the command that makes a missing cache.
     """
 
     def __init__(self, name, split, root=ROOT, mapped=False):
-        self.name, self.split, self.folder = name, split, Path(root) / name / split
+        self.folder, self.device = Path(root) / name / split, torch.device("cpu")
         if units_folder(self.folder).exists() and not (self.folder / "meta.json").exists():
             cure = "run cache_embeddings.py again with the same flags, and it goes on where it stopped"
             raise UserError(f"{self.folder}: unfinished; {cure}")
@@ -97,6 +97,7 @@ class EmbeddingCache:
 
     def to(self, device):
         """Give pairs on a device from now on. Returns: self."""
+        self.device = torch.device(device)
         self.image.to(device), self.text.to(device)
         self.image_of_caption = self.image_of_caption.to(self.text.device)
         return self

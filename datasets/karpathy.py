@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import eccv
-from datasets.checks import need
+from datasets.checks import check_fields, inside, listing, need
 from datasets.source import ListSplit
 from utils.cli import UserError
-from utils.files import check_fields, inside, listing, load_json
+from utils.files import load_json
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,10 @@ class PictureUnit(_FileUnit):
         starts = range(0, len(self.items), size)
         return [PictureStream(self.items[start : start + size], first + start) for start in starts]
 
+    def name(self, row):
+        """A picture in a message."""
+        return self.items[row - self.number * UNIT]
+
     def describe(self, row, reason):
         """The reason itself, which names the file."""
         return reason

@@ -8,9 +8,9 @@ A .csv or .tsv a split, with a header, as open_clip trains from. The expected la
 import csv
 from pathlib import Path
 
+from datasets.checks import inside, listing
 from datasets.source import ListSplit
 from utils.cli import UserError
-from utils.files import inside, listing
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}  # unless --csv-separator says otherwise
 

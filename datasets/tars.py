@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from datasets.checks import check_widths
+from datasets.checks import check_widths, listing
 from datasets.pictures import collate, read_rgb
 from datasets.rows import shard_file
 from datasets.source import Split
 from datasets.write import clear_meta, finish_shards
 from utils.cli import UserError
 from utils.embed import Samples, say_notes, versions
-from utils.files import digest, listing, load_json, save_json, save_tensors, sha256
+from utils.files import digest, load_json, save_json, save_tensors, sha256
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 END = 1024  # bytes: a complete tar ends in so many zeros at least
@@ -116,6 +116,10 @@ class TarUnit:
         """The tar itself: it is read by one process."""
         return [TarStream(self.url, size)]
 
+    def name(self, key):
+        """A sample in a message."""
+        return key
+
     def describe(self, key, reason):
         """A broken sample in a message."""
         return f"{self.url}: {key}: {reason}"
@@ -132,7 +136,8 @@ class TarUnit:
     def left_out(self, folder):
         """The broken samples without which it was kept, or None if it is not there, or was another tar then."""
         notes = self.notes(folder)
-        if notes is None or notes["tar"] != _identity(self.url):
+        may_be_mended = notes is not None and notes["left_out"] and not _is_file(self.url)  # nothing would tell
+        if notes is None or may_be_mended or notes["tar"] != _identity(self.url):
             return None
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
         files = [file if file.exists() else folder.parent / file.name for file in files]  # it may have moved already

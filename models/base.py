@@ -1,40 +1,35 @@
-"""The contract: what a method must give so that train.py, eval.py and a researcher can use it without knowing which one it is."""
+"""The contract: what a method gives, so that train.py, eval.py and a researcher need not know which one it is."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from models.layers import at_least_float32, cosine_similarity
+from models.layers import at_least_float32, cosine_similarity, mlp, total_variance, unit
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is trained.
+    """How a method is trained."""
 
-    optimizer: "sgd" or "adamw". lr, weight_decay: the first on a cosine, step by step, from lr to min_lr; the second on every parameter.
-    batch_size: pairs a step. epochs: passes over the captions. momentum: of SGD.
-    """
-
-    optimizer: str
-    lr: float
-    weight_decay: float
-    batch_size: int = 2048
-    epochs: int = 200
-    momentum: float = 0.9
+    optimizer: str  # "sgd" or "adamw"
+    lr: float  # falls to min_lr on a cosine, step by step
+    weight_decay: float  # on every parameter
+    batch_size: int = 2048  # pairs a step
+    epochs: int = 200  # passes over the captions
+    momentum: float = 0.9  # of SGD
     min_lr: float = 1e-6
 
 
-# For caches under some 100,000 captions, where the paper's recipe (289 steps an epoch on COCO) starves: the same for all methods.
+# For caches under some 100,000 captions, where the paper's recipe (289 steps an epoch on COCO) starves.
 SMALL = Recipe("adamw", lr=1e-3, weight_decay=0.05, batch_size=1024, epochs=10)
 
 
 class Adaptor(nn.Module):
     """A head on frozen CLIP embeddings that knows how uncertain it is.
 
-    A method subclasses this and gives `recipes`, `encode_image`, `encode_text`, `describe_text` and `loss`; `describe_image` if its images
-    are uncertain too, and `score` if it ranks by something else than the cosine of the means. Embeddings z are (N, D), raw, of any float
-    type; half precision is raised to float32 before any log, exp, norm or sum, and float64 stays float64.
-
+    A method subclasses this and gives `recipes`, `encode_image`, `encode_text`, `describe_text` and `loss`;
+    `describe_image` if its images are uncertain too, and `score` if it ranks by something else than the cosine of the
+    means. Embeddings z are (N, D), raw, of any float type: half precision is raised to float32, float64 stays float64.
     Args: embed_dim: D, the width of the CLIP embeddings.
     """
 
@@ -45,11 +40,11 @@ class Adaptor(nn.Module):
         self.embed_dim = embed_dim
 
     def encode_image(self, z):
-        """Image embeddings to the parameters of their distributions. Args: z (N, D). Returns: tuple of (N, ...) tensors."""
+        """Image embeddings z (N, D) to the parameters of their distributions, a tuple of (N, ...) tensors."""
         raise NotImplementedError
 
     def encode_text(self, z):
-        """Text embeddings to the parameters of their distributions. Args: z (N, D). Returns: tuple of (N, ...) tensors."""
+        """Text embeddings z (N, D) to the parameters of their distributions, a tuple of (N, ...) tensors."""
         raise NotImplementedError
 
     def describe_image(self, *encoded):
@@ -61,17 +56,17 @@ class Adaptor(nn.Module):
         raise NotImplementedError
 
     def loss(self, *encoded):
-        """The training loss of B true pairs. Args: what `encode` returned, rows in the same order. Returns: tensor ()."""
+        """The training loss, (), of what `encode` returned for B true pairs."""
         raise NotImplementedError
 
     def score(self, image, text):
-        """How well images and texts match. Args: what `encode_image` (N) and `encode_text` (M) returned. Returns: (N, M), larger = better."""
+        """How well N images match M texts, (N, M), larger = better, from what the encoders returned."""
         return cosine_similarity(image[0], text[0])
 
     # What follows is the same for every method.
 
     def encode(self, z_image, z_text):
-        """B pairs of embeddings, each (B, D), to the arguments of `loss`. Returns: tuple of (B, ...) tensors."""
+        """B pairs of embeddings, each (B, D), to the arguments of `loss`, a tuple of (B, ...) tensors."""
         return (*self.encode_image(at_least_float32(z_image)), *self.encode_text(at_least_float32(z_text)))
 
     def forward(self, z_image, z_text):
@@ -87,5 +82,30 @@ class Adaptor(nn.Module):
         return self.describe_text(*self.encode_text(at_least_float32(z)))
 
     def similarity(self, z_image, z_text):
-        """Retrieval scores of all pairs. Args: z_image (N, D), z_text (M, D). Returns: (N, M), larger = better match."""
+        """Retrieval scores of all pairs, z_image (N, D) and z_text (M, D) -> (N, M); larger = better match."""
         return self.score(self.encode_image(at_least_float32(z_image)), self.encode_text(at_least_float32(z_text)))
+
+
+class GaussianAdaptor(Adaptor):
+    """What PCME++ and ProLIP share: every embedding becomes a diagonal Gaussian. A subclass gives `recipes` and `loss`.
+
+    mean = unit(z), log_var = MLP(unit(z)), (N, D) each; uncertainty = mean_d exp(log_var).
+    """
+
+    def __init__(self, embed_dim=512):
+        super().__init__(embed_dim)
+        self.image_head = nn.ModuleDict({"log_var": mlp(embed_dim)})
+        self.text_head = nn.ModuleDict({"log_var": mlp(embed_dim)})
+
+    def encode_image(self, z):
+        mean = unit(z)
+        return mean, self.image_head["log_var"](mean)
+
+    def encode_text(self, z):
+        mean = unit(z)
+        return mean, self.text_head["log_var"](mean)
+
+    def describe_text(self, mean, log_var):
+        return mean, total_variance(log_var) / self.embed_dim
+
+    describe_image = describe_text

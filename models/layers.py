@@ -1,4 +1,4 @@
-"""What the methods share: the MLP trunk, the Gaussian head, unit vectors, and the rule that sums and logs are never half-precision."""
+"""What the methods share: the MLP trunk, unit vectors, sums over all pairs, and logs that are never half-precision."""
 
 import functools
 
@@ -10,16 +10,9 @@ HIDDEN = 1024  # width of every hidden layer in the paper's code
 
 
 def mlp(embed_dim, hidden=HIDDEN):
-    """The trunk that AsymVLM, PFE, PCME++ and ProLIP put on an embedding: three hidden layers with ReLU, (N, D) -> (N, D)."""
-    return nn.Sequential(
-        nn.Linear(embed_dim, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, embed_dim),
-    )
+    """The trunk of all methods but ProbVLM: three hidden layers with ReLU, (N, D) -> (N, D)."""
+    layers = [layer for width in (embed_dim, hidden, hidden) for layer in (nn.Linear(width, hidden), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(hidden, embed_dim))
 
 
 def at_least_float32(x):
@@ -30,8 +23,8 @@ def at_least_float32(x):
 def full_precision(function):
     """Decorator: half-precision tensor arguments are raised to float32.
 
-    Under autocast, log1p, lgamma and logsumexp would stay in bfloat16, which has three significant digits. Of what is raised, autocast lowers
-    the matrix products and nothing else; `pairwise_products` is the only one of them that a loss needs.
+    Under autocast, log1p, lgamma and logsumexp would stay in bfloat16, which has three significant digits. Of what is
+    raised, autocast lowers nothing but matrix products, of which a loss needs `pairwise_products` only.
     """
 
     @functools.wraps(function)
@@ -43,7 +36,7 @@ def full_precision(function):
 
 @full_precision
 def pairwise_products(x, y):
-    """x_i . y_j of all pairs: x (N, D), y (M, D) -> (N, M), at least float32; under autocast rounded to its type on the way."""
+    """x_i . y_j, x (N, D), y (M, D) -> (N, M), at least float32; under autocast rounded to its type on the way."""
     return at_least_float32(x @ y.T)
 
 
@@ -59,31 +52,19 @@ def cosine_similarity(x, y):
     return pairwise_products(unit(x), unit(y))
 
 
-class GaussianHead(nn.Module):
-    """A diagonal Gaussian around the direction of an embedding: mean = unit(z), log_var = MLP(unit(z)) (PCME++ and ProLIP)."""
-
-    def __init__(self, embed_dim):
-        super().__init__()
-        self.log_var = mlp(embed_dim)
-
-    def forward(self, z):
-        """(N, D) -> mean (N, D), log_var (N, D)."""
-        mean = unit(z)
-        return mean, self.log_var(mean)
-
-
 @full_precision
 def total_variance(log_var):
-    """sum_d exp(log_var_d), (N, D) -> (N,): summed a row before pairs are formed, so that no loss needs a (B, B, D) tensor."""
+    """sum_d exp(log_var_d), (N, D) -> (N,): summed before pairs are formed, so that no (B, B, D) tensor is needed."""
     return log_var.exp().sum(dim=-1)
 
 
 @full_precision
 def pairwise_sigmoid_loss(logits):
-    """Binary cross-entropy, summed over all pairs, with the true ones on the diagonal: -sum_ij log sigmoid(s_ij logit_ij), s_ii = 1, else -1.
+    """Binary cross-entropy, summed over all pairs, of which the diagonal is true: logits (B, B) -> ().
 
-    Every pair is accurate to its own size. With targets 0 and 1 instead of signs a sure negative is the difference of two large numbers.
-    Args: logits (B, B). Returns: (). Source: "Sigmoid loss for language image pre-training", arXiv 2303.15343.
+    -sum_ij log sigmoid(s_ij logit_ij), s_ii = 1, else -1. With targets 0 and 1 instead of signs, a sure negative would
+    be the difference of two large numbers.
+    Source: "Sigmoid loss for language image pre-training", arXiv 2303.15343.
     """
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1  # (B, B)
     return -F.logsigmoid(signs * logits).sum()

@@ -2,17 +2,21 @@
 
     python -m tests.faults            the full campaign (make faults)
 
-It works in a folder of its own. Kill targets are forked from this process, so that they need not import torch anew; they are killed after a random
-time, or just before or after a random one of their renames, which is where files come and go. Then the same command runs until it ends by itself,
-and all bytes are compared with those of an unbroken run.
+It works in a folder of its own. Kill targets are forked from this process, so that they need not import torch anew;
+they are killed after a random time, or just before or after a random one of their renames, which is where files come
+and go. Then the same command runs until it ends by itself, and all bytes are compared with those of an unbroken run.
 
-A broken file must end in exit status 2 with one line, or in success, and never in a traceback, a hang or a changed input. Success is judged by a
-reading of the file that is not the code under test: plain json, csv, Pillow, safetensors or torch.load.
-- Files with checksums (image.pt, text.pt, ladder.pt, checkpoints, the state of a run, parts): what comes out must equal what came out before.
-- JSON and csv: the changed file, plainly read, must be valid, and the output must say what it says. Another number or letter that is valid in its
-  place cannot be told from a right one.
-- Pictures: Pillow must decode the file, and all other rows must be as before. Pixels of another colour cannot be told from right ones.
-- CLIP weights: safetensors must read the file, with the same names and shapes, and meta.json must have the sum of the changed file.
+A broken file must end in exit status 2 with one line, or in success, and never in a traceback, a hang or a changed
+input. Success is judged by a reading of the file that is not the code under test: plain json, csv, Pillow, safetensors
+or torch.load.
+- Files with checksums (image.pt, text.pt, ladder.pt, checkpoints, the state of a run, units): what comes out must equal
+  what came out before.
+- JSON and csv: the changed file, plainly read, must be valid, and the output must say what it says. Another number or
+  letter that is valid in its place cannot be told from a right one.
+- Pictures: Pillow must decode the file, and all other rows must be as before. Pixels of another colour cannot be told
+  from right ones.
+- CLIP weights: safetensors must read the file, with the same names and shapes, and meta.json must have the sum of the
+  changed file.
 """
 
 import contextlib
@@ -42,17 +46,18 @@ from safetensors.torch import load_file
 import cache_embeddings
 import eval as eval_script
 import train as train_script
-from datasets import DATASETS, parts
+from datasets import source as split_source
 from datasets.embedding import EmbeddingCache
+from datasets.registry import DATASETS
 from datasets.shapes import world
-from tests.conftest import make_cache
-from tests.test_clip import write_tiny_clip
+from tests.conftest import all_bytes, make_cache, write_tiny_clip
+from utils import preprocess
 from utils.cli import UserError, run
 
-PART = 64  # rows, so that a small data set has several parts
-EVAL = ("--dataset", "tiny", "--device", "cpu", "--no-plots", "--resamples", 5)
-CACHE = ("--dataset", "shapes", "--data-root", "data", "--device", "cpu", "--precision", "fp32")
-TRAIN = ("--dataset", "tiny", "--recipe", "small", "--batch-size", "50", "--device", "cpu", "--precision", "fp32")
+UNIT = 64  # rows, so that a small data set has several units
+EVAL = tuple("--dataset tiny --device cpu --no-plots --resamples 5".split())
+CACHE = tuple("--dataset shapes --data-root data --device cpu --precision fp32".split())
+TRAIN = tuple("--dataset tiny --recipe small --batch-size 50 --device cpu --precision fp32".split())
 LIMIT = 60  # seconds, after which a run hangs
 
 
@@ -62,48 +67,43 @@ class Hang(BaseException):
 
 @contextlib.contextmanager
 def workshop(folder, images=(240, 60)):
-    """A folder with a drawn data set to work in; one thread, small parts and a CLIP that is loaded once, as long as the block runs."""
-    before = Path.cwd(), torch.get_num_threads(), parts.PART, cache_embeddings.load_clip
+    """A folder with a drawn data set to work in; one thread, small units, a CLIP that is loaded once."""
+    before, threads, unit = Path.cwd(), torch.get_num_threads(), split_source.UNIT
     source = DATASETS["shapes"]
     DATASETS["shapes"] = dataclasses.replace(source, chains=functools.partial(world.write_chains, count=3))
     os.chdir(folder)
     torch.set_num_threads(1)
-    parts.PART = PART
-    built_in = functools.cache(before[3])
-    cache_embeddings.load_clip = lambda model, *args: (built_in if model == DATASETS["shapes"].model else before[3])(
-        model, *args
-    )
+    split_source.UNIT = UNIT
+    load, built_in = preprocess.load_clip, functools.cache(preprocess.load_clip)
+
+    def load_clip(model, *args):
+        return (built_in if model == source.model else load)(model, *args)
+
+    cache_embeddings.load_clip = preprocess.load_clip = load_clip  # of the data sets, and of --texts
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         world.make("data", train=images[0], val=images[1])
-        cache_embeddings.load_clip(source.model, source.pretrained, torch.device("cpu"), torch.float32)
+        load_clip(source.model, source.pretrained, torch.device("cpu"), torch.float32)
         yield
     finally:
-        os.chdir(before[0])
-        torch.set_num_threads(before[1])
-        parts.PART = before[2]
+        os.chdir(before)
+        torch.set_num_threads(threads)
+        split_source.UNIT = unit
         DATASETS["shapes"] = source
-        cache_embeddings.load_clip = before[3]
-
-
-def all_bytes(folder):
-    """The content of all files, hidden ones too, by name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
-    }
+        cache_embeddings.load_clip = preprocess.load_clip = load
 
 
 # Kills.
 
 
-def start(main, argv, sabotage=lambda: None):
-    """Call main(argv) as a script does, in a fork. Returns: its process id."""
+def start(main, argv, sabotage=lambda: None, output="output.txt"):
+    """Call main(argv) as a script does, in a fork. Args: output: file for what it says. Returns: its process id."""
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
         status = 99
         try:
-            sys.stdout = sys.stderr = open("output.txt", "w")  # noqa: SIM115  ends with the process
+            sys.stdout = sys.stderr = open(output, "w")  # noqa: SIM115  ends with the process
             torch.set_num_threads(1)  # the threads of this process did not come along
             sabotage()
             status = run(main, [str(word) for word in argv])
@@ -116,7 +116,10 @@ def start(main, argv, sabotage=lambda: None):
 
 
 def finish(process, seconds=LIMIT):
-    """Wait for a process, and kill it when its time is up. Returns: exit status, or None if it was killed, here or by itself."""
+    """Wait for a process, and kill it when its time is up.
+
+    Returns: exit status, or None if it was killed, here or by itself.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found, status = os.waitpid(process, os.WNOHANG)
@@ -178,15 +181,18 @@ def count_calls(main, argv, name):
 
 
 def kill_and_go_on(rng, main, argv, renames, seconds, check):
-    """Start a run, kill it once to three times, and let it end. Args: check: called after every kill. Returns: (kills, findings)."""
+    """Start a run, kill it once to three times, and let it end.
+
+    Args: check: called after every kill.
+    Returns: (kills, findings).
+    """
     kills, findings = 0, []
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.5:
             status = finish(start(main, argv), rng.uniform(0, seconds))
         else:
-            status = finish(
-                start(main, argv, at_call("replace", rng.randint(1, renames), die, after=rng.random() < 0.5))
-            )
+            sabotage = at_call("replace", rng.randint(1, renames), die, after=rng.random() < 0.5)
+            status = finish(start(main, argv, sabotage))
         kills += status is None
         if status not in (None, 0):
             findings.append(f"exit status {status} after a kill: {Path('output.txt').read_text()[-300:]}")
@@ -209,9 +215,8 @@ def kill_caching(rng, kills):
         if older:
             shutil.copytree("embeddings/older", "embeddings/killed")
             flags = (*flags, "--overwrite")
-        died, found = kill_and_go_on(
-            rng, cache_embeddings.main, flags, renames, seconds, functools.partial(check_splits, older)
-        )
+        check = functools.partial(check_splits, older)
+        died, found = kill_and_go_on(rng, cache_embeddings.main, flags, renames, seconds, check)
         done, caches = done + died, caches + 1
         findings += found
         if all_bytes("embeddings/killed") != whole:
@@ -226,10 +231,7 @@ def check_splits(older):
         try:
             cache = EmbeddingCache("killed", split)
             files = {path.name: path.read_bytes() for path in cache.folder.iterdir() if path.is_file()}
-            if files not in [
-                {path.name: path.read_bytes() for path in Path("embeddings", name, split).iterdir()}
-                for name in ("whole", "older")
-            ]:
+            if files not in [all_bytes(Path("embeddings", name, split)) for name in ("whole", "older")]:
                 findings.append(f"a killed run left a {split} that is neither old nor new and is accepted")
         except UserError:
             if older and not (Path("embeddings/killed") / split / ".parts").exists():
@@ -247,19 +249,22 @@ def kill_training(rng, kills):
         argv = (*flags, "--method", method)
         shutil.rmtree("checkpoints", ignore_errors=True)
         renames, seconds = count_calls(train_script.main, argv, "replace")
-        whole = {name: content for name, content in all_bytes("checkpoints").items() if not name.endswith(".jsonl")}
+        whole = without_logs("checkpoints")
         log = read_log(method)
         shutil.rmtree("checkpoints")
         died, found = kill_and_go_on(rng, train_script.main, argv, renames, seconds, list)
         done, trainings = done + died, trainings + 1
         findings += found
-        if {
-            name: content for name, content in all_bytes("checkpoints").items() if not name.endswith(".jsonl")
-        } != whole:
+        if without_logs("checkpoints") != whole:
             findings.append(f"{method}: the checkpoint differs from that of an unbroken run")
         if read_log(method) != log:
             findings.append(f"{method}: the log differs from that of an unbroken run")
     return done, trainings, findings
+
+
+def without_logs(folder):
+    """The content of all files but the logs, which tell seconds."""
+    return {name: content for name, content in all_bytes(folder).items() if not name.endswith(".jsonl")}
 
 
 def read_log(method):
@@ -278,7 +283,7 @@ def fill_disk(rng, times):
     for folder, (main, argv) in commands.items():
         shutil.rmtree(folder, ignore_errors=True)
         flushes, _ = count_calls(main, argv, "fsync")
-        whole = {name: content for name, content in all_bytes(folder).items() if not name.endswith(".jsonl")}
+        whole = without_logs(folder)
         for number in rng.sample(range(1, flushes + 1), min(flushes, times)):
             shutil.rmtree(folder)
             runs += 1
@@ -287,19 +292,17 @@ def fill_disk(rng, times):
             if status != 2 or "disk is full" not in last or list(Path(folder).rglob("*.partial")):
                 findings.append(f"a full disk at flush {number} of {folder}: exit status {status}, {last}")
             status = finish(start(main, argv))
-            if (
-                status != 0
-                or {name: content for name, content in all_bytes(folder).items() if not name.endswith(".jsonl")}
-                != whole
-            ):
-                findings.append(
-                    f"with room again after flush {number} of {folder}: exit status {status}, or other bytes"
-                )
+            if status != 0 or without_logs(folder) != whole:
+                where = f"after flush {number} of {folder}"
+                findings.append(f"with room again {where}: exit status {status}, or other bytes")
     return runs, findings
 
 
 def fill_real_disk():
-    """The same on a file system of 300 kB, which then grows, if this process may mount one. Returns: (what to say of it, findings)."""
+    """The same on a file system of 300 kB, which then grows, if this process may mount one.
+
+    Returns: (what to say of it, findings).
+    """
     shutil.rmtree("embeddings", ignore_errors=True)
     Path("embeddings").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", "embeddings"], capture_output=True)
@@ -309,9 +312,8 @@ def fill_real_disk():
         flags = (*CACHE, "--name", "whole", "--workers", 0)
         status = finish(start(cache_embeddings.main, flags))
         last = Path("output.txt").read_text().splitlines()[-1]
-        findings = (
-            [] if status == 2 and "disk is full" in last else [f"on a full file system: exit status {status}, {last}"]
-        )
+        is_told = status == 2 and "disk is full" in last
+        findings = [] if is_told else [f"on a full file system: exit status {status}, {last}"]
         subprocess.run(["mount", "-o", "remount,size=64m", "embeddings"], check=True)
         status = finish(start(cache_embeddings.main, flags))
         found = all_bytes("embeddings/whole")
@@ -348,29 +350,8 @@ def break_bytes(content, rng):
     return bytes(changed)
 
 
-ODD = [
-    None,
-    True,
-    False,
-    -1,
-    0,
-    1,
-    2,
-    10**7,
-    1.5,
-    1e308,
-    10**30,
-    "",
-    " ",
-    "x",
-    "0",
-    "\x00",
-    "\ud800",
-    "🐈",
-    "../../../etc/passwd",
-    "/etc/passwd",
-]
-ODD += [[], {}, [None], [[]], {"a": 1}, float("nan"), float("inf"), "long " * 300]
+ODD = [None, True, False, -1, 0, 1, 2, 10**7, 1.5, 1e308, 10**30, float("nan"), float("inf"), [], {}, [None], [[]]]
+ODD += ["", " ", "x", "0", "\x00", "\ud800", "🐈", "../../../etc/passwd", "/etc/passwd", {"a": 1}, "long " * 300]
 
 
 def break_json(content, rng):
@@ -399,7 +380,10 @@ def break_text(content, rng):
 
 
 def quiet(main, argv):
-    """Call main(argv) as a script does. Returns: (exit status or None, what it wrote). None: it raised or hung, and the text says what."""
+    """Call main(argv) as a script does.
+
+    Returns: (exit status or None, what it wrote). None: it raised or hung, and the text says what.
+    """
 
     def hang(*_):
         raise Hang
@@ -442,7 +426,7 @@ class Target:
 
 
 class CacheTarget(Target):
-    """What cache_embeddings.py reads: the output is compared row by row with the one from whole files, by file name and by caption."""
+    """What cache_embeddings.py reads: the output is compared by file name and caption with the one from whole files."""
 
     flags = ()
 
@@ -450,8 +434,8 @@ class CacheTarget(Target):
         status, output = quiet(*self.commands()[0])
         assert status == 0, output
         self.cache = EmbeddingCache("fuzz", "val")
-        self.image = dict(zip(self.cache.images, self.cache.image.clone(), strict=True))
-        self.text = dict(zip(self.cache.captions, self.cache.text.clone(), strict=True))
+        self.image = dict(zip(self.cache.images, self.cache.image.read().clone(), strict=True))
+        self.text = dict(zip(self.cache.captions, self.cache.text.read().clone(), strict=True))
 
     def commands(self):
         shutil.rmtree("embeddings/fuzz", ignore_errors=True)
@@ -459,13 +443,10 @@ class CacheTarget(Target):
 
     def rows_are_right(self, but=()):
         cache = EmbeddingCache("fuzz", "val")
-        images = all(
-            torch.equal(z, self.image[n])
-            for n, z in zip(cache.images, cache.image, strict=True)
-            if n in self.image and n not in but
-        )
-        return images and all(
-            torch.equal(z, self.text[n]) for n, z in zip(cache.captions, cache.text, strict=True) if n in self.text
+        images = zip(cache.images, cache.image.read(), strict=True)
+        texts = zip(cache.captions, cache.text.read(), strict=True)
+        return all(torch.equal(z, self.image[n]) for n, z in images if n in self.image and n not in but) and all(
+            torch.equal(z, self.text[n]) for n, z in texts if n in self.text
         )
 
 
@@ -478,12 +459,14 @@ class Captions(CacheTarget):
         annotations = sorted(document["annotations"], key=lambda entry: entry["id"])
         row_of = {entry["id"]: row for row, entry in enumerate(images)}
         cache = EmbeddingCache("fuzz", "val")
-        expected = [entry["caption"] for entry in annotations], [row_of[entry["image_id"]] for entry in annotations]
         names = [entry["file_name"] for entry in images]
-        return (cache.captions, cache.image_of_caption.tolist(), cache.images) == (
-            *expected,
+        expected = (
+            [entry["caption"] for entry in annotations],
+            [row_of[entry["image_id"]] for entry in annotations],
             names,
-        ) and self.rows_are_right(but=self._doubtful(names))
+        )
+        found = (cache.captions, cache.image_of_caption.tolist(), cache.images)
+        return found == expected and self.rows_are_right(but=self._doubtful(names))
 
     def _doubtful(self, names):
         return {name for name in names if names.count(name) > 1}
@@ -495,9 +478,8 @@ class Relevance(CacheTarget):
     def is_right(self):
         content, cache = plain(self.path), EmbeddingCache("fuzz", "val")
         row_of = {image_id: row for row, image_id in enumerate(cache.meta["image_ids"])}
-        expected = [
-            sorted({row_of[image_id] for image_id in content[str(caption)]}) for caption in cache.meta["caption_ids"]
-        ]
+        captions = cache.meta["caption_ids"]
+        expected = [sorted({row_of[image_id] for image_id in content[str(caption)]}) for caption in captions]
         return cache.relevance == expected and self.rows_are_right()
 
 
@@ -509,9 +491,8 @@ class Picture(CacheTarget):
 
     def prepare(self):
         self.path = sorted(Path("data/val").iterdir())[3]
-        Image.open(io.BytesIO(self.path.read_bytes())).save(
-            self.path, format=self.kind, **({"quality": 95} if self.kind == "JPEG" else {})
-        )
+        quality = {"quality": 95} if self.kind == "JPEG" else {}
+        Image.open(io.BytesIO(self.path.read_bytes())).save(self.path, format=self.kind, **quality)
         super().prepare()
 
     def is_right(self):
@@ -523,11 +504,8 @@ class Picture(CacheTarget):
                 decodes = True
         except Exception:  # noqa: BLE001  as Pillow has it
             decodes = False
-        return (
-            decodes != skipped
-            and [name for name, _ in cache.meta["skipped"]] == [self.path.name] * skipped
-            and self.rows_are_right({self.path.name})
-        )
+        is_listed = [name for name, _ in cache.meta["skipped"]] == [self.path.name] * skipped
+        return decodes != skipped and is_listed and self.rows_are_right({self.path.name})
 
 
 class Weights(CacheTarget):
@@ -551,14 +529,12 @@ class Config(Weights):
 
     def is_right(self):
         meta = EmbeddingCache("fuzz", "val").meta
-        return (
-            plain(self.path)["embed_dim"] == meta["embed_dim"]
-            and meta["model_sha256"] == hashlib.sha256(self.path.read_bytes()).hexdigest()
-        )
+        has_sum = meta["model_sha256"] == hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return has_sum and plain(self.path)["embed_dim"] == meta["embed_dim"]
 
 
-class Part(CacheTarget):
-    """A part or the settings of an unfinished split: what comes out must be what comes out without it."""
+class Unit(CacheTarget):
+    """A unit or the settings of an unfinished split: what comes out must be what comes out without it."""
 
     inputs = ("data",)
 
@@ -571,7 +547,7 @@ class Part(CacheTarget):
         assert quiet(*argv)[0] == 0
         self.whole = all_bytes("embeddings/fuzz")
         shutil.rmtree("embeddings/fuzz")
-        finish(start(*argv, at_call("replace", 4, die)))  # the settings and two parts are there
+        finish(start(*argv, at_call("replace", 4, die)))  # the settings and two units are there
         self.begun = all_bytes("embeddings/fuzz")
 
     def commands(self):
@@ -626,10 +602,8 @@ class Embeddings(Target):
             return len(content) == 40 and all(isinstance(name, str) for name in content)
         cache = EmbeddingCache("tiny", self.path.parent.name)
         if self.path.name == "cap_id_to_img_id.json":
-            return (
-                cache.image_of_caption.tolist() == [content[str(caption)] for caption in range(120)]
-                and len(content) == 120
-            )
+            expected = [content[str(caption)] for caption in range(120)]
+            return cache.image_of_caption.tolist() == expected and len(content) == 120
         return getattr(cache, self.path.stem) == content and len(content) == 120
 
 
@@ -679,9 +653,8 @@ class Texts(CacheTarget):
 
     def prepare(self):
         shutil.rmtree("embeddings/fuzz", ignore_errors=True)  # of another target's CLIP
-        Path("texts.csv").write_text(
-            "id,captions\n1,table => a red table\n2,bird => a blue bird => a big blue bird\n", encoding="utf-8"
-        )
+        chains = "id,captions\n1,table => a red table\n2,bird => a blue bird => a big blue bird\n"
+        Path("texts.csv").write_text(chains, encoding="utf-8")
         super().prepare()
 
     def commands(self):
@@ -697,36 +670,20 @@ class Texts(CacheTarget):
 
 def targets():
     """One of every file that a command reads."""
-    files = (
-        "image.pt",
-        "text.pt",
-        "cap_id_to_img_id.json",
-        "captions.json",
-        "images.json",
-        "relevance.json",
-        "meta.json",
-    )
+    files = "image.pt text.pt cap_id_to_img_id.json captions.json images.json relevance.json meta.json".split()
     caches = [Embeddings(f"{split}/{file}") for file in files for split in ("train", "val")]
-    begun = [Part(file) for file in ("image-00000.pt", "text-00000.pt", "settings.json")]
+    begun = [Unit(file) for file in ("image-00000.pt", "text-00000.pt", "settings.json")]
     pictures = [Picture(), Picture(skip_broken=True), Picture(kind="JPEG")]
     ladder = [Embeddings("texts/ladder.pt"), Embeddings("texts/ladder.json")]
-    return [
-        Captions(),
-        Relevance(),
-        *pictures,
-        Weights(),
-        Config(),
-        *begun,
-        *caches,
-        *ladder,
-        Checkpoint(),
-        State(),
-        Texts(),
-    ]
+    others = [Captions(), Relevance(), Weights(), Config(), Checkpoint(), State(), Texts()]
+    return [*others, *pictures, *begun, *caches, *ladder]
 
 
 def fuzz(rng, number):
-    """Break files, as many as number in all. Returns: ({"inputs", "refused", "tracebacks", "hangs", "wrong", "changed": counts}, findings)."""
+    """Break files, as many as number in all.
+
+    Returns: ({"inputs", "refused", "tracebacks", "hangs", "wrong", "changed": counts}, findings).
+    """
     counts, findings = dict.fromkeys(("inputs", "refused", "tracebacks", "hangs", "wrong", "changed"), 0), []
     chosen = targets()
     rng.shuffle(chosen)
@@ -795,10 +752,8 @@ def main():
         print(f"{killed} killed runs of cache_embeddings.py: {caches} caches, {len(found)} findings", flush=True)
         killed, trainings, found = kill_training(rng, 20)
         findings += found
-        print(
-            f"{killed} killed runs of train.py: {trainings} checkpoints with their logs, {len(found)} findings",
-            flush=True,
-        )
+        logs = f"{trainings} checkpoints with their logs"
+        print(f"{killed} killed runs of train.py: {logs}, {len(found)} findings", flush=True)
         runs, found = fill_disk(rng, 8)
         findings += found
         print(f"{runs} runs on a full disk, and again with room: {len(found)} findings", flush=True)
@@ -808,10 +763,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder, workshop(folder, images=(2, 8)):
         counts, found = fuzz(rng, 500)
         findings += found
-        print(
-            f"{counts['inputs']} broken files: {counts['refused']} refused, {counts['tracebacks']} tracebacks, {counts['hangs']} hangs, "
-            f"{counts['wrong']} silent wrong results, {counts['changed']} changed inputs"
-        )
+        failed = ("tracebacks", "hangs", "silent wrong results", "changed inputs")
+        kinds = zip(("tracebacks", "hangs", "wrong", "changed"), failed, strict=True)
+        said = ", ".join(f"{counts[kind]} {what}" for kind, what in kinds)
+        print(f"{counts['inputs']} broken files: {counts['refused']} refused, {said}")
     for finding in findings:
         print("finding:", finding)
     return int(bool(findings))

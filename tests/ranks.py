@@ -1,7 +1,7 @@
 """What the tests have torchrun do, and torchrun itself as a subprocess.
 
-torchrun --nproc-per-node 2 -m tests.ranks step FOLDER       one training step of every method: losses and gradients, a file a rank
-torchrun --nproc-per-node 2 -m tests.ranks cache 64 FLAGS    cache_embeddings.py with parts of 64 rows
+torchrun --nproc-per-node 2 -m tests.ranks step FOLDER      a training step of every method: what it was, a file a rank
+torchrun --nproc-per-node 2 -m tests.ranks cache 64 FLAGS   cache_embeddings.py with parts of 64 rows
 """
 
 import os
@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import train
 from models import METHODS
 from utils.cli import run
-from utils.distributed import joined, own, rank, world_size
+from utils.distributed import joined, rank, share_of_rank, world_size
 from utils.files import save_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,15 +42,18 @@ def steps(folder):
             for batch in BATCHES:
                 adaptor = new_adaptor(method)
                 optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["small"], 10)
-                pairs = [own(z) for z in random_pairs(batch)]
-                loss = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32, tqdm(disable=True))
+                pairs = [share_of_rank(z) for z in random_pairs(batch)]
+                loss = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32)
                 gradients = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
                 found[f"{method} {batch}"] = {"loss": loss, "share": len(pairs[0]), "gradients": gradients}
         save_tensors(found, Path(folder) / f"{rank()}-of-{world_size()}.pt")
 
 
 def torchrun(ranks, *command, wait=True):
-    """Start ranks with one thread each, in the current folder. Returns: the finished process with its output, or, unless wait, the running one."""
+    """Start ranks with one thread each, in the current folder.
+
+    Returns: the finished process with its output, or, unless wait, the running one.
+    """
     arguments = [
         sys.executable,
         "-m",
@@ -99,9 +101,9 @@ def wait_for(condition, process, seconds=120):
 def cache(part, *flags):
     """cache_embeddings.py with small parts."""
     import cache_embeddings
-    from datasets import parts
+    from datasets import source
 
-    parts.PART = int(part)
+    source.UNIT = int(part)
     sys.exit(run(cache_embeddings.main, list(flags)))
 
 

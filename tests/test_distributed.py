@@ -14,12 +14,11 @@ import train as train_script
 from datasets.shapes import world
 from models import METHODS
 from models.base import SMALL
-from tests.conftest import make_cache
+from tests.conftest import make_cache, write_tiny_clip
 from tests.ranks import BATCHES, REPOSITORY, new_adaptor, random_pairs, ranks_of, torchrun, wait_for
-from tests.test_clip import write_tiny_clip
 from utils.cli import UserError
 from utils.device import pick_device
-from utils.distributed import gather, own
+from utils.distributed import gather, share_of_rank
 
 TRAIN = ("--dataset", "it", "--recipe", "small", "--precision", "fp32", "--device", "cpu")
 
@@ -132,7 +131,7 @@ def test_every_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
 
 
 def test_a_share_is_of_consecutive_rows_and_alone_it_is_all():
-    assert own(torch.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    assert share_of_rank(torch.arange(5)).tolist() == [0, 1, 2, 3, 4]
     encoded = (torch.ones(2), torch.zeros(2))
     assert gather(encoded, 2) is encoded
 

@@ -1,6 +1,8 @@
-"""The whole way, from pictures to tables: on the built-in data set with its own CLIP, and on real COCO files with a small random one."""
+"""From pictures to tables: on the built-in data set with its own CLIP, and on COCO files with a small random one."""
 
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -10,12 +12,11 @@ import torch
 import cache_embeddings
 import eval as eval_script
 import train as train_script
-from datasets import DATASETS
 from datasets.embedding import EmbeddingCache
+from datasets.registry import DATASETS
 from datasets.shapes import world
 from datasets.shapes.pretrain import FOLDER, recall
-from tests.conftest import load_result
-from tests.test_clip import write_tiny_clip
+from tests.conftest import REPOSITORY, load_result, write_tiny_clip
 from utils.preprocess import load_clip
 
 
@@ -35,10 +36,8 @@ def test_the_built_in_clip_is_small_enough_to_ship():
 def test_shapes_go_from_drawing_to_tables(script):
     world.make("small", train=600, val=100)
     assert script(cache_embeddings.main, "--dataset", "shapes", "--data-root", "small", "--workers", 0)[0] == 0
-    assert (
-        script(train_script.main, "--dataset", "shapes", "--recipe", "small", "--epochs", 15, "--batch-size", 512)[0]
-        == 0
-    )
+    training = "--dataset shapes --recipe small --epochs 15 --batch-size 512".split()
+    assert script(train_script.main, *training)[0] == 0
     status, printed, _ = script(eval_script.main, "--dataset", "shapes")
     assert status == 0
     result, queries = load_result("shapes", 0, "asymvlm-psd")
@@ -74,3 +73,14 @@ def test_real_coco_goes_from_pictures_to_tables(coco_root, script, tmp_path):
     assert len(result["t2i"]) == len(result["i2t"]) == 10
     assert np.isfinite([rung["uncertainty"] for rung in result["ladder"]]).all()
     assert torch.load("embeddings/coco/val/image.pt", weights_only=True).dtype == torch.float16
+
+
+def test_the_users_two_commands_parse_and_say_what_is_missing(workdir):
+    for command in (["train.py", "--method", "asymvlm-psd"], ["eval.py", "--uncer_levels", "10"]):
+        command = [sys.executable, REPOSITORY / command[0], *command[1:]]
+        done = subprocess.run(command, cwd=workdir, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert "cache_embeddings.py --dataset coco" in done.stderr
+        assert "--dataset shapes" in done.stderr
+    assert not list(workdir.iterdir())

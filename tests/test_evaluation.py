@@ -14,11 +14,14 @@ from PIL import Image
 import cache_embeddings
 import eval as eval_script
 import train as train_script
-from datasets.embedding import EmbeddingCache, write_texts
+from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
+from datasets.texts import write_texts
 from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
-from utils.metrics import hierarchy_metrics
+from utils.evaluation.figures import hierarchy
+from utils.evaluation.results import Results
+from utils.report import insert_files
 
 PLAIN = ("--no-plots", "--resamples", 20)
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
@@ -80,7 +83,7 @@ def test_all_figures_follow_from_the_file_of_queries(script, trained):
         d: {key.removeprefix(f"{d}_"): values for key, values in arrays.items() if key.startswith(d)}
         for d in ("t2i", "i2t")
     }
-    again = eval_script.figures(answers, 10)
+    again = Results.of(answers, 10).content
     assert again["t2i"] == result["t2i"]
     assert all(result["metrics"][key] == values for key, values in again["metrics"].items())
 
@@ -90,7 +93,7 @@ def test_right_answers_of_both_directions_equal_a_sort_of_the_full_matrix(script
     _, arrays = load_result("tiny", 0, "pfe")
     cache = EmbeddingCache("tiny", "val")
     with torch.no_grad():
-        similarity = load_adaptor("checkpoints/tiny/0/pfe.pt").similarity(cache.image, cache.text)
+        similarity = load_adaptor("checkpoints/tiny/0/pfe.pt").similarity(cache.image.read(), cache.text.read())
     right = torch.zeros(40, 120, dtype=torch.bool)
     for caption, (rows, own) in enumerate(zip(cache.relevance, cache.image_of_caption.tolist(), strict=True)):
         right[[*rows, own], caption] = True
@@ -104,9 +107,8 @@ def test_uncertainty_of_images_is_that_of_the_query_and_of_the_image_retrieved(s
     assert script(eval_script.main, *EVAL, *trained)[0] == 0
     result, arrays = load_result("tiny", 0, "pfe")
     with torch.no_grad():
-        uncertainty = (
-            load_adaptor("checkpoints/tiny/0/pfe.pt").adapt_image(EmbeddingCache("tiny", "val").image)[1].numpy()
-        )
+        images = EmbeddingCache("tiny", "val").image.read()
+        uncertainty = load_adaptor("checkpoints/tiny/0/pfe.pt").adapt_image(images)[1].numpy()
     np.testing.assert_allclose(arrays["i2t_image_uncertainty"], uncertainty[arrays["i2t_query"]], rtol=1e-6)
     np.testing.assert_allclose(arrays["t2i_image_uncertainty"], uncertainty[arrays["t2i_top1"]], rtol=1e-6)
     assert len(result["by_image"]["i2t"]) == 10
@@ -122,7 +124,9 @@ def test_hierarchies_are_measured_for_every_row_of_the_table(script, trained):
     ]
     with torch.no_grad():
         uncertainty = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").adapt_text(texts)[1].double().numpy()
-    assert result["metrics"]["hierarchy steps"] == hierarchy_metrics(uncertainty, chains["chains"])
+    assert result["metrics"]["hierarchy steps"] == hierarchy("steps").measure(
+        {"uncertainty": uncertainty, "chains": chains["chains"]}
+    )
     assert len(result["depth"]["steps"]) == 4
     details = Path("results/tiny/details.md").read_text()
     table = details[details.index("hierarchy steps") :].split("\n\n")[0]
@@ -134,7 +138,7 @@ def test_folds_average_the_recall_within_parts_of_the_gallery(script, trained):
     found = load_result("tiny", 0, "asymvlm-psd")[0]["metrics"]["recall_folds"]
     cache = EmbeddingCache("tiny", "val")
     with torch.no_grad():
-        similarity = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").similarity(cache.image, cache.text)
+        similarity = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").similarity(cache.image.read(), cache.text.read())
     hits = []
     for start in range(0, 40, 10):
         captions = [j for j, own in enumerate(cache.image_of_caption.tolist()) if start <= own < start + 10]
@@ -219,7 +223,7 @@ def test_captions_are_listed_most_certain_last(script, trained):
     rows = json.loads(printed)["asymvlm-psd, seed 0"]
     cache = EmbeddingCache("tiny", "val")
     with torch.no_grad():
-        uncertainty = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").adapt_text(cache.text)[1].tolist()
+        uncertainty = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").adapt_text(cache.text.read())[1].tolist()
     ordered = sorted(uncertainty, reverse=True)
     assert [row["uncertainty"] for row in rows] == pytest.approx(ordered[:3] + ordered[-2:])
     row = cache.captions.index(rows[0]["caption"])
@@ -245,7 +249,7 @@ def test_prompts_are_placed_among_the_captions(script, workdir):
     assert [row["uncertainty"] for row in rows] == sorted((row["uncertainty"] for row in rows), reverse=True)
     cache = EmbeddingCache("shapes", "val")
     with torch.no_grad():
-        uncertainty = load_adaptor("checkpoints/shapes/0/asymvlm-psd.pt").adapt_text(cache.text)[1].numpy()
+        uncertainty = load_adaptor("checkpoints/shapes/0/asymvlm-psd.pt").adapt_text(cache.text.read())[1].numpy()
     for row in rows:
         assert row["percentile"] == pytest.approx(
             100 * np.mean(uncertainty < row["uncertainty"]), abs=100 / len(uncertainty)
@@ -267,6 +271,17 @@ def test_prompts_are_placed_among_the_captions(script, workdir):
     )
     assert script(eval_script.main, "--dataset", "shapes", *PLAIN)[0] == 0
     assert "hierarchy chains" in load_result("shapes", 0, "asymvlm-psd")[0]["metrics"]
+
+
+def test_only_the_marked_tables_of_a_document_are_renewed(workdir, capsys):
+    Path("a.md").write_text("| a |\n")
+    Path("b.txt").write_text("b\n")
+    marked = "text\n<!-- a.md -->\n{}\n<!-- end of a.md -->\n<!-- b.txt -->\n{}\n<!-- end of b.txt -->\n"
+    missing = "<!-- c.md -->\nold\n<!-- end of c.md -->\nend\n"
+    renewed = insert_files(marked.format("old", "old") + missing)
+    assert renewed == marked.format("| a |", "```\nb\n```") + missing
+    assert insert_files(renewed) == renewed
+    assert "c.md: no such file" in capsys.readouterr().err
 
 
 def test_every_step_of_a_chain_is_true_and_says_more():

@@ -1,4 +1,4 @@
-"""A short campaign of tests/faults.py, and what it does not reach: files that are hostile on purpose, and folders that may not be written."""
+"""A short campaign of tests/faults.py, and what it does not reach: hostile files, folders that may not be written."""
 
 import json
 import os
@@ -13,8 +13,7 @@ import torch
 import cache_embeddings
 import train as train_script
 from tests import faults
-from tests.conftest import make_cache
-from tests.test_clip import write_tiny_clip
+from tests.conftest import make_cache, write_tiny_clip
 from utils.cli import UserError
 from utils.preprocess import load_clip
 

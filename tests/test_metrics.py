@@ -7,26 +7,21 @@ import pytest
 import torch
 from scipy import stats
 
-import utils.metrics
-from utils.metrics import (
-    aurc,
-    level_statistics,
-    partial_spearman,
-    rank_queries,
-    recall_by_level,
-    retrieval_metrics,
-    spearman,
-)
+from utils.evaluation import metrics, ranking
+from utils.evaluation.metrics import aurc, level_statistics, partial_spearman, recall_by_level, spearman
+from utils.evaluation.ranking import rank_queries
+from utils.evaluation.results import Results
 
 
-def test_docstring_examples_hold():
-    result = doctest.testmod(utils.metrics)
-    assert result.attempted >= 7
+@pytest.mark.parametrize(("module", "least"), [(metrics, 11), (ranking, 6)])
+def test_docstring_examples_hold(module, least):
+    result = doctest.testmod(module)
+    assert result.attempted >= least
     assert result.failed == 0
 
 
 def slow_answers(similarity, image_of_caption):
-    """Both directions by sorting every row and column, ties to the lower row. Returns: (t2i rank, t2i top1, i2t rank, i2t top1)."""
+    """By sorting every row and column, ties to the lower row. Returns: (t2i rank, t2i top1, i2t rank, i2t top1)."""
     images, captions = similarity.shape
     t2i_rank, t2i_top, i2t_rank, i2t_top = [], [], [], []
     for j in range(captions):
@@ -45,7 +40,7 @@ def slow_answers(similarity, image_of_caption):
 @pytest.mark.parametrize("tile", [1, 3, 7, 512])
 @pytest.mark.parametrize("ties", [False, True])
 def test_ranks_equal_those_of_a_full_sort(tile, ties, monkeypatch):
-    monkeypatch.setattr(utils.metrics, "TILE", tile)
+    monkeypatch.setattr(ranking, "TILE", tile)
     rng = np.random.default_rng(tile)
     image_of_caption = rng.integers(0, 20, size=61)
     image_of_caption[image_of_caption == 4] = 5  # an image without captions stays in the gallery
@@ -81,8 +76,9 @@ def test_permuting_captions_permutes_their_answers():
     )
     assert (one["t2i"]["rank"][order] == two["t2i"]["rank"]).all()
     assert (one["i2t"]["top1"] == order[two["i2t"]["top1"]]).all()
-    for first, second in zip(retrieval_metrics(one["t2i"], 5), retrieval_metrics(two["t2i"], 5), strict=True):
-        assert first == pytest.approx(second)
+    first, second = (Results.of(answers, 5).content for answers in (one, two))
+    assert first["t2i"] == pytest.approx(second["t2i"])
+    assert first["metrics"]["t2i"] == pytest.approx(second["metrics"]["t2i"])
 
 
 def test_similarity_that_is_not_a_number_is_refused():

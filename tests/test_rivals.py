@@ -1,4 +1,4 @@
-"""PFE, PCME++, ProLIP and ProbVLM against the golden file, slow loops from the equations, scipy, and the ends of float32."""
+"""PFE, PCME++, ProLIP and ProbVLM against the golden file, slow loops from the equations, scipy, and float32's ends."""
 
 import json
 import math
@@ -125,7 +125,7 @@ def slow_prolip(mean_image, log_var_image, mean_text, log_var_text):
 
 
 def slow_probvlm(mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text):
-    """Absolute error and generalised-Gaussian likelihood of each modality's own embedding and, 1e-4 of it, the other's."""
+    """Absolute error and generalised-Gaussian likelihood of each modality's embedding and, 1e-4 of it, the other's."""
     total, (batch, dim) = 0, mean_image.shape
     image, text = (mean_image, inv_alpha_image, beta_image), (mean_text, inv_alpha_text, beta_text)
     for weight, (mean, inv_alpha, beta), target in [

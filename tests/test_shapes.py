@@ -1,4 +1,4 @@
-"""The built-in data set: what captions describe against a recursive search, its pictures by their pixels, its files by pycocotools."""
+"""The built-in data set: captions against a recursive search, pictures by their pixels, files by pycocotools."""
 
 import contextlib
 import hashlib
@@ -15,8 +15,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from scipy.stats import spearmanr
 
-from datasets import DATASETS
-from datasets.coco import CocoCaptions, read_rgb
+from datasets.coco import CocoCaptions
+from datasets.pictures import read_rgb
+from datasets.registry import DATASETS
 from datasets.shapes import world
 from datasets.shapes.world import (
     Caption,
@@ -30,9 +31,8 @@ from datasets.shapes.world import (
     write_full_description,
 )
 
-SMALL_SPLIT_SHA256 = (
-    "f873d81e40da83c16f20eddeb3aa68c7fb18fbeaa1a31c2c85142c65037fcf57"  # where it changes, the CLIP is outdated
-)
+# Where it changes, the CLIP is outdated.
+SMALL_SPLIT_SHA256 = "f873d81e40da83c16f20eddeb3aa68c7fb18fbeaa1a31c2c85142c65037fcf57"
 ATTRIBUTES = ("shape", "colour", "size", "cell")
 TIP = 2  # pixels by which the tip of a big star, triangle or heart may reach over the border of its cell
 
@@ -65,7 +65,7 @@ def relevance(split):
 
 
 def described_by_search(mentions, objects):
-    """Whether the mentions can be assigned to objects of their own: give the first one away in every possible way and go on with what is left."""
+    """Whether the mentions can have objects of their own: give the first away in every way, go on with what is left."""
     if not mentions:
         return True
     for k in range(len(objects)):
@@ -154,9 +154,8 @@ def test_relevance_lists_the_images_that_a_caption_describes_its_own_among_them(
             if scene["background"] in entry["backgrounds"] and described_by_search(entry["mentions"], scene["objects"])
         ]
         assert relevance[str(entry["id"])] == expected
-    assert all(
-        entry["image_id"] in relevance[str(entry["id"])] for entry in split["annotations"]
-    )  # so ambiguity is at least 1
+    own = [entry["image_id"] in relevance[str(entry["id"])] for entry in split["annotations"]]
+    assert all(own)  # so ambiguity is at least 1
 
 
 def test_equal_texts_have_equal_ambiguity(split, relevance):
@@ -175,11 +174,8 @@ def test_equal_texts_of_a_large_sample_say_the_same():
         text = caption.text.lower().rstrip(".")
         mentions = sorted(json.dumps(mention, sort_keys=True) for mention in caption.mentions if mention)
         least = max(len(caption.mentions), 1)  # every scene has an object: to speak of something is to say nothing
-        assert said.setdefault(text, (mentions, least, caption.backgrounds)) == (
-            mentions,
-            least,
-            caption.backgrounds,
-        ), text
+        says = (mentions, least, caption.backgrounds)
+        assert said.setdefault(text, says) == says, text
     assert 1000 < len(said) < 8000
 
 
@@ -228,9 +224,8 @@ def test_the_same_scene_gives_the_same_pixels():
 
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_an_object_lies_in_its_cell_and_has_its_colour(shape):
-    for cell, (colour, shade) in zip(
-        range(9), itertools.cycle([("red", 12), ("blue", -12), ("white", 12), ("black", -12)]), strict=False
-    ):
+    colours = itertools.cycle([("red", 12), ("blue", -12), ("white", 12), ("black", -12)])
+    for cell, (colour, shade) in zip(range(9), colours, strict=False):
         scene = one_object(shape, colour, "big", cell, "grey", shade=shade, turn=9, dx=1, dy=-1)
         pixels = painted(scene)
         changed = np.argwhere((pixels != world.RGB["grey"]).any(axis=2))
@@ -348,9 +343,8 @@ def test_made_twice_the_files_are_equal(made, tmp_path):
     make(tmp_path / "again", seed=5, train=6, val=4)
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
     assert len(files) == 6 + 4 + 3
-    assert files == sorted(
-        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
-    )
+    again = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert files == sorted(path.relative_to(tmp_path / "again") for path in again)
     assert all((made / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
 
 

@@ -2,6 +2,7 @@
 
 import doctest
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,23 +10,11 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-import utils.bootstrap
-import utils.metrics
-from utils.bootstrap import bootstrap_ambiguity, bootstrap_relevance, bootstrap_retrieval, interval, p_value, resample
-from utils.metrics import (
-    ambiguity_metrics,
-    asymmetry_metrics,
-    auroc,
-    hierarchy_metrics,
-    level_sweep,
-    rank_relevant,
-    recall_by_level,
-    recall_metrics,
-    relevance_metrics,
-    retrieval_metrics,
-    share_of_ties,
-    uncertainty_by_depth,
-)
+from utils.evaluation import bootstrap, ranking
+from utils.evaluation.bootstrap import interval, p_value, resample
+from utils.evaluation.figures import RECALL, RELEVANCE, SECTIONS, Section, hierarchy, measure, measure_resamples
+from utils.evaluation.metrics import auroc, recall_by_level, share_of_ties, uncertainty_by_depth
+from utils.evaluation.ranking import rank_relevant
 
 
 def random_answers(queries=60, ties=True, seed=0):
@@ -61,7 +50,7 @@ def slow_relevant(similarity, relevance):
 @pytest.mark.parametrize("block", [1, 7, 128])
 @pytest.mark.parametrize("ties", [False, True])
 def test_right_answers_equal_a_plain_loop(block, ties, monkeypatch):
-    monkeypatch.setattr(utils.metrics, "RELEVANT_BLOCK", block)
+    monkeypatch.setattr(ranking, "RELEVANT_BLOCK", block)
     rng = np.random.default_rng(block)
     similarity = (
         rng.integers(0, 5, (23, 17)).astype(np.float32) if ties else rng.normal(size=(23, 17)).astype(np.float32)
@@ -77,7 +66,7 @@ def test_right_answers_equal_a_plain_loop(block, ties, monkeypatch):
 def test_a_perfect_order_has_an_average_precision_of_one():
     similarity = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
     found = rank_relevant(lambda q, a: similarity[q][:, a], [[0, 1], [3]], 4)
-    assert relevance_metrics(found) == {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@R": 1.0}
+    assert Section("", "", "", RELEVANCE).measure(found) == {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@R": 1.0}
 
 
 # Errors, levels, hierarchies.
@@ -98,7 +87,7 @@ def test_auroc_without_errors_is_undefined():
 def test_asymmetry_reports_each_modality_that_has_an_uncertainty():
     text_only = {"rank": np.array([1, 2]), "uncertainty": np.array([0.1, 0.2])}
     both = text_only | {"image_uncertainty": np.array([0.2, 0.1])}
-    found = asymmetry_metrics({"t2i": text_only, "i2t": both})
+    found = measure({"t2i": text_only, "i2t": both}, 2)["asymmetry"]
     assert found["t2i AUROC by text"] == found["i2t AUROC by text"] == 1.0
     assert found["i2t AUROC by image"] == 0.0
     assert "t2i AUROC by image" not in found
@@ -106,7 +95,7 @@ def test_asymmetry_reports_each_modality_that_has_an_uncertainty():
 
 def test_the_sweep_equals_each_number_of_levels_by_itself_and_leaves_out_too_many():
     answers = random_answers(queries=30)
-    found = level_sweep(answers)
+    found = measure({"t2i": answers}, 10)["sweep_t2i"]
     assert set(found) == {"S@5", "-S*R2@5", "S@10", "-S*R2@10", "S@20", "-S*R2@20"}
     recall = recall_by_level(answers["rank"] == 1, answers["uncertainty"], 20)
     assert found["S@20"] == pytest.approx(stats.spearmanr(range(20), recall).statistic)
@@ -129,14 +118,15 @@ def test_hierarchy_metrics_equal_counted_pairs():
         ]
         taus.append(np.mean(pairs))
         steps += [uncertainty[b] < uncertainty[a] for a, b in itertools.pairwise(chain)]
-    found = hierarchy_metrics(uncertainty, chains)
+    found = hierarchy("steps").measure({"uncertainty": uncertainty, "chains": chains})
     assert found["tau"] == pytest.approx(np.mean(taus))
     assert found["falling"] == pytest.approx(np.mean(steps))
 
 
 def test_a_chain_of_constant_uncertainty_neither_falls_nor_counts_for_tau():
-    assert hierarchy_metrics(np.array([0.5, 0.5, 0.5]), [[0, 1, 2]]) == {"falling": 0.0, "tau": 0.0}
-    assert hierarchy_metrics(np.array([0.5]), [[0]]) == {"falling": None, "tau": None}
+    for uncertainty, chain, value in ((np.array([0.5, 0.5, 0.5]), [0, 1, 2], 0.0), (np.array([0.5]), [0], None)):
+        found = hierarchy("steps").measure({"uncertainty": uncertainty, "chains": [chain]})
+        assert found == {"falling": value, "tau": value}
 
 
 def test_depth_is_averaged_over_the_chains_that_reach_it():
@@ -147,7 +137,9 @@ def test_depth_is_averaged_over_the_chains_that_reach_it():
 def test_rsum_is_the_sum_of_all_recalls_in_per_cent():
     t2i, i2t = np.array([1, 3, 20]), np.array([7, 1])
     expected = 100 * (1 / 3 + 2 / 3 + 2 / 3 + 1 / 2 + 1 / 2 + 1)
-    assert recall_metrics(t2i, i2t)["RSUM"] == pytest.approx(expected)
+    ranks = Section("", "", "", RECALL).measure
+    assert ranks({"t2i_rank": t2i, "i2t_rank": i2t})["RSUM"] == pytest.approx(expected)
+    assert ranks({"t2i_rank": np.array([1, 9]), "i2t_rank": np.array([1])})["RSUM"] == 500.0
 
 
 # Bootstrap.
@@ -162,27 +154,36 @@ def test_a_resample_has_as_many_queries_and_is_the_same_at_every_call():
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
-    answers = random_answers(queries=97, ties=ties)
-    retrieval, ambiguity, relevance = (
-        bootstrap_retrieval(answers, 10, 25),
-        bootstrap_ambiguity(answers, 25),
-        bootstrap_relevance(answers, 25),
-    )
+    answers = {d: random_answers(queries=97, ties=ties, seed=seed) for seed, d in enumerate(("t2i", "i2t"))}
+    draws = measure_resamples(answers, 10, 25)
+    assert set(draws) == {"t2i", "i2t", "ambiguity", "relevance_t2i", "relevance_i2t"}
+    assert set(draws["i2t"]) == {"R@1", "R@5", "R@10", "AURC", "E-AURC", "S", "R2", "-S*R2"}
+    assert set(draws["ambiguity"]) == {"spearman", "partial_spearman_given_length", "R@1_described"}
+    assert set(draws["relevance_t2i"]) == {"R@1", "R@5", "R@10", "mAP@R"}
     for i, count in enumerate(resample(97, 25)):
-        drawn = {key: np.repeat(values, count) for key, values in answers.items()}
-        expected = retrieval_metrics(drawn, 10)[1]
-        for figure, values in retrieval.items():
-            assert values[i] == pytest.approx(expected[figure], abs=1e-12), figure
-        for figure, values in ambiguity.items():
-            assert values[i] == pytest.approx(ambiguity_metrics(drawn)[figure], abs=1e-12), figure
-        for figure, values in relevance.items():
-            assert values[i] == pytest.approx(relevance_metrics(drawn)[figure], abs=1e-12), figure
+        drawn = {d: {key: np.repeat(values, count) for key, values in fields.items()} for d, fields in answers.items()}
+        expected = measure(drawn, 10)
+        for section, figures in draws.items():
+            for figure, values in figures.items():
+                assert values[i] == pytest.approx(expected[section][figure], abs=1e-12), (section, figure)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_what_a_figure_gives_for_all_resamples_at_once_is_what_its_function_gives_for_each(ties):
+    answers, counts = random_answers(queries=60, ties=ties), resample(60, 20)
+    view = answers | {"correct": answers["rank"] == 1, "levels": 7}
+    fast = {figure for section in SECTIONS for figure in section.figures if figure.resampled and figure.is_known(view)}
+    assert len(fast) == 8
+    for figure in fast:
+        each = replace(figure, resampled=None).of_resamples(view, counts)
+        np.testing.assert_allclose(figure.of_resamples(view, counts), each, atol=1e-12, err_msg=figure.name)
 
 
 def test_what_is_undefined_in_a_resample_has_no_interval():
     answers = random_answers() | {"rank": np.ones(60, dtype=int), "words": np.ones(60)}
-    assert interval(bootstrap_retrieval(answers, 10, 10)["S"]) is None
-    assert interval(bootstrap_ambiguity(answers, 10)["partial_spearman_given_length"]) is None
+    draws = measure_resamples({"t2i": answers}, 10, 10)
+    assert interval(draws["t2i"]["S"]) is None
+    assert interval(draws["ambiguity"]["partial_spearman_given_length"]) is None
     assert p_value(np.array([0.1, np.nan])) is None
     assert interval(np.array([])) is None
 
@@ -190,7 +191,7 @@ def test_what_is_undefined_in_a_resample_has_no_interval():
 def test_the_interval_of_recall_is_about_the_binomial_one():
     rng = np.random.default_rng(1)
     answers = random_answers(queries=2000) | {"rank": 1 + (rng.random(2000) > 0.3)}
-    low, high = interval(bootstrap_retrieval(answers, 10, 1000)["R@1"])
+    low, high = interval(measure_resamples({"t2i": answers}, 10, 1000)["t2i"]["R@1"])
     mean = np.mean(answers["rank"] == 1)
     half = 1.96 * np.sqrt(mean * (1 - mean) / 2000)
     assert low == pytest.approx(mean - half, abs=0.15 * half)
@@ -206,11 +207,11 @@ def test_p_values_count_the_rarer_sign_twice():
 def test_a_paired_difference_is_tighter_than_two_intervals():
     answers = random_answers(queries=500)
     better = answers | {"rank": np.where(np.arange(500) % 10 == 0, 1, answers["rank"])}
-    a, b = (bootstrap_retrieval(x, 10, 300)["R@1"] for x in (better, answers))
+    a, b = (measure_resamples({"t2i": x}, 10, 300)["t2i"]["R@1"] for x in (better, answers))
     low, high = interval(a - b)
     assert low > 0
     assert high - low < np.diff(interval(a))[0]
 
 
 def test_docstring_examples_hold():
-    assert doctest.testmod(utils.bootstrap).failed == 0
+    assert doctest.testmod(bootstrap).failed == 0

@@ -1,7 +1,7 @@
-"""The six losses as a textbook writes them: float32 throughout, every pair's difference as a tensor of its own, no care for time or memory.
+"""The six losses as a textbook writes them: float32 throughout, all pairs' differences in one tensor, at any cost.
 
-An oracle for the tests at small sizes, and the baseline of tests/benchmarks/. Each is a function of an adaptor's parameters by name and of raw
-embeddings (B, D), so that it shares no code with the adaptor.
+An oracle for the tests at small sizes, and the baseline of tests/benchmarks/. Each is a function of an adaptor's
+parameters by name and of raw embeddings (B, D), so that it shares no code with the adaptor.
 """
 
 import math

@@ -1,1 +1,0 @@
-"""What the scripts share: files, command line, CLIP, seeds, checkpoints, metrics, reports."""

@@ -1,6 +1,7 @@
 """The command line's manners: bad input ends in one line on stderr and exit status 2, whatever the script."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -23,63 +24,56 @@ class Parser(argparse.ArgumentParser):
 
 
 def torchrun_rank():
-    """Which process of how many this is, as torchrun's environment says. Returns: (rank, number of ranks); (0, 1) without torchrun."""
+    """Which process of how many this is: (rank, number of ranks), as torchrun's environment says; (0, 1) without it."""
     rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     return (int(rank), int(ranks)) if rank.isdecimal() and ranks.isdecimal() else (0, 1)
 
 
 def positive(text):
     """An argparse type: a whole number of at least 1."""
-    return whole(text, least=1)
+    return whole_number(text, least=1)
 
 
-def whole(text, least=0):
+def whole_number(text, least=0):
     """An argparse type: a whole number of at least 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return value
+    with contextlib.suppress(ValueError):
+        if int(text) >= least:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
 
 
 def seed_number(text):
     """An argparse type: a whole number that every generator takes, from 0 to 2^63 - 1."""
-    value = whole(text)
+    value = whole_number(text)
     if value >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not below 2^63")
     return value
 
 
+def non_negative(text):
+    """An argparse type: a finite number of at least 0."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+
+
 def folder_name(text):
-    """An argparse type: the name of a folder, which leads nowhere else. "texts" is taken: there lie the further texts of a cache."""
+    """An argparse type: the name of a folder, which leads nowhere else; "texts" is that of a cache's further texts."""
     if text != os.path.basename(text) or text in ("", "texts") or text.startswith(".") or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a folder here; give a plain name")
     return text
 
 
-def non_negative(text):
-    """An argparse type: a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
 def run(main, argv=None):
     """Call main(argv) as a script does.
 
-    Args: main: function of a list of arguments (None: those of the process).
-    Returns: exit status: 0; 2 after a UserError, a full disk or a file that may not be read or written; 130 after Ctrl-C.
+    Args: main: function of a list of arguments, argv. argv: None for those of the process.
+    Returns: exit status: 0; 2 after a UserError or an OSError, of a full disk or a forbidden file; 130 after Ctrl-C.
     """
     rank, ranks = torchrun_rank()
-    logging.basicConfig(
-        level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
-    )
+    level = logging.ERROR if rank else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "huggingface_hub", "open_clip", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     name = (os.path.basename(sys.argv[0]) or "python") + (f", rank {rank}" if ranks > 1 else "")

@@ -1,7 +1,8 @@
 """Several processes that compute what one would: the ranks that torchrun starts. Alone, everything here does nothing.
 
-No loss knows of ranks. Each encodes its share of the batch; `gather` puts the shares together, with gradients; each computes the loss of the whole
-batch; `average_gradients` makes of their gradients the one that a single process has.
+No loss knows of ranks. Each encodes its `share_of_rank` of a batch; `gather` gives it what all have encoded, with
+gradients; it computes the loss of the batch; `average_gradients` makes of their gradients those of a single process.
+Only the first rank writes; a `barrier` keeps it from changing files that others still read.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ PATIENCE = datetime.timedelta(days=7)  # for a rank that is still encoding; one 
 def joined(device, timeout=None):
     """Join the ranks while the block runs, if torchrun started this process.
 
-    Args: device: where the tensors are that ranks exchange. timeout: timedelta until an answer must be there; None: that of the backend.
+    Args: device: of what ranks exchange. timeout: timedelta until an answer must be there; None: that of the backend.
+    Raises: UserError if they do not find each other.
     """
     if torchrun_rank()[1] == 1:
         yield
@@ -29,9 +31,9 @@ def joined(device, timeout=None):
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the processes of this run do not find each other ({str(error).splitlines()[0][:160]}); start them with torchrun"
-        ) from None
+        reason = str(error).splitlines()[0][:160]
+        message = f"the processes of this run do not find each other ({reason}); start them with torchrun"
+        raise UserError(message) from None
     yield
     dist.destroy_process_group()
 
@@ -51,111 +53,87 @@ def is_first():
     return rank() == 0
 
 
-def own(rows):
-    """This rank's share of a batch, (B, ...) -> (b, ...): consecutive rows; shares differ by one row at most and may be empty."""
+def share_of_rank(rows):
+    """This rank's consecutive rows of a batch, (B, ...) -> (b, ...): b differs by one at most and may be 0."""
     return rows.tensor_split(world_size())[rank()]
 
 
 def gather(encoded, rows):
-    """Put together what every rank encoded of its share of a batch, with gradients.
-
-    Args: encoded: tuple of (b, ...) tensors. rows: B, of all ranks together. Returns: tuple of (B, ...) tensors, the same on every rank.
-    """
+    """What all ranks encoded of their shares of a batch of so many rows: tuple of (b, ...) tensors -> of (B, ...)."""
     return encoded if world_size() == 1 else tuple(_Gather.apply(x, rows) for x in encoded)
 
 
 class _Gather(torch.autograd.Function):
-    """Every rank has the gradient of the whole batch already, as each computes the whole loss: going back takes no exchange."""
+    """Going back takes no exchange: each rank computes the loss of all pairs, so it has the gradient of all rows."""
 
     @staticmethod
     def forward(ctx, x, rows):
         ctx.sizes = [len(share) for share in torch.empty(rows).tensor_split(world_size())]
-        padded = torch.cat(
-            [x, x.new_zeros(ctx.sizes[0] - len(x), *x.shape[1:])]
-        )  # the backends exchange tensors of one size
+        padded = torch.cat([x, x.new_zeros(ctx.sizes[0] - len(x), *x.shape[1:])])  # to the one size of an all_gather
         shares = [torch.empty_like(padded) for _ in ctx.sizes]
-        with _answered():
-            dist.all_gather(shares, padded)
+        _exchange(dist.all_gather, shares, padded)
         return torch.cat([share[:size] for share, size in zip(shares, ctx.sizes, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.split(ctx.sizes)[
-            rank()
-        ] * world_size(), None  # times W: the average over ranks is to be the sum of the shares'
+        return gradient.split(ctx.sizes)[rank()] * world_size(), None  # averaged later, where their sum is right
 
 
 def average_gradients(parameters):
-    """Replace every gradient by its mean over the ranks; of what the loss itself holds, such as a temperature, every rank has the whole one.
-
-    Args: parameters: iterable of those of the adaptor, in the same order on every rank.
-    """
+    """Replace every gradient of an adaptor's parameters by its mean over the ranks."""
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    with _answered():
-        dist.all_reduce(flat)
-    for gradient, mean in zip(
-        gradients, (flat / world_size()).split([gradient.numel() for gradient in gradients]), strict=True
-    ):
+    _exchange(dist.all_reduce, flat)
+    for gradient, mean in zip(gradients, (flat / world_size()).split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
-def agreed(answer):
-    """Whether the first rank says so. Args: answer: bool, of which that rank's counts. Returns: bool, the same on every rank."""
-    if world_size() == 1:
-        return answer
-    said = torch.tensor([float(answer and is_first())])
-    with _answered():
-        dist.all_reduce(said)
+def broadcast_flag(flag):
+    """The first rank's flag, on every rank: bool -> bool."""
+    said = torch.tensor([float(flag and is_first())])
+    _exchange(dist.all_reduce, said)
     return bool(said)
 
 
-def wait():
+def barrier():
     """Wait for all ranks to be here."""
-    if world_size() > 1:
-        with _answered():
-            dist.barrier()
+    _exchange(dist.barrier)
 
 
 @contextlib.contextmanager
 def first_rank_first():
     """The first rank goes through the block before the others do."""
     if not is_first():
-        wait()
+        barrier()
     yield
     if is_first():
-        wait()
+        barrier()
 
 
 @contextlib.contextmanager
-def together():
-    """Leave the block together: where one rank has an error to report, all stop. Raises: that error; on the other ranks, a UserError."""
+def stop_together():
+    """Where one rank has an error in the block, all stop at its end, the others with a UserError that says so."""
     error = None
     try:
         yield
     except (UserError, OSError) as raised:
         error = raised
-    if world_size() > 1:
-        if error is not None:
+        if world_size() > 1:
             logging.error("rank %d has to stop: %s", rank(), error)  # now, as the others may be at work for long
-        failed = torch.tensor([float(error is not None)])
-        with _answered():
-            dist.all_reduce(failed)
-        if failed and error is None:
-            raise UserError("stopped, as another process of this run had to stop; see its message")
-    if error is not None:
-        raise error
+    failures = torch.tensor([float(error is not None)])
+    _exchange(dist.all_reduce, failures)
+    if failures:
+        raise error or UserError("stopped, as another process of this run had to stop; see its message")
 
 
-@contextlib.contextmanager
-def _answered():
-    """Turn what a backend raises when a rank is gone into a UserError."""
+def _exchange(collective, *tensors):
+    """Call one of torch's collective functions if there are other ranks; that one is gone becomes a UserError."""
     try:
-        yield
+        if world_size() > 1:
+            collective(*tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:160]
-        raise UserError(
-            f"lost another process of this run ({reason}); give the same command again, to train.py with --resume"
-        ) from None
+        message = f"lost another process of this run ({reason}); give the same command again, to train.py with --resume"
+        raise UserError(message) from None

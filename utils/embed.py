@@ -5,7 +5,7 @@
     pictures: how many there are; None where only reading them tells.
     streams(size): list of functions of the CLIP's transform that yield `Samples`, `size` of them at a time: what a
         decoding process does at a time.
-    describe(key, reason): a broken sample in a message.
+    name(key), describe(key, reason): a sample in a message, and a broken one.
     left_out(folder): {key: reason} of the broken samples without which it was kept; None if it is still to be made.
     save(folder, embedded): keeps it.
 """
@@ -49,8 +49,8 @@ class Embedded:
     left_out: {key: reason} of what was broken. notes: what `embed_texts` found out about the captions.
     """
 
-    def __init__(self, captions):
-        self.captions = None if captions is None else list(captions)
+    def __init__(self, unit):
+        self.unit, self.captions = unit, None if unit.texts is None else list(unit.texts)
         self.keys, self.left_out, self.notes = [], {}, {}
         self.image = self.text = None
         self._pieces = []
@@ -72,7 +72,8 @@ class Embedded:
             text, self.notes = embed_texts(clip, self.captions, bar)
             self.text = to_dtype(text, dtype, self.captions)
             self._pieces = self._pieces or [text[:0]]  # the width, where there is no picture
-        self.image = to_dtype(torch.cat(self._pieces) if self._pieces else torch.empty(0), dtype, self.keys)
+        names = [self.unit.name(key) for key in self.keys]
+        self.image = to_dtype(torch.cat(self._pieces) if self._pieces else torch.empty(0), dtype, names)
         return self
 
 
@@ -122,7 +123,7 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
     broken.add([unit.describe(*sample) for unit in found if unit not in missing for sample in found[unit].items()])
     streams = [(unit, stream) for unit in missing for stream in unit.streams(-(-batch_size // CHUNK) * CHUNK)]
     running = Counter(unit for unit, _ in streams)
-    embedded = {unit: Embedded(unit.texts) for unit in missing}
+    embedded = {unit: Embedded(unit) for unit in missing}
     with _bar("texts", [len(unit.texts or ()) for unit in missing]) as texts_bar:
         with _bar("images", [unit.pictures for unit in missing]) as bar:
             for unit, samples in _decoded(streams, clip.transform, workers):

@@ -1,5 +1,4 @@
-"""Files that appear whole or not at all, locks that die with their process, and tensors, JSON and file names that are checked before anyone
-believes them."""
+"""Files that appear whole or not at all, locks that die with their process, and content that is checked when read."""
 
 import contextlib
 import fcntl
@@ -20,10 +19,11 @@ from utils.cli import UserError
 
 @contextlib.contextmanager
 def written_aside(path):
-    """Open a file for writing beside its place; it takes its place, flushed to disk, when the block ends without an error.
+    """Open a file for writing beside its place, which it takes, flushed to disk, when the block ends without an error.
 
     Args: path: where the file is to stand; its folder is made if needed.
-    Yields: a binary file object. Raises: OSError as the file system gives it; nothing is left behind then.
+    Yields: a binary file object.
+    Raises: OSError as the file system gives it; nothing is left behind then.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,17 +70,17 @@ _locks = set()  # open files of the locks that this process holds
 
 @contextlib.contextmanager
 def locked(path, what):
-    """Hold a lock while the block runs. It is the file's flock, not the file, and dies with its process, however that ends.
+    """Hold a lock while the block runs. It is the file's flock, not the file, and dies with its process.
 
-    Args: path: the lock's file, removed at the end together with folders made for it that are still empty. what: is at work, for the message.
+    Args:
+        path: the lock's file, removed at the end together with folders made for it that are still empty.
+        what: is at work, for the message.
     Raises: UserError if another process holds it.
     """
     path = Path(path)
     made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     file = None
-    while file is None or not _stands(
-        path, file
-    ):  # the one before us may have removed it between our open and our flock
+    while file is None or not _stands_at(path, file):  # its last holder may remove it between our open and our flock
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115  open for as long as the block runs
         try:
@@ -100,7 +100,7 @@ def locked(path, what):
                 folder.rmdir()
 
 
-def _stands(path, file):
+def _stands_at(path, file):
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     return False
@@ -108,25 +108,21 @@ def _stands(path, file):
 
 def _leave_locks():
     """A worker that outlives its killed parent for a moment must not keep the parent's locks."""
-    for file in _locks:
-        file.close()
-    _locks.clear()
+    while _locks:
+        _locks.pop().close()
 
 
 os.register_at_fork(after_in_child=_leave_locks)
 
 
 def differences(found, wanted):
-    """What keeps a record from being the wanted one. Args: found, wanted: dicts. Returns: "dtype was float32, now float16; ...", or ""."""
-    return "; ".join(
-        f"{key} was {found.get(key)}, now {value}"
-        for key, value in wanted.items()
-        if key not in found or found[key] != value
-    )
+    """What keeps one dict from being another: "dtype was float32, now float16; ...", or ""."""
+    changed = [key for key in wanted if key not in found or found[key] != wanted[key]]
+    return "; ".join(f"{key} was {found.get(key)}, now {wanted[key]}" for key in changed)
 
 
 def digest(content):
-    """A name for plain content, the same for the same content. Args: content: what JSON can hold. Returns: 16 hexadecimal digits."""
+    """A name for what JSON can hold, the same for the same content: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -137,7 +133,7 @@ def sha256(path):
 
 
 def save_tensors(content, path):
-    """Write tensors and plain types, whole or not at all. The same content gives the same bytes (the name does not enter them)."""
+    """Write tensors and plain types, whole or not at all. The same content gives the same bytes under any name."""
     with written_aside(path) as file:
         torch.save(content, file)
 
@@ -151,50 +147,30 @@ def save_json(content, path, indent=None):
 def load_tensors(path, check_sums=True):
     """Read a file of tensors and plain types without running anything that may be in it.
 
-    Args: check_sums: read all of it, to compare it with the checksums in it.
-    Raises: UserError if the file is no such file, or declares more values than it holds. FileNotFoundError if there is none.
+    Args: check_sums: read all of it, to compare it with the checksums that torch writes into it and does not read.
+    Returns: its content, memory-mapped where it can be.
+    Raises: UserError if it is no such file, or declares more values than it holds; FileNotFoundError if there is none.
     """
-    with open(path, "rb"):  # a missing or forbidden file says so itself
-        pass
+    with open(path, "rb") as file:  # a missing or forbidden file says so itself
+        is_zip = file.read(4) == b"PK\x03\x04"  # older files cannot be memory-mapped
     try:
-        is_zip = _is_zip(path)
         if is_zip and check_sums:
             _check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on odd files
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # noqa: BLE001  junk raises nearly anything here, and nothing but the reading stands in this block
+    except Exception as error:  # noqa: BLE001  junk raises nearly anything when it is read
         reason = str(error).splitlines()[0].split(". ")[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a file of tensors that can be read safely ({reason})") from None
     for tensor in _tensors_in(content):
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise UserError(
-                f"{path}: holds a tensor of shape {tuple(tensor.shape)} that is not stored in full; write it again with torch.save"
-            )
+            problem = f"holds a tensor of shape {tuple(tensor.shape)} that is not stored in full"
+            raise UserError(f"{path}: {problem}; write it again with torch.save")
     return content
 
 
-def load_arrays(path):
-    """Read an .npz of plain arrays. Returns: {name: array}. Raises: UserError if it is none. FileNotFoundError if there is none."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # noqa: BLE001  as above
-        raise UserError(
-            f"{path}: not a file of arrays that can be read safely ({' '.join(str(error).split())[:120]}); evaluate again"
-        ) from None
-
-
-def _is_zip(path):
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"  # older archives cannot be memory-mapped
-
-
 def _check_sums(path):
-    """Compare every member of an archive with the checksum that stands in it, which torch writes and does not read."""
     with zipfile.ZipFile(path) as archive:
         changed = archive.testzip()
     if changed is not None:
@@ -204,58 +180,28 @@ def _check_sums(path):
 def _tensors_in(content):
     if isinstance(content, torch.Tensor):
         yield content
-    elif isinstance(content, dict):
-        for value in content.values():
+    elif isinstance(content, dict | list | tuple):
+        for value in content.values() if isinstance(content, dict) else content:
             yield from _tensors_in(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from _tensors_in(value)
+
+
+def load_arrays(path):
+    """Read an .npz of plain arrays, {name: array}. Raises: UserError if it is none; FileNotFoundError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001  as above
+        reason = " ".join(str(error).split())[:120]
+        message = f"{path}: not a file of arrays that can be read safely ({reason}); evaluate again"
+        raise UserError(message) from None
 
 
 def load_json(path):
-    """Read JSON. Raises: UserError if the file is not JSON. FileNotFoundError if there is none."""
+    """Read JSON. Raises: UserError if the file is not JSON; FileNotFoundError if there is none."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def check_fields(entry, fields, where):
-    """Check an entry of a JSON file. Args: fields: {name: int or str}, the one that names the entry first. where: file and place, for the message.
-
-    Raises: UserError if the entry is no object, or a field is missing, of another type or blank.
-    """
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is not an object")
-    for field, kind in fields.items():
-        value = entry.get(field)
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is str and not value.strip()):
-            name = next(iter(fields))
-            wanted = "a whole number" if kind is int else "a text that is not blank"
-            raise UserError(
-                f"{where} ({name} {entry.get(name)}): '{field}' is {json.dumps(value)[:80]}, expected {wanted}"
-            )
-
-
-def inside(folder, name, where):
-    """The path of an image in a folder. Args: name: as a file gives it. where: that file, and the place in it, for the message.
-
-    Raises: UserError if it leads out of the folder, over a link too, or nowhere.
-    """
-    path = folder / name
-    try:
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (ValueError, RuntimeError):  # a character that no file name can have; a link that leads to itself
-        raise UserError(f"{where}: the image file {name!r} cannot be the name of a file; mend it") from None
-    if not is_inside:
-        raise UserError(f"{where}: the image file {name!r} lies outside {folder}; give names inside it")
-    return path
-
-
-def listing(folder):
-    """What is in a folder, for an error message."""
-    if not folder.is_dir():
-        return "no such folder"
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    return f"only {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "an empty folder"

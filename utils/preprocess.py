@@ -101,7 +101,7 @@ class ClipId:
         Returns: Clip.
         Raises: UserError if it cannot be loaded or is another one.
         """
-        dtype = pick_precision(self.precision if precision == "auto" else precision, device)
+        dtype = pick_precision(self.precision if precision == "auto" else precision, torch.device(device))
         clip = load_clip(model or self.model, pretrained or self.pretrained, device, dtype)
         changed = self.difference(ClipId.of_meta(clip.info))
         if changed:

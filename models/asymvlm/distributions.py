@@ -1,7 +1,7 @@
-"""Two densities on the unit sphere, from the natural parameter eta = kappa mu of each text and the direction x of each image.
+"""Two densities on the unit sphere, from a text's natural parameter eta = kappa mu and an image's direction x.
 
-Both are log_normalizer(kappa) + kernel: kappa log(1 + mu.x) for the Power Spherical distribution, kappa mu.x for the von Mises-Fisher
-distribution. kappa >= 0 is the concentration: 0 is uniform, and 1/kappa is the uncertainty.
+Both are log_normalizer(kappa) + kernel: kappa log(1 + mu.x) for the Power Spherical distribution, kappa mu.x for the
+von Mises-Fisher distribution. kappa >= 0 is the concentration: 0 is uniform, and 1/kappa is the uncertainty.
 """
 
 import functools
@@ -25,28 +25,26 @@ def concentration(eta):
 
 @full_precision
 def power_spherical_log_prob(x, eta, temperature=1.0):
-    """Log density of every image under every text's Power Spherical distribution, log C(kappa) + kappa log(1 + mu.x), times a temperature.
+    """Log density of every image under every text's Power Spherical distribution, times a temperature.
 
-    The temperature meets the (M,) parameters rather than the (N, M) densities, which saves three passes over those in a training step.
+    log C(kappa) + kappa log(1 + mu.x). The temperature meets the (M,) parameters rather than the (N, M) densities: it
+    saves three passes over those in a training step.
     Args: x (N, D): unit vectors. eta (M, D): kappa mu. temperature: scalar.
     Returns: (N, M), finite also where rounding brings mu.x to -1 (or below), as is its gradient.
     Source: De Cao & Aziz, "The Power Spherical distribution", arXiv 2006.04437, eq. 6.
     """
     kappa = concentration(eta)  # (M,)
-    least = torch.finfo(x.dtype).eps  # log(0) is -inf
-    one_plus_cosine = F.threshold(
-        1 + pairwise_products(x, eta / kappa[:, None]), least, least
-    )  # (N, M); clamp_min would take longer back
+    least = torch.finfo(x.dtype).eps  # log(0) is -inf; clamp_min would take longer back than threshold
+    one_plus_cosine = F.threshold(1 + pairwise_products(x, eta / kappa[:, None]), least, least)  # (N, M)
     log_normalizer = power_spherical_log_normalizer(kappa, eta.shape[-1])  # (M,)
     return torch.addcmul(temperature * log_normalizer, temperature * kappa, one_plus_cosine.log())
 
 
 @full_precision
 def von_mises_fisher_log_prob(x, eta, temperature=1.0):
-    """Log density of every image under every text's von Mises-Fisher distribution, log C(kappa) + kappa mu.x, times a temperature.
+    """The same for the von Mises-Fisher distribution, log C(kappa) + kappa mu.x.
 
-    Args: x (N, D): unit vectors. eta (M, D): kappa mu. temperature: scalar.
-    Returns: (N, M). Source: Mardia & Jupp, "Directional Statistics", eq. 9.3.4.
+    Source: Mardia & Jupp, "Directional Statistics", eq. 9.3.4.
     """
     log_normalizer = von_mises_fisher_log_normalizer(concentration(eta), eta.shape[-1])  # (M,)
     return temperature * log_normalizer + pairwise_products(x, temperature * eta)
@@ -55,9 +53,10 @@ def von_mises_fisher_log_prob(x, eta, temperature=1.0):
 def power_spherical_log_normalizer(kappa, dim):
     """log C(kappa) = -[(a + b) log 2 + lgamma(a) - lgamma(a + b) + b log pi], with a = (D-1)/2 + kappa, b = (D-1)/2.
 
-    Domain: kappa >= 0, D >= 2. Limits: the uniform density as kappa -> 0; b log(kappa / 4 pi) as kappa -> inf, less (kappa log 2).
+    Domain: kappa >= 0, D >= 2. Limits: uniform as kappa -> 0; b log(kappa / 4 pi), less (kappa log 2), as kappa -> inf.
     Accuracy: computed in float64 where the device has it, as in float32 it would be off by up to 2e-3 at small kappa.
-    Args: kappa (M,), dim: D. Returns: (M,) in kappa's type.
+    Args: kappa (M,), dim: D.
+    Returns: (M,) in kappa's type.
     Source: arXiv 2006.04437, eq. 6.
     """
     wide = _widest(kappa)
@@ -69,13 +68,14 @@ def power_spherical_log_normalizer(kappa, dim):
 def von_mises_fisher_log_normalizer(kappa, dim):
     """log C(kappa) = v log kappa - (D/2) log 2 pi - log I_v(kappa), with v = D/2 - 1, without a Bessel function.
 
-    I_v is replaced by its uniform expansion for large order, and v log kappa cancels against the expansion's by hand, so that nothing
-    diverges as kappa -> 0: with s = sqrt(1 + (kappa/v)^2),
+    I_v is replaced by its uniform expansion for large order, and v log kappa cancels against the expansion's by hand:
+    nothing diverges as kappa -> 0. With s = sqrt(1 + (kappa/v)^2),
         log C = v log v - (D/2) log 2 pi - v s + v log(1 + s) + log(2 pi v)/2 + log(s)/2 - log sum_k U_k(1/s) / v^k.
-    Domain: kappa >= 0, D >= 4. Limits: the uniform density as kappa -> 0; (v + 1/2) log(kappa / 2 pi) - kappa as kappa -> inf.
-    Accuracy, against mpmath at D = 16 to 1152 and kappa in (0, 1e4]: 1e-6 max(1, |log C|) in float64, 2e-3 absolute in float32;
-    the gradient, -I_{D/2}(kappa) / I_{D/2-1}(kappa), 1e-6 relative in float64 (tests/test_asymvlm.py).
-    Args: kappa (M,), dim: D. Returns: (M,) in kappa's type.
+    Domain: kappa >= 0, D >= 4. Limits: uniform as kappa -> 0; (v + 1/2) log(kappa / 2 pi) - kappa as kappa -> inf.
+    Accuracy, against mpmath at D = 16 to 1152 and kappa in (0, 1e4]: 1e-6 max(1, |log C|) in float64, 2e-3 absolute in
+    float32; the gradient, -I_{D/2}(kappa) / I_{D/2-1}(kappa), 1e-6 relative in float64 (tests/test_asymvlm.py).
+    Args: kappa (M,), dim: D.
+    Returns: (M,) in kappa's type.
     Source: DLMF 10.41.3 (https://dlmf.nist.gov/10.41).
     """
     wide = _widest(kappa)
@@ -87,35 +87,23 @@ def von_mises_fisher_log_normalizer(kappa, dim):
     return (constant - v * s + v * torch.log1p(s) + torch.log(s) / 2 - torch.log1p(series)).to(kappa.dtype)
 
 
-@functools.cache
-def _series(v, dtype, device):
-    """sum_k U_k(p) / v^k, k > 0, as one polynomial in p: its powers and their coefficients, (P,) each. Kept: making it stops a GPU."""
-    terms = [
-        (power, sum(U[k][power] / v**k for k in range(1, TERMS + 1) if power < len(U[k])))
-        for power in range(1, len(U[TERMS]))
-    ]
-    with torch.inference_mode(False):  # kept for training too
-        return torch.tensor([term for term in terms if term[1]], dtype=dtype, device=device).T.contiguous()
-
-
 def _widest(x):
     return x if x.device.type == "mps" else x.double()  # Apple's GPU has no float64
 
 
-def _expansion(terms):
-    """The polynomials U_0 .. U_terms of DLMF 10.41.10, each a list of coefficients, lowest power first.
-
-    U_{k+1}(p) = p^2 (1 - p^2) U_k'(p) / 2 + (1/8) integral_0^p (1 - 5 t^2) U_k(t) dt, in exact fractions.
-    """
-    polynomials = [[Fraction(1)]]
-    for _ in range(terms):
-        last = polynomials[-1]
-        following = [Fraction(0)] * (len(last) + 3)
-        for power, c in enumerate(last):
+@functools.cache  # making it stops a GPU
+def _series(v, dtype, device):
+    """sum_k U_k(p) / v^k, k = 1 .. TERMS, as a polynomial in p: its powers and their coefficients, (P,) each."""
+    # U_0 = 1, U_{k+1}(p) = p^2 (1 - p^2) U_k'(p) / 2 + (1/8) integral_0^p (1 - 5 t^2) U_k(t) dt (DLMF 10.41.10)
+    polynomial, total = [Fraction(1)], [0.0] * (3 * TERMS + 1)  # coefficients, lowest power first
+    for k in range(1, TERMS + 1):
+        following = [Fraction(0)] * (len(polynomial) + 3)
+        for power, c in enumerate(polynomial):
             following[power + 1] += c * power / 2 + c / (8 * (power + 1))
             following[power + 3] -= c * power / 2 + 5 * c / (8 * (power + 3))
-        polynomials.append(following)
-    return [[float(c) for c in polynomial] for polynomial in polynomials]
-
-
-U = _expansion(TERMS)
+        polynomial = following
+        for power, c in enumerate(polynomial):
+            total[power] += float(c) / v**k
+    terms = [(power, coefficient) for power, coefficient in enumerate(total) if coefficient]
+    with torch.inference_mode(False):  # cached for training too
+        return torch.tensor(terms, dtype=dtype, device=device).T.contiguous()

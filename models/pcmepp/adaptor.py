@@ -3,41 +3,21 @@
 import torch
 from torch import nn
 
-from models.base import SMALL, Adaptor, Recipe
-from models.layers import GaussianHead, total_variance
+from models.base import SMALL, GaussianAdaptor, Recipe
 from models.pcmepp.loss import matching_loss
 
-SHIFT = 5.0  # initial value, as in the paper's code
-NEGATIVE_SCALE = 5.0  # initial value, as in the paper's code
+SHIFT, NEGATIVE_SCALE = 5.0, 5.0  # initial values, as in the paper's code
 
 
-class PCMEPPAdaptor(Adaptor):
-    """mean = unit(z), log_var = MLP(unit(z)); uncertainty = mean_d exp(log_var). Without the VIB and pseudo-positive terms of the paper."""
+class PCMEPPAdaptor(GaussianAdaptor):
+    """A pair matches if its expected distance is small. Without the VIB and pseudo-positive terms of the paper."""
 
     recipes = {"paper": Recipe("adamw", lr=5e-4, weight_decay=1e-4), "small": SMALL}
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
-        self.image_head = GaussianHead(embed_dim)
-        self.text_head = GaussianHead(embed_dim)
         self.shift = nn.Parameter(torch.tensor(SHIFT))
         self.negative_scale = nn.Parameter(torch.tensor(NEGATIVE_SCALE))
-
-    def encode_image(self, z):
-        """(N, D) -> (mean (N, D), log_var (N, D))."""
-        return self.image_head(z)
-
-    def encode_text(self, z):
-        """(N, D) -> (mean (N, D), log_var (N, D))."""
-        return self.text_head(z)
-
-    def describe_image(self, mean, log_var):
-        """mean (N, D) and mean_d exp(log_var) (N,)."""
-        return mean, total_variance(log_var) / self.embed_dim
-
-    def describe_text(self, mean, log_var):
-        """mean (N, D) and mean_d exp(log_var) (N,)."""
-        return mean, total_variance(log_var) / self.embed_dim
 
     def loss(self, mean_image, log_var_image, mean_text, log_var_text):
         """The matching loss over all B^2 pairs, with the learnt shift and scale."""

@@ -1,4 +1,4 @@
-"""PFE: raw CLIP embeddings in, the same embeddings with a variance of each coordinate out (arXiv 1904.09658, sec. 3)."""
+"""PFE: raw CLIP embeddings in, the same with a variance of each coordinate out (arXiv 1904.09658, sec. 3)."""
 
 from models.base import SMALL, Adaptor, Recipe
 from models.layers import mlp
@@ -6,7 +6,7 @@ from models.pfe.loss import mutual_likelihood_loss, variance
 
 
 class PFEAdaptor(Adaptor):
-    """mean = z, raw; var = softplus(MLP(z)); uncertainty = mean_d var. Retrieval is that of the frozen embeddings."""
+    """mean = z, raw; var = softplus(MLP(z)), (N, D) each; uncertainty = mean_d var. Retrieval is the frozen CLIP's."""
 
     recipes = {"paper": Recipe("sgd", lr=1e-3, weight_decay=5e-4), "small": SMALL}
 
@@ -16,21 +16,14 @@ class PFEAdaptor(Adaptor):
         self.text_mlp = mlp(embed_dim)
 
     def encode_image(self, z):
-        """(N, D) -> (mean (N, D), var (N, D))."""
         return z, variance(self.image_mlp(z))
 
     def encode_text(self, z):
-        """(N, D) -> (mean (N, D), var (N, D))."""
         return z, variance(self.text_mlp(z))
 
-    def describe_image(self, mean, var):
-        """z (N, D) and mean_d var (N,)."""
-        return mean, var.mean(dim=-1)
-
     def describe_text(self, mean, var):
-        """z (N, D) and mean_d var (N,)."""
         return mean, var.mean(dim=-1)
 
-    def loss(self, mean_image, var_image, mean_text, var_text):
-        """The mutual likelihood loss of the B true pairs; it has no negatives."""
-        return mutual_likelihood_loss(mean_image, var_image, mean_text, var_text)
+    describe_image = describe_text
+
+    loss = staticmethod(mutual_likelihood_loss)  # of the true pairs; there are no negatives

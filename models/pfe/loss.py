@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from models.layers import full_precision
 
-VARIANCE_MIN = 1e-6  # softplus(-104) is 0 in float32, and the loss divides by the variance; a standard deviation of 0.001 is none to a raw CLIP
+VARIANCE_MIN = 1e-6  # the loss divides by it, and softplus(-104) is 0; a deviation of 0.001 is none to a raw CLIP
 
 
 @full_precision
@@ -18,7 +18,8 @@ def mutual_likelihood_loss(mean_image, var_image, mean_text, var_text):
     """mean_b sum_d [ (mean_image - mean_text)^2 / (var_image + var_text) + log(var_image + var_text) ].
 
     That is twice the negative mutual likelihood score, less the constant D log 2 pi.
-    Args: all (B, D), rows in the same order; variances > 0. Returns: ().
+    Args: all (B, D), rows in the same order; variances > 0.
+    Returns: ().
     Source: Shi & Jain, "Probabilistic face embeddings", arXiv 1904.09658, eq. 3.
     """
     var = var_image + var_text  # (B, D)

@@ -8,21 +8,16 @@ from models.probvlm.loss import mean_variance, positive, probvlm_loss
 
 
 class BayesCap(nn.Module):
-    """The network of one modality: a residual trunk on z, and three heads for the parameters of the generalised Gaussian."""
+    """The network of one modality: a residual trunk, and heads for the three parameters of a generalised Gaussian."""
 
     def __init__(self, embed_dim, hidden=HIDDEN):
         super().__init__()
-        self.mod = nn.Sequential(
-            nn.Linear(embed_dim, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Dropout(0.0),  # drops nothing; it keeps the indices of the paper's checkpoints
-            nn.Linear(hidden, embed_dim),
+        layers = [nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+        layers += [nn.Dropout(0.0)]  # drops nothing; it keeps the indices of the paper's checkpoints
+        self.mod = nn.Sequential(*layers, nn.Linear(hidden, embed_dim))
+        self.block_mu, self.block_alpha, self.block_beta = (
+            nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)) for _ in range(3)
         )
-        self.block_mu = _head(embed_dim)
-        self.block_alpha = _head(embed_dim)
-        self.block_beta = _head(embed_dim)
 
     def forward(self, z):
         """(N, D) -> mean, 1/alpha > 0 and beta > 0, (N, D) each."""
@@ -31,11 +26,11 @@ class BayesCap(nn.Module):
 
 
 class ProbVLMAdaptor(Adaptor):
-    """mean, 1/alpha and beta from a BayesCap a modality; uncertainty = 1 / mean_d var, or mean_d var with `inverted = False`.
+    """mean, 1/alpha and beta from a BayesCap a modality, beside the z that they reconstruct, (N, D) each.
 
-    The inverse of a variance is what the published evaluations of ProbVLM call its uncertainty, the authors' as well as the AsymVLM paper's,
-    so it is the default here, for comparison with their tables. `adaptor.inverted = False` makes `adapt_image` and `adapt_text` report
-    the variance itself; it reverses every ranking by uncertainty. `models.probvlm.loss.mean_variance` computes it from what they encode.
+    uncertainty = 1 / mean_d var. The inverse is what the published evaluations of ProbVLM call its uncertainty, the
+    authors' as well as the AsymVLM paper's, so it is the default, for comparison with their tables. With
+    `adaptor.inverted = False` it is the variance itself, which reverses every ranking by uncertainty.
     """
 
     recipes = {"paper": Recipe("adamw", lr=1e-4, weight_decay=5e-4), "small": SMALL}
@@ -47,31 +42,15 @@ class ProbVLMAdaptor(Adaptor):
         self.text_bayescap = BayesCap(embed_dim)
 
     def encode_image(self, z):
-        """(N, D) -> (mean, 1/alpha, beta, z), (N, D) each; z is what the loss reconstructs."""
         return *self.image_bayescap(z), z
 
     def encode_text(self, z):
-        """(N, D) -> (mean, 1/alpha, beta, z), (N, D) each; z is what the loss reconstructs."""
         return *self.text_bayescap(z), z
 
-    def describe_image(self, mean, inv_alpha, beta, z):
-        """mean (N, D) and 1 / mean_d var (N,), or mean_d var if not `inverted`."""
-        return mean, self._uncertainty(inv_alpha, beta)
-
     def describe_text(self, mean, inv_alpha, beta, z):
-        """mean (N, D) and 1 / mean_d var (N,), or mean_d var if not `inverted`."""
-        return mean, self._uncertainty(inv_alpha, beta)
+        variance = mean_variance(inv_alpha, beta)  # (N,)
+        return mean, 1 / variance if self.inverted else variance
 
-    def loss(self, mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text):
-        """Each modality reconstructs its own embedding and, with little weight, its partner's; there are no negatives."""
-        return probvlm_loss(
-            mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text
-        )
+    describe_image = describe_text
 
-    def _uncertainty(self, inv_alpha, beta):
-        variance = mean_variance(inv_alpha, beta)
-        return 1 / variance if self.inverted else variance
-
-
-def _head(embed_dim):
-    return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
+    loss = staticmethod(probvlm_loss)  # of the true pairs; there are no negatives

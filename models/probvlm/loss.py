@@ -1,7 +1,7 @@
-"""ProbVLM's loss: how well a generalised Gaussian a coordinate reconstructs the embedding of its own modality and of the other; and its variance.
+"""ProbVLM's loss, how well a generalised Gaussian reconstructs both modalities' embeddings; and its variance.
 
-The density of a residual r is beta / (2 alpha Gamma(1/beta)) exp(-(|r| / alpha)^beta): alpha > 0 is the scale, beta > 0 the shape.
-All constants are those of the authors' code.
+The density of a residual r is beta / (2 alpha Gamma(1/beta)) exp(-(|r| / alpha)^beta): alpha > 0 is the scale, beta > 0
+the shape, one each a coordinate. All constants are those of the authors' code.
 """
 
 import torch
@@ -13,10 +13,8 @@ PARAMETER_EPS = 1e-4  # added to 1/alpha and beta in the loss: log and 1/beta st
 RESIDUAL_RANGE = (1e-4, 1e3)  # of the residual's term: one outlier does not carry the batch
 LIKELIHOOD_WEIGHT = 0.05  # of the likelihood, beside the absolute error
 CROSS_WEIGHT = 1e-4  # of reconstructing the other modality
-INV_ALPHA_EPS = 1e-5  # in the variance: 1/alpha may be 0
-ALPHA_RANGE = (1e-4, 5.0)  # in the variance
-BETA_OFFSET = 0.1  # in the variance
-BETA_RANGE = (0.1, 5.0)  # in the variance: keeps Gamma(3/beta) below Gamma(30), 9e30, which float32 holds
+INV_ALPHA_EPS, ALPHA_RANGE = 1e-5, (1e-4, 5.0)  # in the variance: 1/alpha may be 0
+BETA_OFFSET, BETA_RANGE = 0.1, (0.1, 5.0)  # in the variance: keeps Gamma(3/beta) below 9e30, which float32 holds
 
 
 @full_precision
@@ -31,13 +29,26 @@ def probvlm_loss(mean_image, inv_alpha_image, beta_image, z_image, mean_text, in
 
     fit(mean, t) = mean_bd |mean - t| + 0.05 mean_bd [ clamp(|mean - t| a b, 1e-4, 1e3) - log a + lgamma(1/b) - log b ],
     with a = 1/alpha + 1e-4 and b = beta + 1e-4.
-    Args: all (B, D), rows in the same order. Returns: ().
-    Source: Upadhyay et al., "ProbVLM", arXiv 2307.00398, sec. 3, in the form of the authors' code, whose residual is multiplied by beta
-    where the density raises it to that power.
+    Args: all (B, D), rows in the same order.
+    Returns: ().
+    Source: Upadhyay et al., "ProbVLM", arXiv 2307.00398, sec. 3, in the form of the authors' code, whose residual is
+    multiplied by beta where the density raises it to that power.
     """
     image = _reconstruction_loss(mean_image, inv_alpha_image, beta_image, z_image, z_text)
-    text = _reconstruction_loss(mean_text, inv_alpha_text, beta_text, z_text, z_image)
-    return image + text
+    return image + _reconstruction_loss(mean_text, inv_alpha_text, beta_text, z_text, z_image)
+
+
+def _reconstruction_loss(mean, inv_alpha, beta, z, z_other):
+    """fit(mean, z) + 1e-4 fit(mean, z_other), all (B, D) -> (); the normaliser, the same for both, is computed once."""
+    a, b = inv_alpha + PARAMETER_EPS, beta + PARAMETER_EPS
+    # lgamma(1/b) - log b = lgamma(1 + 1/b), and nothing cancels at large b
+    normalizer = (torch.lgamma(1 + 1 / b) - a.log()).mean()
+
+    def fit(target):
+        error = (mean - target).abs()  # (B, D)
+        return error.mean() + LIKELIHOOD_WEIGHT * ((error * a * b).clamp(*RESIDUAL_RANGE).mean() + normalizer)
+
+    return fit(z) + CROSS_WEIGHT * fit(z_other)
 
 
 @full_precision
@@ -45,23 +56,10 @@ def mean_variance(inv_alpha, beta):
     """mean_d alpha^2 Gamma(3/b) / Gamma(1/b), the variance of a generalised Gaussian, averaged over the coordinates.
 
     alpha = 1 / (inv_alpha + 1e-5), clipped to [1e-4, 5]; b = beta + 0.1, clipped to [0.1, 5].
-    Args: inv_alpha, beta (N, D), >= 0. Returns: (N,), from 1e-9 to 6e26: the ratio of the Gammas is taken in logarithms.
+    Args: inv_alpha, beta (N, D), >= 0.
+    Returns: (N,), from 1e-9 to 6e26: the ratio of the Gammas is taken in logarithms.
     Source: arXiv 2307.00398, sec. 3; the clips are the authors' code's.
     """
     alpha = (1 / (inv_alpha + INV_ALPHA_EPS)).clamp(*ALPHA_RANGE)
     b = (beta + BETA_OFFSET).clamp(*BETA_RANGE)
     return (alpha.square() * (torch.lgamma(3 / b) - torch.lgamma(1 / b)).exp()).mean(dim=-1)
-
-
-def _reconstruction_loss(mean, inv_alpha, beta, own, other):
-    """fit(mean, own) + 1e-4 fit(mean, other), all (B, D) -> (); the normaliser, which knows no target, is computed once."""
-    a, b = inv_alpha + PARAMETER_EPS, beta + PARAMETER_EPS
-    normalizer = (
-        torch.lgamma(1 + 1 / b) - a.log()
-    ).mean()  # lgamma(1/b) - log b = lgamma(1 + 1/b), and nothing cancels at large b
-
-    def fit(target):
-        error = (mean - target).abs()  # (B, D)
-        return error.mean() + LIKELIHOOD_WEIGHT * ((error * a * b).clamp(*RESIDUAL_RANGE).mean() + normalizer)
-
-    return fit(own) + CROSS_WEIGHT * fit(other)

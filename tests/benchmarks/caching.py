@@ -1,22 +1,26 @@
-"""How much of the encoder's own rate cache_embeddings.py reaches, with a randomly initialised ViT-B/32 and pictures of COCO's size.
+"""How much of the encoder's own rate cache_embeddings.py reaches, with a random ViT-B/32 and pictures of COCO's size.
 
     COCO_ROOT=<a COCO folder> python -m tests.benchmarks.caching
 
-The pictures are COCO's, scaled to 640 x 480 (drawn ones without COCO_ROOT). "Bare" is a loop of encode_image over tensors that are ready, in the
-same precision; "float32" the same loop in float32.
+The pictures are COCO's, scaled to 640 x 480 (drawn ones without COCO_ROOT). "Bare" is a loop of encode_image over
+tensors that are ready, in the same precision; "float32" the same loop in float32.
 """
 
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from datasets.shapes import world
+from datasets.source import PictureUnit
+from datasets.units import UnitStore
 from tests.benchmarks.machine import describe, in_turn, markdown_table
-from utils import encode
 from utils.device import pick_device, pick_precision, precision_name
+from utils.embed import CHUNK, embed_units
 from utils.preprocess import load_clip
 
 MODEL, PICTURES = "ViT-B-32-quickgelu", 512
@@ -24,18 +28,13 @@ MODEL, PICTURES = "ViT-B-32-quickgelu", 512
 
 def make_pictures(folder, count):
     """Write JPEG files of 640 x 480 pixels. Returns: their paths."""
-    import random
-
-    from PIL import Image
-
     sources = sorted(Path(os.environ["COCO_ROOT"]).glob("*2017/*.jpg"))[:count] if os.environ.get("COCO_ROOT") else []
     files = []
     for i in range(count):
-        picture = (
-            Image.open(sources[i]).convert("RGB")
-            if i < len(sources)
-            else world.paint(world.draw_scene(random.Random(i)))
-        )
+        if i < len(sources):
+            picture = Image.open(sources[i]).convert("RGB")
+        else:
+            picture = world.paint(world.draw_scene(random.Random(i)))
         files.append(folder / f"{i:04d}.jpg")
         picture.resize((640, 480), Image.Resampling.BICUBIC).save(files[-1], quality=90)
     return files
@@ -53,18 +52,22 @@ def main(repeats=3):
         save_file(open_clip.create_model(MODEL, pretrained=None).state_dict(), weights)
         files = make_pictures(Path(folder), PICTURES)
         clip, wide = (load_clip(MODEL, str(weights), device, dtype) for dtype in (precision, torch.float32))
-        ready = torch.randn(encode.CHUNK, 3, 224, 224)
+        ready = torch.randn(CHUNK, 3, 224, 224)
 
         def bare(some_clip, dtype, chunks):
             with torch.inference_mode():
                 for _ in range(chunks):
                     some_clip.model.encode_image(ready.to(device, dtype))
 
-        chunks = PICTURES // encode.CHUNK
-        workers = os.cpu_count()
+        def cache():
+            store = UnitStore(Path(folder) / "split", {}, torch.float16)
+            embed_units([PictureUnit(0, files)], clip, store, CHUNK, workers)
+            store.remove()
+
+        chunks, workers = PICTURES // CHUNK, os.cpu_count()
         times = in_turn(
             {
-                "cache": lambda: list(encode.encode_images(clip, files, [0], encode.CHUNK, workers)),
+                "cache": cache,
                 "bare": lambda: bare(clip, precision, chunks),
                 "float32": lambda: bare(wide, torch.float32, chunks),
             },

@@ -1,9 +1,9 @@
-"""Seconds and memory of an evaluation of both directions, at 1x, 2x and 4x the images and captions, beside the textbook's full matrix.
+"""Seconds and memory of an evaluation of both directions, at 1x, 2x and 4x the pairs, beside the full matrix.
 
     python -m tests.benchmarks.evaluation
 
-Random embeddings; asymvlm-psd. "Ours" is eval.py's evaluate: encoding, both directions, all figures. The textbook holds the full matrix in float32
-and sorts it both ways. Memory is above the interpreter and the loaded embeddings.
+Random embeddings; asymvlm-psd. "Ours" is what eval.py does: encoding, both directions, all figures. The textbook holds
+the full matrix in float32 and sorts it both ways. Memory is above the interpreter and the loaded embeddings.
 """
 
 import sys
@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import torch
 
-import eval as eval_script
 from models import METHODS
 from tests.benchmarks.machine import describe, in_turn, markdown_table, peak_memory
-from utils.metrics import aurc, recall_by_level
+from utils.evaluation.metrics import aurc, recall_by_level
+from utils.evaluation.results import evaluate
+from utils.evaluation.scorers import AdaptorScorer
 
 METHOD, DIM = "asymvlm-psd", 512
 
@@ -24,13 +25,14 @@ def random_cache(images, captions, dim=DIM):
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.randn(rows, dim, generator=generator).half() for rows in (images, captions))
     owner = torch.arange(captions)[torch.randperm(captions, generator=generator)] % images
-    return SimpleNamespace(image=image, text=text, image_of_caption=owner, relevance=None, captions=None, meta={})
+    known = {"image": image, "text": text, "image_of_caption": owner, "device": torch.device("cpu")}
+    return SimpleNamespace(**known, relevance=None, captions=None, meta={})
 
 
 def ours(cache):
     """eval.py's evaluation."""
     torch.manual_seed(0)
-    return eval_script.evaluate(METHODS[METHOD](DIM).eval(), cache, 10)
+    return evaluate(AdaptorScorer(METHODS[METHOD](DIM).eval(), cache), cache, 10)
 
 
 @torch.no_grad()
@@ -50,7 +52,8 @@ def textbook(cache):
 
 def memory(function, images, captions):
     """Peak MB above the embeddings."""
-    code = f"from tests.benchmarks import evaluation\ncache = evaluation.random_cache({images}, {captions})\nbefore = memory('VmRSS')\n"
+    code = "from tests.benchmarks import evaluation\n"
+    code += f"cache = evaluation.random_cache({images}, {captions})\nbefore = memory('VmRSS')\n"
     return peak_memory(f"{code}evaluation.{function}(cache)")
 
 

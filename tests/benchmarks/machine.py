@@ -1,4 +1,4 @@
-"""What the benchmarks share: times that a noisy machine does not spoil, peak memory, the rate of the machine's matrix products."""
+"""What the benchmarks share: times that a noisy machine does not spoil, peak memory, rate of its matrix products."""
 
 import os
 import re
@@ -23,7 +23,10 @@ def seconds(call, repeats=7, warm_up=2):
 
 
 def in_turn(calls, repeats=7, warm_up=1):
-    """Wall times of several calls made in turn, so that a machine that slows down slows all of them. Returns: {name: (median, min, max)}."""
+    """Wall times of several calls made in turn, so that a machine that slows down slows all of them.
+
+    Returns: {name: (median, min, max)}.
+    """
     times = {name: [] for name in calls}
     for i in range(warm_up + repeats):
         for name, call in calls.items():
@@ -41,7 +44,7 @@ def matmul_rate(dtype, size=2048):
 
 
 def peak_memory(code):
-    """Peak resident memory, in MB above that of an interpreter that has imported torch, of Python code run in a process of its own."""
+    """Peak resident memory of Python code in a process of its own, in MB above that of one that has imported torch."""
     script = f"""
 import re, torch
 def memory(key):
@@ -61,7 +64,7 @@ print("peak:", memory("VmHWM") - before)
 
 
 def markdown_table(header, rows):
-    """A markdown table. Args: header: strings; rows: lists of strings."""
+    """A markdown table: header, strings; rows, lists of strings."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -73,4 +76,5 @@ def describe():
         name: matmul_rate(dtype) / 1e9 for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
     }
     products = ", ".join(f"{name} products at {rate:.0f} GFLOP/s" for name, rate in rates.items())
-    return f"{model[1] if model else 'unknown CPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}, {products}"
+    cpu, threads = model[1] if model else "unknown CPU", torch.get_num_threads()
+    return f"{cpu}, {threads} threads, torch {torch.__version__}, {products}"

@@ -1,6 +1,6 @@
 """bfloat16 against float32 on the built-in data set: every method and seed, trained in both, on caches made in both.
 
-    python -m tests.benchmarks.precision                 # everything, in a folder of its own; about an hour on two cores
+    python -m tests.benchmarks.precision                 # everything, in a temporary folder; about an hour on two cores
     python -m tests.benchmarks.precision --seed 0 --method asymvlm-psd
 
 A figure passes if the two means differ by less than the larger of the standard deviation over seeds and 0.01.

@@ -1,8 +1,9 @@
-"""Weak scaling: one and two ranks of one thread each, with as many pairs a rank; and what large runs should take, by calculation.
+"""Weak scaling: one and two ranks of one thread each, with as many pairs a rank; and, calculated, what large runs take.
 
     COCO_ROOT=<a COCO folder> python -m tests.benchmarks.scaling
 
-A rank encodes its share of the batch and computes the loss of all of it, so that what grows with the ranks is the loss and the exchange.
+A rank encodes its share of the batch and computes the loss of all of it: what grows with the ranks is the loss and the
+exchange.
 """
 
 import json
@@ -17,16 +18,15 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import train
-from datasets.coco import CocoImages
+from datasets.pictures import Pictures
 from models import METHODS
 from tests.benchmarks.caching import MODEL, make_pictures
 from tests.benchmarks.machine import describe, markdown_table, seconds
 from tests.benchmarks.train_step import GPU_FLOPS, GPU_SHARE, gpu_seconds, profile_step
 from utils.device import pick_device, pick_precision
-from utils.distributed import is_first, joined, own, world_size
+from utils.distributed import is_first, joined, share_of_rank, world_size
 
 SHARE, DIM, STEPS = 512, 512, 15  # pairs a rank; width; steps that are timed
 CORES = 16  # of the machine in the calculation, that decode for its GPU
@@ -48,11 +48,11 @@ def rank():
             adaptor = METHODS[method](DIM)
             optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["paper"], 1000)
             batch = SHARE * world_size()
-            pairs = [own(z) for z in torch.randn(2, batch, DIM)]
-            dtype, bar, taken = pick_precision("auto", device), tqdm(disable=True), []
+            pairs = [share_of_rank(z) for z in torch.randn(2, batch, DIM)]
+            dtype, taken = pick_precision("auto", device), []
             for _ in range(STEPS + 3):
                 start = time.perf_counter()
-                train.step(adaptor, pairs, batch, optimizer, schedule, dtype, bar)
+                train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
                 taken.append(time.perf_counter() - start)
             times[method] = statistics.median(taken[3:])
         if is_first():
@@ -101,12 +101,12 @@ def decoding_rate():
 
     with tempfile.TemporaryDirectory() as folder:
         files = make_pictures(Path(folder), 64)
-        images = CocoImages(files, open_clip.image_transform(224, is_train=False))
+        images = Pictures(files, open_clip.image_transform(224, is_train=False))
         return 64 / seconds(lambda: [images[row] for row in range(64)], repeats=3)[0]
 
 
 def large_runs(decoded):
-    """Rows of the table: what data sets should take on one H100 beside CORES cores. Args: decoded: pictures a second and core."""
+    """Rows of the table: what data sets should take on one H100 beside CORES cores, which decode so many a second."""
     image, text = flops_a_row()
     _, operations, passes = profile_step("asymvlm-psd", 2048)
     step = gpu_seconds("asymvlm-psd", 2048, DIM, operations, passes)
@@ -152,13 +152,12 @@ def main():
     ]
     print(markdown_table(header, rows))
     decoded = decoding_rate()
+    gpu = f"one H100 at {GPU_SHARE:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s"
+    print(f"\nCalculated, not measured: {gpu}, ViT-B/32, {CORES} cores that decode")
     print(
-        f"\nCalculated, not measured: one H100 at {GPU_SHARE:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s, ViT-B/32, {CORES} cores that decode"
+        f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many"
     )
-    print(
-        f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many cores each take 1/N of the"
-    )
-    print("hours of caching, of which the larger of the two columns counts.\n")
+    print("cores each take 1/N of the hours of caching, of which the larger of the two columns counts.\n")
     header = [
         "",
         "images",

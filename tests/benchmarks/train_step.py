@@ -2,16 +2,15 @@
 
     python -m tests.benchmarks.train_step
 
-A step is what train.py does: forward, backward, optimiser, schedule, with the method's own paper recipe. The share of the bound is the time that
-the step's necessary matrix products would take at this machine's measured rate, over the time that the step takes. Then: where the time goes, on
-the CPU; and what a GPU should take, by calculation.
+A step is what train.py does: forward, backward, optimiser, schedule, with the method's own paper recipe. The share of
+the bound is the time that its necessary matrix products would take at this machine's measured rate, over the time that
+it takes. Then: where the time goes, on the CPU; and what a GPU should take, by calculation.
 """
 
 import math
 import re
 
 import torch
-from tqdm import tqdm
 
 import train
 from models import METHODS
@@ -23,14 +22,14 @@ TEXTBOOK_BATCH = {"pcmepp": 1024, "prolip": 1024}  # their (B, B, D) tensors tak
 
 
 def make_step(method, batch, embed_dim, precision="auto"):
-    """A call that does one full optimiser step on a batch of random embeddings, exactly as train.py does it. Returns: the loss, ()."""
+    """A call that does one full optimiser step on random embeddings, as train.py does it, and returns the loss, ()."""
     device = pick_device("auto")
     torch.manual_seed(0)
     adaptor = METHODS[method](embed_dim).to(device)
     optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["paper"], 10_000)
     pairs = [torch.randn(batch, embed_dim, dtype=torch.float16).to(device) for _ in range(2)]
-    bar, dtype = tqdm(disable=True), pick_precision(precision, device)
-    return lambda: train.step(adaptor, pairs, batch, optimizer, schedule, dtype, bar)
+    dtype = pick_precision(precision, device)
+    return lambda: train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
 
 
 def make_textbook_step(method, batch, embed_dim):
@@ -57,15 +56,17 @@ def make_textbook_step(method, batch, embed_dim):
 
 
 def trunk_flops(method, batch, embed_dim):
-    """FLOPs of the products with the weights in a step: forward, and two products backward but for the first layers' inputs."""
+    """FLOPs of a step's products with the weights: forward, and two backward but for the first layers' inputs."""
     weights = [p for p in METHODS[method](embed_dim).parameters() if p.ndim == 2]
     first = sum(p.numel() for p in weights if p.shape == (1024, embed_dim))  # no gradient towards the embeddings
     return 2 * batch * (3 * sum(p.numel() for p in weights) - first)
 
 
 def necessary_flops(method, batch, embed_dim):
-    """FLOPs of the matrix products that a step cannot do without: those with the weights, and (B, D) by (D, B) of the pairs, forward, and backward
-    only towards what is trained."""
+    """FLOPs of the matrix products that a step cannot do without.
+
+    Those with the weights, and (B, D) by (D, B) of the pairs, forward, and backward only towards what is trained.
+    """
     pair = 2 * batch * batch * embed_dim
     pairwise = {
         "asymvlm-psd": 2 * pair,
@@ -130,7 +131,7 @@ def profile_step(method, batch, embed_dim=512, steps=5):
 
 
 def gpu_seconds(method, batch, embed_dim, operations, passes):
-    """What a step should take on an H100, by calculation: products and memory, or the launches where they take longer."""
+    """What a step should take on an H100, calculated: products and memory, or the launches where they take longer."""
     products = necessary_flops(method, batch, embed_dim) / GPU_FLOPS
     memory = passes * 2 * 4 * batch**2 / GPU_BYTES  # each pass reads and writes
     return max(products / GPU_SHARE + memory, operations * GPU_LAUNCH)
@@ -152,7 +153,8 @@ def main():
         rates.append(matmul_rate(dtype))
         memory = {
             name: peak_memory(
-                f"from tests.benchmarks import train_step\nstep = train_step.{make}({method!r}, {batch}, 512)\nstep(); step()"
+                "from tests.benchmarks import train_step\n"
+                f"step = train_step.{make}({method!r}, {batch}, 512)\nstep(); step()"
             )
             for name, make in (("ours", "make_step"), ("textbook", "make_textbook_step"))
         }

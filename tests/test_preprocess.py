@@ -1,11 +1,11 @@
-"""load_clip and tokenize with a tiny CLIP of random weights, in every form that weights come in; nothing here touches a network."""
+"""A CLIP is loaded from weights in every form, differs from others, and takes any text; nothing touches a network."""
 
+import hashlib
 import json
 import logging
 import pickle
 import socket
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,31 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.conftest import CONFIG, Trap, write_tiny_clip
 from utils import preprocess
 from utils.cli import UserError
-from utils.preprocess import load_clip, tokenize
+from utils.preprocess import ClipId, load_clip, tokenize
 
-CONFIG = {
-    "embed_dim": 16,
-    "quick_gelu": False,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 EXTRAS = {"input_resolution": 32, "context_length": 16, "vocab_size": 49408}  # in OpenAI's archives beside the weights
-
-
-def write_tiny_clip(folder, stem="tiny", **changes):
-    """A configuration and random weights: <folder>/<stem>.json and .safetensors. Returns: their paths and the open_clip model itself."""
-    import open_clip
-
-    config, weights = folder / f"{stem}.json", folder / f"{stem}.safetensors"
-    config.write_text(json.dumps(CONFIG | changes))
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**json.loads(config.read_text())).eval()
-    with torch.no_grad():
-        model.token_embedding.weight.normal_()  # in open_clip's own start all texts are nearly alike
-    save_file(model.state_dict(), weights)
-    return config, weights, model
 
 
 @pytest.fixture(autouse=True)
@@ -108,9 +89,8 @@ def test_safetensors_are_loaded(tiny, clip):
 def test_a_pt_file_is_loaded(tiny, tmp_path, form):
     weights = tiny[2].state_dict()
     if form == "training checkpoint":  # as open_clip's own training writes it
-        torch.save(
-            {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "w.pt"
-        )
+        prefixed = {f"module.{key}": value for key, value in weights.items()}
+        torch.save({"epoch": 3, "state_dict": prefixed}, tmp_path / "w.pt")
     else:
         torch.save(weights, tmp_path / "w.pt", _use_new_zipfile_serialization=form == "plain")
     assert_same_weights(load_clip(str(tiny[0]), str(tmp_path / "w.pt")).model, weights)
@@ -145,9 +125,8 @@ def test_the_activation_is_that_of_the_configuration(tiny, tiny_quick):
     for config, weights, model in (tiny, tiny_quick):
         found = load_clip(str(config), str(weights)).model
         torch.testing.assert_close(found.encode_image(x), model.encode_image(x), atol=1e-5, rtol=1e-5)
-    assert (
-        tiny[2].encode_image(x) - tiny_quick[2].encode_image(x)
-    ).abs().max() > 1e-3  # same weights, other activation
+    difference = tiny[2].encode_image(x) - tiny_quick[2].encode_image(x)
+    assert difference.abs().max() > 1e-3  # same weights, other activation
 
 
 def test_the_model_is_frozen_and_ready_for_evaluation(clip):
@@ -182,9 +161,8 @@ def test_a_file_named_as_a_tag_is_the_file(workdir, monkeypatch):
 
     (workdir / "openai").write_bytes(b"no weights")
     asked = []
-    monkeypatch.setattr(
-        open_clip, "create_model", lambda name, pretrained, precision: asked.append(pretrained) or 1 / 0
-    )
+    fail = lambda name, pretrained, precision: asked.append(pretrained) or 1 / 0  # noqa: E731
+    monkeypatch.setattr(open_clip, "create_model", fail)
     refusal("ViT-B-32-quickgelu", "openai")
     assert asked == [str(workdir / "openai")]  # open_clip takes a bare name for the tag
 
@@ -238,16 +216,6 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
     assert "not weights of tiny" in refusal(tiny[0], tmp_path / "w.pt")
     torch.save([1, 2], tmp_path / "w.pt")
     assert "not weights of tiny" in refusal(tiny[0], tmp_path / "w.pt")
-
-
-class Trap:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("saved_by", ["torch", "pickle"])
@@ -403,6 +371,65 @@ def test_without_a_network_the_hub_is_told_so(monkeypatch, connected):
 def test_a_local_file_needs_no_network(tiny):
     """The fixture `offline` fails any test that connects."""
     load_clip(str(tiny[0]), str(tiny[1]))
+
+
+# What tells one CLIP from another.
+
+
+@pytest.fixture
+def clip_files(tmp_path):
+    """A configuration and weights whose content does not matter."""
+    for name, content in (("a.json", "{}"), ("a.pt", "weights"), ("b.pt", "weights"), ("c.pt", "others")):
+        (tmp_path / name).write_text(content)
+    return tmp_path
+
+
+def test_a_clip_does_not_differ_from_itself_however_it_is_named(tiny, clip, monkeypatch):
+    config, weights, _ = tiny
+    monkeypatch.chdir(config.parent)
+    by_flags = ClipId.of(config.name, str(weights), "bf16")
+    by_meta = ClipId.of_meta(clip.info | {"dtype": "float16"}, origin="meta.json")
+    assert by_flags.difference(by_meta) == by_meta.difference(by_flags) == ""
+    assert by_meta.sums() == {
+        key: clip.info[key] for key in ("model", "model_sha256", "pretrained", "pretrained_sha256")
+    }
+    assert (by_meta.precision, by_meta.dtype, by_flags.dtype) == ("fp32", torch.float16, None)
+    assert by_meta.is_complete() and not by_flags.is_complete()
+
+
+def test_what_changes_from_one_clip_to_another_is_told(clip_files):
+    def clip_id(model, weights):
+        return ClipId.of(str(clip_files / model), str(clip_files / weights))
+
+    sums = [hashlib.sha256((clip_files / name).read_bytes()).hexdigest()[:16] for name in ("a.pt", "c.pt")]
+    weights = f"pretrained was a.pt (SHA-256 {sums[0]}), now c.pt (SHA-256 {sums[1]})"
+    assert clip_id("a.json", "a.pt").difference(clip_id("a.json", "c.pt")) == weights
+    assert "pretrained was a.pt" in clip_id("a.json", "a.pt").difference(clip_id("a.json", "b.pt"))  # of another name
+    by_tag = ClipId.of("ViT-B-32", "openai")
+    assert by_tag.difference(ClipId.of("ViT-B-32-quickgelu", "openai")) == "model was ViT-B-32, now ViT-B-32-quickgelu"
+    both = by_tag.difference(clip_id("a.json", "a.pt"))
+    assert both.startswith("model was ViT-B-32, now a.json (SHA-256 ")
+    assert "; pretrained was openai, now a.pt (SHA-256 " in both
+    assert by_tag.difference(ClipId.of("ViT-B-32", "openai", "bf16")) == ""  # in another precision it is the same
+
+
+@pytest.mark.parametrize("meta", [None, 3, [], {}, {"model": "ViT-B-32", "pretrained": 7, "precision": "fp8"}])
+def test_a_meta_that_does_not_tell_the_clip_is_not_complete(meta):
+    found = ClipId.of_meta(meta)
+    assert not found.is_complete()
+    assert found.difference(ClipId.of("ViT-B-32", "openai"))
+
+
+def test_a_cache_gives_back_the_clip_that_made_it_and_no_other(tiny, clip, tmp_path):
+    meta = clip.info | {"dtype": "float32"}
+    found = ClipId.of_meta(meta, origin="embeddings/it/val").load("cpu")
+    assert_same_weights(found.model, tiny[2].state_dict())
+    assert found.dtype == torch.float32
+    assert ClipId.of_meta(meta).load("cpu", precision="bf16").dtype == torch.bfloat16
+    _, other, _ = write_tiny_clip(tmp_path, "other")
+    save_file(tiny[2].state_dict() | {"logit_scale": torch.tensor(1.0)}, other)
+    with pytest.raises(UserError, match=r"embeddings/it/val: was made with another CLIP: pretrained was tiny\.safe"):
+        ClipId.of_meta(meta, origin="embeddings/it/val").load("cpu", pretrained=str(other))
 
 
 # Texts.

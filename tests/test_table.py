@@ -8,10 +8,11 @@ import pytest
 import cache_embeddings
 import eval as eval_script
 import train as train_script
-from datasets import DATASETS
-from datasets.embedding import EmbeddingCache, load_texts
+from datasets.embedding import EmbeddingCache
+from datasets.registry import DATASETS
 from datasets.table import TableCaptions
-from tests.test_karpathy import SHAPES_CLIP, check_rows, coco_sample, draw
+from datasets.texts import load_texts
+from tests.conftest import SHAPES_CLIP, check_rows, coco_sample, draw
 from utils.cli import UserError
 
 ROWS = [  # neither names nor texts are in order, and rows of an image do not stand together
@@ -176,10 +177,8 @@ def test_a_cache_of_another_name_is_missed_with_the_flags_that_make_it(script, w
     assert script(cache_embeddings.main, *call)[0] == 0
     status, _, last = script(train_script.main, "--dataset", "mine")
     assert status == 2
-    assert (
-        "cache_embeddings.py --dataset {coco,coco-karpathy,csv,flickr30k,shapes,webdataset} --name mine --split train"
-        in last
-    )
+    renamed = "or --dataset DATA_SET --name mine, where the data set has another name"
+    assert f"run python cache_embeddings.py --dataset mine --split train, {renamed}" in last
 
 
 def test_bad_tables_end_in_one_line_and_nothing_is_written(script, workdir):
@@ -196,35 +195,14 @@ def test_bad_tables_end_in_one_line_and_nothing_is_written(script, workdir):
 )
 def test_each_coco_caption_has_the_embedding_of_its_own_picture(coco_root, script, workdir, name, separator, flags):
     sample = coco_sample(coco_root)
-    rows = [
-        (file, text) for k in range(5) for _, file, captions in sample for _, text in captions[k : k + 1]
-    ]  # rows of an image stand apart
-    write(
-        workdir / "mine",
-        [(f"pictures/{file.name}", text) for file, text in rows],
-        name,
-        ("image", "caption"),
-        separator,
-    )
+    rows = [(file, text) for k in range(5) for _, file, captions in sample for _, text in captions[k : k + 1]]
+    table = [(f"pictures/{file.name}", text) for file, text in rows]  # rows of an image stand apart
+    write(workdir / "mine", table, name, ("image", "caption"), separator)
     (workdir / "mine" / "pictures").mkdir()
     for _, file, _ in sample:
         shutil.copy(file, workdir / "mine" / "pictures" / file.name)
-    keys = ("--csv-img-key", "image", "--csv-caption-key", "caption")
-    assert (
-        script(
-            cache_embeddings.main,
-            "--dataset",
-            "csv",
-            "--data-root",
-            "mine",
-            "--split",
-            "val",
-            *keys,
-            *flags,
-            *SHAPES_CLIP,
-        )[0]
-        == 0
-    )
+    call = "--dataset csv --data-root mine --split val --csv-img-key image --csv-caption-key caption".split()
+    assert script(cache_embeddings.main, *call, *flags, *SHAPES_CLIP)[0] == 0
     cache = EmbeddingCache("csv", "val")
     assert cache.images == [f"pictures/{file.name}" for _, file, _ in sample]
     check_rows(cache, [(text, file) for file, text in rows])

@@ -1,0 +1,125 @@
+"""What caching needs of a split, of every data set: a fingerprint, units that are kept, a cache that they become."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from datasets.embedding import EmbeddingCache
+from datasets.registry import DATASETS
+from datasets.source import ListSplit, Split
+from datasets.units import UnitStore
+from tests.conftest import VAL_IDS, draw, draw_data, write_flickr30k, write_karpathy_coco, write_tar
+from utils.embed import embed_units
+from utils.preprocess import load_clip
+
+
+def drawn(name, root):
+    return draw_data(root, (("val", VAL_IDS),), DATASETS[name].layout)
+
+
+def table(root):
+    draw(root / "a.png", 1), draw(root / "b.png", 2)
+    (root / "val.csv").write_text("filepath,title\na.png,one\nb.png,two\na.png,three\n")
+
+
+def tars(root):
+    draw(root / "a.png", 1), draw(root / "b.png", 2)
+    for number, name in enumerate("ab"):
+        write_tar(root / f"{number}.tar", {"x.png": (root / f"{name}.png").read_bytes(), "x.txt": name.encode()})
+
+
+MAKE = {  # the files of the split val of every data set, under a folder
+    "coco": lambda root: drawn("coco", root),
+    "coco-karpathy": write_karpathy_coco,
+    "csv": table,
+    "flickr30k": write_flickr30k,
+    "shapes": lambda root: drawn("shapes", root),
+    "webdataset": tars,
+}
+COUNTS = {"coco": (70, 140), "coco-karpathy": (1, 1), "csv": (2, 3), "flickr30k": (1, 1), "shapes": (70, 140)}
+COUNTS |= {"webdataset": (2, 2)}  # images and captions
+
+
+@pytest.fixture(params=DATASETS)
+def named(request, tmp_path, monkeypatch):
+    """(name, function that opens the split val of that data set)."""
+    monkeypatch.chdir(tmp_path)
+    MAKE[request.param](tmp_path / "data")
+    source = DATASETS[request.param]
+    return request.param, lambda root="data": source.reader(tmp_path / root, "val", source.layout)
+
+
+def test_every_data_set_is_a_split_with_a_readable_fingerprint(named, tmp_path):
+    name, open_split = named
+    split = open_split()
+    assert isinstance(split, Split)
+    assert isinstance(split, ListSplit) == (name != "webdataset")
+    for says in (split.fingerprint(), split.state()):
+        assert json.loads(json.dumps(says)) == says
+        assert all(isinstance(key, str) and isinstance(value, str) for key, value in says.items())
+    assert split.fingerprint()
+    assert (open_split().fingerprint(), open_split().state()) == (split.fingerprint(), split.state())
+    (tmp_path / "data").rename(tmp_path / "moved")  # where it lies does not matter
+    assert open_split("moved").fingerprint() == split.fingerprint()
+
+
+def test_the_units_of_every_data_set_become_a_cache_that_is_read(named, tiny, tmp_path):
+    name, open_split = named
+    split = open_split()
+    clip = load_clip(str(tiny[0]), str(tiny[1]))
+    folder = tmp_path / "embeddings" / name / "val"
+    store = UnitStore(folder, split.fingerprint(), torch.float16)
+    assert [unit.left_out(store.folder) for unit in split.units()] == [None] * len(split.units())
+    embed_units(split.units(), clip, store)
+    assert [unit.left_out(store.folder) for unit in open_split().units()] == [{}] * len(split.units())
+    embed_units(open_split().units(), SimpleNamespace(transform=None), store)  # nothing is left to encode
+    meta = open_split().assemble(store, folder, {"dtype": "float16", **split.fingerprint(), **clip.info})
+    cache = EmbeddingCache(name, "val", tmp_path / "embeddings")
+    assert {key: value for key, value in cache.meta.items() if key != "shards"} == meta
+    images, captions = COUNTS[name]
+    assert (cache.image.shape, cache.text.shape) == ((images, 16), (captions, 16))
+    assert (meta["image_count"], meta["caption_count"], meta["embed_dim"]) == (images, captions, 16)
+    assert (len(cache.images), len(cache.captions)) == (images, captions)
+    assert meta["skipped"] == []
+    if isinstance(split, ListSplit):
+        assert (cache.images, cache.captions) == (split.image_names, split.captions)
+        assert cache.image_of_caption.tolist() == split.image_of_caption
+        assert cache.relevance == split.relevance
+
+
+# Lists.
+
+PLAIN = ListSplit([7, 8, 9], ["/d/a", "/d/b", "/d/c"], ["a", "b", "c"], [1, 2, 3, 4], list("wxyz"), [0, 1, 2, 2])
+MANY = replace(PLAIN, relevance=[[0, 1], [1], [0, 2], [2]], annotated=[0, 2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_ids": [7, 8, 10]},
+        {"image_names": ["a", "b", "d"]},
+        {"caption_ids": [1, 2, 3, 5]},
+        {"captions": list("wxyy")},
+        {"image_of_caption": [0, 1, 2, 1]},
+        {"relevance": [[0], [1], [0, 2], [2]]},
+        {"annotated": [0]},
+    ],
+)
+def test_the_fingerprint_changes_with_whatever_is_in_the_lists_but_the_paths(changes):
+    assert replace(MANY, **changes).fingerprint() != MANY.fingerprint()
+    assert replace(MANY, image_files=["/e/a", "/e/b", "/e/c"]).fingerprint() == MANY.fingerprint()
+
+
+def test_a_split_without_some_images_has_the_others_with_their_captions():
+    assert MANY.without(()) == MANY
+    left = MANY.without([1])
+    assert (left.image_ids, left.image_files, left.image_names) == ([7, 9], ["/d/a", "/d/c"], ["a", "c"])
+    assert (left.caption_ids, left.captions, left.image_of_caption) == ([1, 3, 4], ["w", "y", "z"], [0, 1, 1])
+    assert (left.relevance, left.annotated) == ([[0], [0, 1], [1]], [0, 1])
+    left = MANY.without({0})
+    assert (left.relevance, left.annotated) == ([[0], [1], [1]], [1])
+    assert PLAIN.without([0]).relevance is None
+    assert PLAIN.without([0, 1, 2]).captions == []

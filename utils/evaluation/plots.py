@@ -1,0 +1,191 @@
+"""Results in, pictures out: a PNG and a PDF each, in one style that is readable in print and without colour vision."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from scipy import stats
+
+from utils.evaluation.figures import DIRECTIONS, only_annotated
+from utils.evaluation.metrics import risk_coverage
+from utils.evaluation.scorers import BASELINES
+from utils.files import written_aside
+
+# Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell them apart in grey.
+NAMES = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip", *BASELINES)
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#000000", "#7F7F7F")
+LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Pxx", strict=True)}
+LOOKS |= {name: LOOKS[name] | {"linestyle": "--"} for name in BASELINES}
+BEST = "best possible order"
+LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
+OTHER = {"color": "#882255", "marker": "*"}
+STYLE = {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 4, "axes.axisbelow": True, "axes.grid": True}
+STYLE |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
+POINTS = 200  # of a risk-coverage curve
+DEPTH = "Uncertainty by depth in the chains of {}, general first, in percentiles"
+AMONG = "in percentiles among the captions; band: the middle half of the captions"
+CAPTIONS = {
+    "levels": "Recall by level of uncertainty, most certain queries first; band: standard deviation over seeds",
+    "levels-image": "The same by the image's uncertainty, for methods whose images have one",
+    "risk-coverage": "Error among the most certain queries against the share of queries kept",
+    "length": f"Uncertainty against caption length, {AMONG}",
+    "ambiguity": f"Uncertainty against exact ambiguity, {AMONG}",
+    "ladder": "The prompt ladder: uncertainty relative to the first prompt, geometric mean over seeds",
+}
+
+
+def draw_all(results, folder):
+    """Draw every picture that the results allow, and remove those from before.
+
+    Args: results: {row name: [Results, one a seed]}. folder: where the files go.
+    Returns: {file name of the PNG: caption}.
+    """
+    results = {name: runs for name, runs in results.items() if runs[0].is_uncertain}
+    stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
+    with plt.rc_context(STYLE):
+        pictures = {
+            "levels": _levels(results, "text", lambda run: run.content),
+            "levels-image": _levels(results, "image", lambda run: run.content["by_image"]),
+            "risk-coverage": _risk_coverage(results),
+            "length": _against(results, "words", "words in the caption"),
+            "ambiguity": _against(results, "relevant", "images that the caption describes", logarithmic=True),
+            "ladder": _ladder(results),
+        } | {f"hierarchy-{stem}": _depth(results, stem) for stem in stems}
+    for name, picture in pictures.items():
+        for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
+            path = folder / f"{name}{suffix}"
+            path.unlink(missing_ok=True)
+            if picture is not None:
+                with written_aside(path) as file:
+                    picture.savefig(file, format=suffix[1:], metadata=metadata)
+        plt.close(picture)
+    captions = {f"hierarchy-{stem}": DEPTH.format(stem) for stem in stems}
+    return {f"{name}.png": caption for name, caption in (CAPTIONS | captions).items() if pictures[name] is not None}
+
+
+def _levels(results, modality, recall_of):
+    """Recall against the level of uncertainty. Args: recall_of: run -> {direction: recall by level}."""
+    rows = {name: [recall_of(run) for run in runs] for name, runs in results.items() if recall_of(runs[0])}
+    if not rows:
+        return None
+    panels = {t: {name: [_steps(run[d]) for run in runs] for name, runs in rows.items()} for d, t in DIRECTIONS.items()}
+    figure, axes = _lines(panels, f"level of {modality} uncertainty (1 = most certain)", "R@1")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+    return figure
+
+
+def _risk_coverage(results):
+    """Error rate among the most certain share of the queries, and in the best possible order of the first method."""
+    panels = {}
+    for direction, title in DIRECTIONS.items():
+        answers = {name: [run.answers[direction] for run in runs] for name, runs in results.items()}
+        rows = {name: [_curve(a["rank"] == 1, a["uncertainty"]) for a in runs] for name, runs in answers.items()}
+        correct = next(iter(answers.values()))[0]["rank"] == 1
+        panels[title] = rows | {BEST: [_curve(correct, ~correct)]}
+    figure, axes = _lines(panels, "coverage: share of queries kept", "risk: 1 - R@1 among those kept", marker="")
+    for axis in axes:
+        axis.set_ylim(0, 1)
+    return figure
+
+
+def _curve(correct, uncertainty):
+    """`risk_coverage` at 200 points: coverage and risk, two arrays in [0, 1]."""
+    risk = risk_coverage(correct, uncertainty)
+    at = np.unique(np.ceil(np.linspace(0.005, 1, POINTS) * len(risk)).astype(int)) - 1
+    return (at + 1) / len(risk), risk[at]
+
+
+def _ladder(results):
+    """Uncertainty of every prompt of the ladder relative to the first one."""
+    known = {name: runs for name, runs in results.items() if "ladder" in runs[0].content}
+    ladders = {name: [run.content["ladder"] for run in runs] for name, runs in known.items()}
+    if not ladders:
+        return None
+    prompts = [rung["prompt"] for rung in next(iter(ladders.values()))[0]]
+    places, rows = range(len(prompts)), {}
+    for name, runs in ladders.items():
+        values = np.array([[rung["uncertainty"] for rung in ladder] for ladder in runs])
+        rows[name] = [(np.exp(np.log(values / values[:, :1]).mean(axis=0)), places)]
+    size = (7.0, 0.36 * len(prompts) + 1.2)
+    figure, (axis,) = _lines({"": rows}, "uncertainty / uncertainty of the first prompt", "", size)
+    axis.set_yticks(places, prompts)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    return figure
+
+
+def _depth(results, stem):
+    """Mean percentile of uncertainty by depth in caption chains."""
+    rows = {name: [_steps(run.content["depth"][stem]) for run in runs] for name, runs in results.items()}
+    labels = ("depth in the chain (1 = most general)", "percentile of uncertainty")
+    return _lines({"": rows}, *labels, size=(3.8, 2.9))[0]
+
+
+def _against(results, field, label, logarithmic=False):
+    """The percentile of a caption's uncertainty against something known about it, a panel a method: median, middle."""
+    choose = only_annotated if field == "relevant" else dict
+    answers = {name: [choose(run.answers["t2i"]) for run in runs] for name, runs in results.items()}
+    if any(field not in runs[0] for runs in answers.values()):
+        return None
+    columns, rows = min(4, len(answers)), -(-len(answers) // 4)
+    size = {"figsize": (2.0 * columns + 0.4, 1.9 * rows + 0.4), "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, **size)
+    for axis in axes.flat[len(answers) :]:
+        axis.set_visible(False)
+    for axis, (name, runs) in zip(axes.flat, answers.items(), strict=False):
+        known = runs[0][field].astype(np.float64)
+        percentile = np.mean([100 * stats.rankdata(run["uncertainty"]) / len(known) for run in runs], axis=0)
+        bins = _bins(known, logarithmic)
+        low, median, high = np.array([np.percentile(percentile[b], [25, 50, 75]) for b in bins]).T
+        _line(axis, name, [known[b].mean() for b in bins], median, (low, high))
+        axis.set_title(name, loc="left", fontsize=9)
+        axis.set_ylim(0, 100)
+        if logarithmic:
+            axis.set_xscale("log", base=4)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+    figure.supxlabel(label, fontsize=9)
+    figure.supylabel("percentile of uncertainty", fontsize=9)
+    return figure
+
+
+def _bins(values, logarithmic):
+    """Masks of at most a dozen bins that hold something: narrow at first (logarithmic), or of equally many values."""
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, 13)))
+    if logarithmic:
+        edges = 2.0 ** np.arange(0, np.ceil(np.log2(values.max() + 1)) + 1)
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
+    return [bins == b for b in np.unique(bins)]
+
+
+def _steps(values):
+    return np.arange(1, len(values) + 1), values
+
+
+def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), **options):
+    """Means over seeds in bands of a deviation. Args: panels: {title: {row name: [(x, y), one a seed]}}."""
+    size = {"figsize": (size[0] * len(panels) + 1.5, size[1]), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        for name, curves in rows.items():
+            x, y = curves[0][0], np.array([y for _, y in curves])
+            deviation = y.std(axis=0, ddof=1) if len(curves) > 1 else None
+            _line(axis, name, x, y.mean(axis=0), deviation, **options)
+        axis.set_title(title, loc="left")
+        axis.set_xlabel(xlabel)
+        if x.dtype == int:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    axes[0, 0].set_ylabel(ylabel)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure, axes[0]
+
+
+def _line(axis, name, x, y, band=None, **options):
+    """A method's line in its look, in a band: (low, high), or a deviation."""
+    look = LOOKS.get(name, OTHER)
+    axis.plot(x, y, label=name, **look | options)
+    if band is not None:
+        low, high = band if isinstance(band, tuple) else (y - band, y + band)
+        axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)

@@ -1,0 +1,92 @@
+"""Single questions in, answers out: how uncertain texts are, which captions are most uncertain, how methods differ."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.cli import UserError
+from utils.evaluation.results import Results
+from utils.evaluation.scorers import AdaptorScorer
+from utils.evaluation.tables import paired
+
+CLOSEST = 3  # images that are named for a prompt
+
+
+def prompts_from(arguments):
+    """The texts of --prompts; "@FILE" stands for the lines of a file. Raises: UserError if one is blank."""
+    texts = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            texts.append(argument)
+            continue
+        try:
+            lines = Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {argument}: not readable as UTF-8 text ({error})") from None
+        texts += [line.strip() for line in lines if line.strip()]
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError("--prompts: a prompt is blank; give texts that are not")
+    return texts
+
+
+@torch.inference_mode()
+def describe_prompts(adaptor, cache, texts, z):
+    """How uncertain prompts are among a cache's captions, and what they match.
+
+    Args: adaptor, cache. texts: T strings. z (T, D): their embeddings.
+    Returns: dicts, most certain last: "prompt"; "uncertainty"; "percentile" of captions that are more certain;
+        "closest": file names (rows where there are none) of the images that match best, best first.
+    """
+    scorer = AdaptorScorer(adaptor, cache)
+    uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
+    similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
+    closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
+    return [
+        {
+            "prompt": texts[row],
+            "uncertainty": float(uncertainty[row]),
+            "percentile": float(np.mean(captions < uncertainty[row]) * 100),
+            "closest": [_image_name(cache, image) for image in closest[row]],
+        }
+        for row in np.argsort(-uncertainty, kind="stable").tolist()
+    ]
+
+
+@torch.inference_mode()
+def describe_captions(adaptor, cache, most, least):
+    """The most and least uncertain captions of a cache: dicts of "caption", "uncertainty", "image", most certain last.
+
+    Raises: UserError if the cache does not know its captions.
+    """
+    if cache.captions is None:
+        lacks = "has no captions.json, so its captions cannot be listed"
+        raise UserError(f"{cache.folder}: {lacks}; make the cache with cache_embeddings.py")
+    uncertainty = AdaptorScorer(adaptor, cache).text_uncertainty(cache.captions, cache.text)
+    images = cache.image_of_caption.tolist()
+    order = np.argsort(-uncertainty, kind="stable").tolist()
+    rows = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
+    values = uncertainty.tolist()
+    return [
+        {"caption": cache.captions[r], "uncertainty": values[r], "image": _image_name(cache, images[r])} for r in rows
+    ]
+
+
+def _image_name(cache, image):
+    return cache.images[image] if cache.images is not None else str(image)
+
+
+def compare_runs(runs, levels, resamples):
+    """How two methods differ over the same queries, as `paired` tells it.
+
+    Args: runs: {method: [Results, one a seed]}, two of them. levels: K. resamples: of the bootstrap.
+    Raises: UserError if the queries are not the same, or fewer than the levels.
+    """
+    everything = [run for of_method in runs.values() for run in of_method]
+    sizes = {tuple(len(fields["rank"]) for fields in run.answers.values()) for run in everything}
+    if len(sizes) > 1:
+        raise UserError(f"--compare: the results are of different queries ({sorted(sizes)}); evaluate both again")
+    if levels > min(*sizes.pop()):
+        raise UserError(f"--uncer_levels {levels}: there are fewer queries in the results; choose fewer levels")
+    measured = lambda run: Results.of(run.answers, levels).bootstrap(levels, resamples)  # noqa: E731
+    return paired({method: [measured(run) for run in of_method] for method, of_method in runs.items()})

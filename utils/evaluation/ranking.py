@@ -1,0 +1,123 @@
+"""A function that scores in, the answer to every query out, without ever holding the matrix of all similarities.
+
+Similarities are (n images, m captions), larger = better. Of equal ones the lower row counts as the better one.
+"""
+
+import numpy as np
+import torch
+
+TILE = 512  # images of a tile; its captions are as many as so many images have
+RELEVANT_BLOCK = 128  # queries whose answers are sorted at a time
+
+
+def rank_queries(score, image_of_caption, images, uncertainty=None):
+    """Answer every query of both directions, a tile of the similarity matrix at a time.
+
+    A tile is the images of one block against the captions of the images of another, so that all right pairs lie in the
+    tiles on the diagonal. These come first: then it is known what competitors have to beat; each tile is computed once.
+    Args:
+        score: function of (image rows (n,), caption rows (m,)), int64 tensors, that returns the similarities (n, m).
+        image_of_caption (M,): image rows. images: N. uncertainty (M,): of the captions, or None.
+    Returns: {"t2i": of M captions, "i2t": of the images that have a caption}, arrays with one entry a query:
+        query: its row. top1: row of the first answer. rank: of the first right answer, 1 = best.
+        uncertainty, where given: of the caption itself (t2i), of the caption retrieved (i2t).
+    Raises: ValueError if a similarity is not a number.
+
+    Example: two images, two captions each; caption 1 prefers the wrong image, and image 1 a caption of image 0.
+    >>> s = torch.tensor([[0.9, 0.4, 0.1, 0.2], [0.3, 0.8, 0.7, 0.6]])
+    >>> answers = rank_queries(lambda i, j: s[i][:, j], np.array([0, 0, 1, 1]), 2, np.array([1.0, 4.0, 2.0, 3.0]))
+    >>> answers["t2i"]["rank"].tolist(), answers["t2i"]["top1"].tolist()
+    ([1, 2, 1, 1], [0, 1, 1, 1])
+    >>> answers["i2t"]["rank"].tolist(), answers["i2t"]["top1"].tolist(), answers["i2t"]["uncertainty"].tolist()
+    ([1, 2], [0, 1], [1.0, 4.0])
+    """
+    image_of_caption = torch.as_tensor(np.asarray(image_of_caption), dtype=torch.int64)
+    block = image_of_caption // TILE
+    image_blocks = torch.arange(images).split(TILE)
+    caption_blocks = torch.argsort(block, stable=True).split(block.bincount(minlength=len(image_blocks)).tolist())
+    t2i, i2t = _Race(len(image_of_caption)), _Race(images)
+    blocks = range(len(image_blocks))
+    for a, b in [(k, k) for k in blocks] + [(a, b) for b in blocks for a in blocks if a != b]:
+        rows, columns = image_blocks[a], caption_blocks[b]
+        if not len(columns):
+            continue
+        tile = score(rows, columns)  # (n, m)
+        if a == b:
+            image = image_of_caption[columns]
+            right = tile[image - rows[0], torch.arange(len(columns))].cpu()  # (m,), what each caption's image has
+            t2i.aim(columns, right, image)
+            order = np.lexsort((columns, -right.double(), image))  # an image's best caption comes first
+            best = order[np.unique(image[order], return_index=True)[1]]
+            i2t.aim(image[best], right[best], columns[best])
+        t2i.run(columns, tile.T, rows)
+        i2t.run(rows, tile, columns)
+    answers = {"t2i": t2i.answers(torch.arange(len(image_of_caption))), "i2t": i2t.answers(image_of_caption.unique())}
+    if uncertainty is not None:
+        answers["t2i"]["uncertainty"] = np.asarray(uncertainty)
+        answers["i2t"]["uncertainty"] = np.asarray(uncertainty)[answers["i2t"]["top1"]]
+    return answers
+
+
+class _Race:
+    """For every query of one direction, the best answer so far and how many answers beat the best right one."""
+
+    def __init__(self, queries):
+        self.target = torch.full((queries,), torch.inf, dtype=torch.float64)  # of the best right answer; inf: none
+        self.target_row = torch.zeros(queries, dtype=torch.int64)
+        self.rank = torch.ones(queries, dtype=torch.int64)
+        self.best = torch.full((queries,), -torch.inf, dtype=torch.float64)
+        self.top1 = torch.full((queries,), -1, dtype=torch.int64)
+
+    def aim(self, queries, similarity, row):
+        """Set the best right answer of some queries: its similarity and row."""
+        self.target[queries], self.target_row[queries] = similarity.double(), row
+
+    def run(self, queries, tile, answers):
+        """Take in the similarities (q, n) of some queries and answers, whose rows ascend."""
+        target = self.target[queries, None].to(tile.device, tile.dtype)
+        is_lower = (answers < self.target_row[queries, None]).to(tile.device)
+        self.rank[queries] += ((tile > target) | ((tile == target) & is_lower)).sum(dim=1).cpu()
+        highest, where = (x.cpu() for x in tile.max(dim=1))  # the first of equal ones
+        if highest.isnan().any():
+            raise ValueError("a similarity is not a number")
+        highest, where = highest.double(), answers[where]
+        better = (highest > self.best[queries]) | ((highest == self.best[queries]) & (where < self.top1[queries]))
+        self.best[queries[better]], self.top1[queries[better]] = highest[better], where[better]
+
+    def answers(self, queries):
+        """What it has found for some queries, as arrays."""
+        return {"query": queries.numpy(), "top1": self.top1[queries].numpy(), "rank": self.rank[queries].numpy()}
+
+
+def rank_relevant(score, relevance, answers):
+    """How well all right answers are found, where a query has several of them; memory is linear in N.
+
+    Args:
+        score: function of (query rows (q,), answer rows (n,)), int64 tensors, that returns the similarities (q, n).
+        relevance: Q lists of right answers, each once, at least one. answers: N, how many there are to choose from.
+    Returns: arrays with one entry a query:
+        relevant: R, how many answers are right. relevant_rank: rank of the first right answer, 1 = best.
+        ap_at_r: average precision at R in [0, 1]: sum over right ones among the best R of (precision at its rank) / R.
+    Source: Musgrave et al., "A metric learning reality check", arXiv 2003.08505, sec. 3.2.
+
+    Example: answers 0 and 2 are right, and the order is 2, 1, 0: AP@R = (1/1 + 0) / 2.
+    >>> found = rank_relevant(lambda q, a: torch.tensor([[0.1, 0.5, 0.9]]), [[0, 2]], 3)
+    >>> found["relevant"].tolist(), found["relevant_rank"].tolist(), found["ap_at_r"].tolist()
+    ([2], [1], [0.5])
+    """
+    everything, found = torch.arange(answers), []
+    for start in range(0, len(relevance), RELEVANT_BLOCK):
+        block = [np.asarray(rows, dtype=np.int64) for rows in relevance[start : start + RELEVANT_BLOCK]]
+        count = np.array([len(rows) for rows in block])
+        query = np.repeat(np.arange(len(block)), count)  # of every right answer
+        similarity = score(torch.arange(start, start + len(block)), everything)  # (q, N)
+        order = similarity.argsort(dim=1, descending=True, stable=True)  # best first
+        place = torch.empty_like(order).scatter_(1, order, everything.to(order.device).expand_as(order)).cpu().numpy()
+        rank = place[query, np.concatenate(block)] + 1  # of every right answer, 1 = best
+        rank = rank[np.lexsort((rank, query))]
+        first = np.cumsum(count) - count  # where a query's right answers begin
+        precision = (np.arange(1, len(rank) + 1) - first[query]) / rank
+        ap_at_r = np.bincount(query, weights=precision * (rank <= count[query]), minlength=len(block)) / count
+        found.append((count, rank[first], ap_at_r))
+    fields = ("relevant", "relevant_rank", "ap_at_r")
+    return dict(zip(fields, map(np.concatenate, zip(*found, strict=True)), strict=True))

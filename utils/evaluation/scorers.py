@@ -1,0 +1,146 @@
+"""What ranks images and captions, baselines and adaptors alike, behind one interface; its answers to all queries."""
+
+import numpy as np
+import torch
+
+from models.layers import pairwise_products, unit
+from utils.evaluation.figures import FOLDS
+from utils.evaluation.ranking import rank_queries, rank_relevant
+
+CHUNK = 4096  # rows that are encoded at a time
+LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its upper bound, which OpenAI's models reach
+
+
+class Scorer:
+    """How well a cache's images and captions match, and how uncertain they are; this one is the frozen CLIP: it is not.
+
+    Attributes: name, seed: of its results. on_ladder: whether ratios of its uncertainties mean something.
+    """
+
+    name, seed, on_ladder = "frozen cosine", None, False
+
+    def __init__(self, cache):
+        self.cache, self.image, self.text = cache, unit(_read(cache.image)), unit(_read(cache.text))
+
+    def score(self, images, captions):
+        """Similarities (N, M), larger = better. Args: images (N,), captions (M,): rows of the cache."""
+        return pairwise_products(self.image[images], self.text[captions])
+
+    def text_uncertainty(self, texts, z):
+        """Uncertainty (T,) of T texts, a float64 array, or None. Args: z (T, D): their embeddings."""
+        return None
+
+    def image_uncertainty(self):
+        """Uncertainty (N,) of the cache's images, a float64 array, or None."""
+        return None
+
+
+class SoftmaxEntropy(Scorer):
+    """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats."""
+
+    name = "softmax-entropy"
+
+    def text_uncertainty(self, texts, z):
+        scale, entropy = self.cache.meta.get("logit_scale") or LOGIT_SCALE, []
+        for part in _read(z).to(self.cache.device).split(CHUNK):
+            log_p = (scale * pairwise_products(self.image, unit(part))).log_softmax(dim=0)  # (N, chunk)
+            entropy.append(-(log_p.exp() * log_p).sum(dim=0))
+        return torch.cat(entropy).double().cpu().numpy()
+
+
+class CaptionLength(Scorer):
+    """Uncertain is a text of few words."""
+
+    name = "caption-length"
+
+    def text_uncertainty(self, texts, z):
+        return -count_words(texts)
+
+
+class AdaptorScorer(Scorer):
+    """An adaptor; the cache is encoded once."""
+
+    on_ladder = True
+
+    def __init__(self, adaptor, cache, name=None, seed=None):
+        self.cache, self.adaptor, self.name, self.seed = cache, adaptor, name, seed
+        self.image, self.text = (
+            self.encode(adaptor.encode_image, cache.image),
+            self.encode(adaptor.encode_text, cache.text),
+        )
+
+    def encode(self, encode, z):
+        """What a function of the adaptor makes of embeddings (N, D): a list of (N, ...) tensors."""
+        parts = [encode(part.to(self.cache.device).float()) for part in _read(z).split(CHUNK)]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def score(self, images, captions):
+        return self.adaptor.score([part[images] for part in self.image], [part[captions] for part in self.text])
+
+    def text_uncertainty(self, texts, z):
+        encoded = self.text if z is self.cache.text else self.encode(self.adaptor.encode_text, z)
+        return self.adaptor.describe_text(*encoded)[1].double().cpu().numpy()
+
+    def image_uncertainty(self):
+        uncertainty = self.adaptor.describe_image(*self.image)[1]
+        return None if uncertainty is None else uncertainty.double().cpu().numpy()
+
+
+BASELINES = (SoftmaxEntropy.name, CaptionLength.name)  # those with an uncertainty
+
+
+def every_scorer(cache, adaptors):
+    """The baselines, then the adaptors, one at a time. Args: adaptors: {(method, seed): Adaptor}. Yields: Scorer."""
+    yield Scorer(cache)
+    yield SoftmaxEntropy(cache)
+    if cache.captions is not None:
+        yield CaptionLength(cache)
+    for (method, seed), adaptor in adaptors.items():
+        yield AdaptorScorer(adaptor, cache, method, seed)
+
+
+def _read(rows):
+    """Rows of a cache, wherever they lie, as a tensor; a tensor is one already."""
+    return rows if isinstance(rows, torch.Tensor) else rows.read()
+
+
+def count_words(texts):
+    """How many words each text has: a float64 array."""
+    return np.array([len(text.split()) for text in texts], dtype=np.float64)
+
+
+def answer(scorer, cache):
+    """Answer every query of a cache.
+
+    Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank_queries` gives and, where known, "words" of the
+        caption, "image_uncertainty" of the image found (t2i) or asked (i2t), what `rank_relevant` gives, "annotated".
+    """
+    image_of_caption = cache.image_of_caption.cpu().numpy()
+    uncertainty, image_uncertainty = scorer.text_uncertainty(cache.captions, cache.text), scorer.image_uncertainty()
+    answers = rank_queries(scorer.score, image_of_caption, len(cache.image), uncertainty)
+    t2i, i2t = answers["t2i"], answers["i2t"]
+    if cache.captions is not None:
+        t2i["words"] = count_words(cache.captions)
+    if image_uncertainty is not None:
+        t2i["image_uncertainty"] = image_uncertainty[t2i["top1"]]
+        i2t["image_uncertainty"] = image_uncertainty[i2t["query"]]
+    if cache.relevance is not None:
+        asked = torch.from_numpy(i2t["query"])
+        right_captions = [cache.right_captions[image] for image in asked]
+        t2i |= rank_relevant(lambda q, images: scorer.score(images, q).T, cache.right_images, len(cache.image))
+        i2t |= rank_relevant(lambda q, captions: scorer.score(asked[q], captions), right_captions, len(cache.text))
+        if cache.annotated is not None:
+            t2i["annotated"] = np.isin(t2i["query"], cache.annotated)
+            i2t["annotated"] = np.isin(i2t["query"], image_of_caption[cache.annotated])
+    return answers
+
+
+def recall_in_folds(scorer, cache, folds):
+    """The figures of recall in each of so many consecutive parts of the gallery, averaged: {figure name: float}."""
+    image_of_caption, found = cache.image_of_caption.cpu(), []
+    for images in torch.arange(len(cache.image)).tensor_split(folds):
+        captions = ((image_of_caption >= images[0]) & (image_of_caption <= images[-1])).nonzero().flatten()
+        score = lambda i, j, images=images, captions=captions: scorer.score(images[i], captions[j])  # noqa: E731
+        part = rank_queries(score, image_of_caption[captions] - images[0], len(images))
+        found.append(FOLDS.measure({f"{d}_rank": fields["rank"] for d, fields in part.items()}))
+    return {name: float(np.mean([fold[name] for fold in found])) for name in found[0]}

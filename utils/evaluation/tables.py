@@ -1,0 +1,192 @@
+"""Results in, tables that a person can read out: on the screen, as markdown and as CSV.
+
+Results are {row name: [Results, one a seed]}. A table is {Figure: {row name: (mean, deviation) over seeds}}: None where
+undefined, nan where a figure does not apply; the deviation of a single seed is None.
+"""
+
+import csv
+import io
+
+import numpy as np
+
+from utils.evaluation.bootstrap import interval, p_value
+from utils.evaluation.figures import DIRECTIONS, SECTIONS, hierarchy
+
+COMPARED = [section for section in SECTIONS if section.compared]
+NOTE = "A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse side "
+NOTE += "and may leave out the figure itself."
+
+
+def compare(results, sections=COMPARED):
+    """The tables of some sections, without figures that no row has. Returns: {Section: table}."""
+    tables = {}
+    for section in sections:
+        rows = {name: runs for name, runs in results.items() if section.key in runs[0].metrics}
+        table = {
+            f: {name: _over_seeds(runs, section, f) for name, runs in rows.items()} for f in section.figures if f.column
+        }
+        tables[section] = {figure: cells for figure, cells in table.items() if any(map(_is_defined, cells.values()))}
+    return {section: table for section, table in tables.items() if table}
+
+
+def details(results):
+    """The tables of everything that is not in the comparison. Returns: {Section: table}."""
+    stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
+    return compare(results, [*(s for s in SECTIONS if not s.compared), *map(hierarchy, stems)])
+
+
+def _over_seeds(runs, section, figure):
+    values = [run.metrics[section.key].get(figure.name, np.nan) for run in runs]
+    if None in values:
+        return None, None
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _is_defined(cell):
+    return cell[0] is not None and not np.isnan(cell[0])
+
+
+def _draws(runs, section, figure):
+    """A figure in every resample, averaged over seeds; None where it was not resampled."""
+    if figure.name not in runs[0].draws.get(section.key, {}):
+        return None
+    return np.mean([run.draws[section.key][figure.name] for run in runs], axis=0)
+
+
+def number(mean, deviation=None, digits=3):
+    """A figure as text: "0.613", with a deviation "0.613 ± 0.004"; "undefined" for None, "-" for nan."""
+    if mean is None:
+        return "undefined"
+    if np.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def write_all(results, title):
+    """The texts of a results folder: {file name: text}."""
+    compared, detailed = compare(results), details(results)
+    return {
+        "comparison.md": markdown(compared),
+        "details.md": markdown(detailed) + intervals(results),
+        "comparison.csv": comma_separated(compared | detailed),
+        "report.txt": f"{title}\n\n{screen(results)}\n",
+    }
+
+
+def _plain(section, figure, name, cells):
+    return number(*cells[name])
+
+
+def _bold(section, figure, name, cells):
+    best = (max if figure.more_is_better else min)(cell[0] for cell in cells.values() if _is_defined(cell))
+    is_best = number(cells[name][0]) == number(best) and len(cells) > 1
+    return f"**{number(*cells[name])}**" if is_best else number(*cells[name])
+
+
+def _rows(section, table, text):
+    """[[row name, text of a cell, ...], ...]. Args: text: (section, figure, row name, cells of the figure) -> text."""
+    names = next(iter(table.values()))
+    return [[name, *(text(section, figure, name, cells) for figure, cells in table.items())] for name in names]
+
+
+def markdown(tables, text=_bold, suffix=""):
+    """Tables as markdown, the best figure of every column in bold. Args: tables: as `compare` gives them."""
+    parts = []
+    for section, table in tables.items():
+        rows = [[section.title + suffix, *(figure.name for figure in table)], *_rows(section, table, text)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        parts.append("\n".join([lines[0], "|---|" + "---:|" * len(table), *lines[1:]]))
+    return "\n\n".join(parts) + "\n"
+
+
+def intervals(results):
+    """The comparison with 95 % bootstrap intervals over queries, as markdown; "" without draws."""
+    results = {name: runs for name, runs in results.items() if runs[0].draws}
+
+    def with_interval(section, figure, name, cells):
+        draws, mean = _draws(results[name], section, figure), cells[name][0]
+        limits = None if draws is None or mean is None else interval(draws)
+        return number(mean) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits else "")
+
+    suffix = ", 95 % interval over queries"
+    return f"\n{markdown(compare(results), with_interval, suffix)}\n{NOTE}\n" if results else ""
+
+
+def paired(results):
+    """How two methods, both resampled, differ over the same queries: a table a section, a row a figure, as text.
+
+    A row has both methods, difference first - second, its 95 % interval, p-value.
+    """
+    parts = []
+    for section in COMPARED:
+        rows = []
+        for figure in section.figures if all(section.key in runs[0].draws for runs in results.values()) else ():
+            if figure.column:
+                a, b = (_over_seeds(runs, section, figure)[0] for runs in results.values())
+                difference = np.subtract(*(_draws(runs, section, figure) for runs in results.values()))
+                limits, row = interval(difference), ["undefined", "", ""]
+                if limits is not None and None not in (a, b):
+                    row = [f"{a - b:+.3f}", f"[{limits[0]:+.3f}, {limits[1]:+.3f}]", f"{p_value(difference):.3f}"]
+                rows.append([figure.name, number(a), number(b), *row])
+        if rows:
+            parts.append(text_table([section.title, *results, "difference", "interval", "p"], rows))
+    return "\n\n".join(parts)
+
+
+def comma_separated(tables):
+    """Tables as CSV in long form. Args: tables: as `compare` gives them."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["table", "method", "figure", "mean", "standard deviation"])
+    for section, table in tables.items():
+        for name in next(iter(table.values())):
+            for figure, cells in table.items():
+                values = ["" if value is None or np.isnan(value) else repr(value) for value in cells[name]]
+                writer.writerow([section.title, name, figure.name, *values])
+    return file.getvalue()
+
+
+def screen(results):
+    """What eval.py prints: recall by level, the comparison, the ladder; means over seeds."""
+    parts = []
+    for direction, title in DIRECTIONS.items():
+        rows = _means(results, lambda run, direction=direction: run.content.get(direction))
+        rows = [[name, *(number(recall, digits=2) for recall in mean)] for name, mean in rows.items()]
+        title = f"{title}: R@1 by uncertainty level, from the most certain queries (1) to the least\n"
+        parts.append(title + text_table(["", *map(str, range(1, len(rows[0])))], rows))
+    for section, table in compare(results).items():
+        parts.append(
+            f"{section.title}\n" + text_table(["", *(figure.name for figure in table)], _rows(section, table, _plain))
+        )
+    ladders = _means(results, lambda run: [rung["uncertainty"] for rung in run.content.get("ladder", ())])
+    if ladders:
+        prompts = [rung["prompt"] for rung in results[next(iter(ladders))][0].content["ladder"]]
+        rows = [[prompt, *(f"{mean[i]:.4e}" for mean in ladders.values())] for i, prompt in enumerate(prompts)]
+        parts.append("uncertainty of the prompt ladder, mean over seeds\n" + text_table(["", *ladders], rows))
+    return "\n\n".join(parts)
+
+
+def _means(results, values_of):
+    """{row name: the mean over seeds of a list}, where there is one."""
+    known = {name: [values_of(run) for run in runs] for name, runs in results.items() if values_of(runs[0])}
+    return {name: np.mean(values, axis=0) for name, values in known.items()}
+
+
+def rows_as_tables(found):
+    """Answers about texts, as text. Args: found: {title: [row of plain types, ...]}, the same keys in every row."""
+
+    def cell(key, value):
+        if isinstance(value, float):
+            return f"{value:.1f}" if key == "percentile" else f"{value:.4e}"
+        return ", ".join(value) if isinstance(value, list) else str(value)
+
+    texts = {title: [[cell(*item) for item in row.items()] for row in rows] for title, rows in found.items()}
+    return "\n\n".join(f"{title}\n{text_table(list(found[title][0]), rows)}" for title, rows in texts.items())
+
+
+def text_table(header, rows):
+    """Aligned columns of strings, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,117 @@
+"""A training run on disk: its checkpoint, its log, and, until it ends, a lock and a state from which it can go on."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+from utils.checkpoint import copied, describe, load_run, save_adaptor
+from utils.cli import UserError
+from utils.distributed import barrier, is_first
+from utils.files import locked, save_tensors
+
+
+class Run:
+    """One training run. If its block is stopped by a signal or a UserError, the state of the last good epoch is saved.
+
+    Args:
+        path: of the checkpoint, <method>.pt; <method>.jsonl, the log, and <method>.resume.pt, the state, lie beside it.
+        recipe: Recipe as it is used.
+        config: dict of plain types: what else the run depends on, "seed" and "captions" among it.
+        resume: go on where a run with this recipe and config was saved.
+        save_every: epochs after which the state is saved.
+    Raises: UserError if another process is at work on it, or if what was saved is of another run.
+    """
+
+    def __init__(self, path, recipe, config, resume=False, save_every=10):
+        self.path, self.state_path, self.method = path, path.with_suffix(".resume.pt"), path.stem
+        self.recipe, self.config, self.resume, self.save_every = recipe, config, resume, save_every
+        self.log, self.state = [], None  # a record an epoch; the state after the last epoch that this process has done
+
+    def __enter__(self):
+        self.exits = contextlib.ExitStack()
+        if is_first():
+            self.exits.enter_context(locked(self.path.with_name(f".{self.method}.lock"), self.path))
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and Slurm send it
+        self.exits.callback(signal.signal, signal.SIGTERM, handler)
+        return self
+
+    def __exit__(self, kind, stop, traceback):
+        with self.exits:
+            if not isinstance(stop, KeyboardInterrupt | UserError):
+                return
+            for number in (signal.SIGINT, signal.SIGTERM):  # torchrun may send both
+                self.exits.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+            if self.state is not None and is_first():
+                save_tensors(self.state, self.state_path)
+            if isinstance(stop, KeyboardInterrupt):
+                done = f"no epoch is done since; {self.state_path} is as it was"
+                done = f"saved after epoch {len(self.state['log'])}" if self.state else done
+                raise KeyboardInterrupt(f"{done}; the same command with --resume goes on from there") from None
+
+    def start(self, adaptor, optimizer, schedule, order):
+        """Put them where the run was saved, if it was; order is the generator of the permutations of all epochs."""
+        self.adaptor, self.optimizer, self.schedule, self.order = adaptor, optimizer, schedule, order
+        saved, self.is_finished = None, False
+        if self.resume:
+            saved = load_run(self.state_path, self.recipe, self.config)
+            self.is_finished = saved is None and load_run(self.path, self.recipe, self.config) is not None
+        barrier()  # all ranks have read what the first changes from here on
+        if saved is None:
+            return
+        try:
+            adaptor.load_state_dict(saved["state_dict"])
+            optimizer.load_state_dict(saved["progress"]["optimizer"])
+            schedule.load_state_dict(saved["progress"]["schedule"])
+            order.set_state(saved["progress"]["order"])
+            torch.set_rng_state(saved["progress"]["random"])
+            self.log = [{"epoch": epoch, **record} for epoch, record in enumerate(saved["log"], start=1)]
+        except Exception as error:  # noqa: BLE001  a file of other things raises nearly anything in this block
+            reason = " ".join(str(error).split())[:120]
+            message = f"{self.state_path}: not the state of such a run ({reason}); start anew, without --resume"
+            raise UserError(message) from None
+
+    def epochs(self):
+        """The numbers of the epochs that are still to be done; after the last, the checkpoint is written."""
+        if self.is_finished:
+            logging.info("%s: finished already; without --resume it is trained anew", self.path)
+            return
+        log_path = self.path.with_suffix(".jsonl") if is_first() else os.devnull
+        self.log_file = self.exits.enter_context(open(log_path, "w", buffering=1, encoding="utf-8"))  # noqa: SIM115
+        self.log_file.writelines(json.dumps(record) + "\n" for record in self.log)
+        name, captions = f"{self.method}, seed {self.config['seed']}", self.config["captions"]
+        pairs = {"initial": len(self.log) * captions, "total": self.recipe.epochs * captions, "unit": "pair"}
+        self.bar = self.exits.enter_context(tqdm(desc=name, **pairs, unit_scale=True, disable=not is_first()))
+        yield from range(len(self.log) + 1, self.recipe.epochs + 1)
+        self.bar.close()
+        if is_first():
+            save_adaptor(self.adaptor, self.method, self.recipe, self.config, self.path)
+            self.state_path.unlink(missing_ok=True)
+        logging.info("%s: %s", self.path, json.dumps(asdict(self.recipe)))
+
+    def record(self, record):
+        """Note an epoch that went well: a dict of plain types, "loss" among them, for the log."""
+        self.log.append(record)
+        self.log_file.write(json.dumps(record) + "\n")
+        progress = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        progress |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
+        content = describe(self.adaptor, self.method, self.recipe, self.config)
+        self.state = content | {"progress": copied(progress), "log": list(self.log)}
+        if len(self.log) % self.save_every == 0 and is_first():
+            save_tensors(self.state, self.state_path)
+        self.bar.set_postfix(epoch=f"{len(self.log)}/{self.recipe.epochs}", loss=f"{record['loss']:.4f}")
+
+
+def check_finite(losses, adaptor, method, epoch):
+    """Raise a UserError that names the first step of an epoch whose loss, or after which a weight, is not finite."""
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad or not all(torch.isfinite(weight).all() for weight in adaptor.parameters()):
+        step = bad[0] if bad else len(losses) - 1
+        found = f"the loss is {losses[step].item()}" if bad else "it leaves weights that are not finite"
+        cause = "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
+        raise UserError(f"{method}, epoch {epoch}, step {step + 1}: {found}; {cause}")
