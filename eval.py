@@ -21,9 +21,11 @@ from utils.cli import Parser, UserError, folder_name, positive, run, seed_number
 from utils.device import pick_device
 from utils.embed import encode_texts
 from utils.evaluation import questions, tables
-from utils.evaluation.bootstrap import LEVEL, RESAMPLES
+from utils.evaluation.bootstrap import LEAST, LEVEL, RESAMPLES
 from utils.evaluation.results import evaluate, load_results, save_texts
 from utils.evaluation.scorers import BASELINES, every_scorer
+from utils.files import sha256
+from utils.preprocess import ClipId
 from utils.report import results_page
 
 
@@ -41,12 +43,13 @@ def main(argv=None):
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
+    config["cache"] = cache.digest
     results = {}
     for scorer in every_scorer(cache, adaptors):
         found = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains)
         if found.is_uncertain:
             found.bootstrap(args.uncer_levels, args.resamples)
-            found.save(folder, config | {"method": scorer.name, "seed": scorer.seed})
+            found.save(folder, config | {"method": scorer.name, "seed": scorer.seed, "checkpoint": scorer.checkpoint})
         results.setdefault(scorer.name, []).append(found)
     report(results, args, cache, folder)
 
@@ -68,6 +71,7 @@ def parse(argv):
     resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
     add("--resamples", type=whole_number, default=RESAMPLES, help=resamples)
     add("--no-plots", action="store_true", help="tables only")
+    add("--other-clip", action="store_true", help="evaluate heads on the embeddings of another CLIP than theirs")
     add("--device", default="auto")
     add = parser.add_argument_group("instead of an evaluation").add_argument
     pair = f"paired bootstrap of two methods evaluated before, or of {baselines}"
@@ -89,7 +93,7 @@ def parse(argv):
         (unknown, f"--compare {unknown}: choose from {names}, {baselines}"),
         (several, "--compare, --prompts and the lists of captions are questions of their own; ask one at a time"),
         (args.json and not args.asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
-        (args.compare and not args.resamples, "--resamples 0: a comparison needs resamples"),
+        (args.compare and args.resamples < LEAST, f"--resamples {args.resamples}: a comparison needs {LEAST} at least"),
         (len(set(args.compare)) == 1, f"--compare {' '.join(args.compare)}: give two different methods"),
     ):
         if is_wrong:
@@ -115,9 +119,16 @@ def load_adaptors(args, cache, device):
             command = f"python train.py --dataset {args.dataset} --method {method} --seed {seed}"
             raise UserError(f"{path}: no such checkpoint; make it with {command}")
         adaptor = adaptors[method, seed] = load_adaptor(path, device, method)
+        adaptor.checkpoint = sha256(path)
         if adaptor.embed_dim != cache.embed_dim:
             widths = f"{adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide"
             raise UserError(f"{path}: trained on embeddings {widths}; train again")
+        trained_on, made_by = ClipId.of_meta(adaptor.config.get("clip")), ClipId.of_meta(cache.meta)
+        if not trained_on.pretrained or not made_by.pretrained:
+            logging.warning("note: nothing tells whether %s was trained on the CLIP of %s", path, cache.folder)
+        elif trained_on.contradicts(made_by) and not args.other_clip:
+            clips = f"{trained_on.readable()}, those of {cache.folder} are of {made_by.readable()}"
+            raise UserError(f"{path}: trained on embeddings of {clips}; train again, or insist with --other-clip")
     return adaptors
 
 
@@ -142,7 +153,7 @@ def compare(args, folder):
     """Print how two methods differ over the same queries, from results written before."""
     runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
     title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {args.seeds}: "
-    title += f"{args.resamples} paired resamples of the queries, {LEVEL:.0%} intervals"
+    title += f"{args.resamples} paired resamples of the images and, each by itself, of the seeds; {LEVEL:.0%} intervals"
     text = f"{title}\n\n{questions.compare_runs(runs, args.uncer_levels, args.resamples)}\n"
     save_texts({f"{'-against-'.join(args.compare)}.txt": text}, folder)
     print(text, end="")

@@ -3,7 +3,7 @@
     embeddings/<name>/<split>/image.pt  text.pt             (N, D) and (M, D), raw, float16 or float32
                               cap_id_to_img_id.json         {caption row as a string: image row}
                               captions.json  images.json    texts and file names, in row order
-                              relevance.json                a list of image rows for every caption, where more are right
+                              relevance.json                what is right beside the own one (datasets/source.py)
                               meta.json                     how they were made; written last
                               .parts/                       while they are unfinished (datasets/units.py)
 
@@ -15,7 +15,6 @@ import functools
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from datasets.checks import check_meta, load_image_of_caption, load_list, load_relevance
@@ -36,7 +35,7 @@ class EmbeddingCache:
     Attributes:
         image, text: Rows (N, D) and (M, D) of raw embeddings. image_of_caption (M,) int64: image rows.
         captions: M texts or None. images: N file names or None. meta: dict, empty if unknown.
-        relevance: M lists of image rows or None. annotated: the caption rows that it was looked into for; None: all.
+        relevance: what relevance.json holds, or None; `judgements` has it in one form.
         mapped: whether the embeddings are on the disk. device: where pairs are given.
     Raises: UserError that names the file and what is wrong with it, or the command that makes a missing cache.
     """
@@ -60,7 +59,6 @@ class EmbeddingCache:
             raise UserError(f"{self.folder}: image.pt and text.pt are {widths}; {cure}")
         self.image_of_caption = load_image_of_caption(self.folder, self.meta, captions, images)
         check_meta(self.folder / "meta.json", self.meta, captions)
-        self.annotated = self.meta.get("annotated")
         self.captions = self.images = self.relevance = None
         if not self.mapped:
             self.captions, self.images = self._names("captions", "text"), self._names("images", "image")
@@ -121,18 +119,25 @@ class EmbeddingCache:
         return in_batches(self.text.order(generator, buffer), size)
 
     @functools.cached_property
-    def right_images(self):
-        """The images that are right for each caption, its own among them: M ascending arrays of image rows."""
-        owners = self.image_of_caption.tolist()
-        return [np.unique([*rows, owner]) for rows, owner in zip(self.relevance, owners, strict=True)]
+    def judgements(self):
+        """The right answers, where more than one may be: {set: {"t2i": M lists of rows, "i2t": N lists of rows}}.
 
-    @functools.cached_property
-    def right_captions(self):
-        """The captions that are right for each image: N ascending arrays of caption rows, which may be empty."""
-        captions = np.repeat(np.arange(len(self.right_images)), [len(rows) for rows in self.right_images])
-        images = np.concatenate(self.right_images)
-        ends = np.cumsum(np.bincount(images, minlength=len(self.image)))[:-1]
-        return np.split(captions[np.argsort(images, kind="stable")], ends)
+        Rows ascend; a list is empty where nobody looked. What was found for captions alone is inverted for images.
+        """
+        if self.relevance is None or isinstance(self.relevance, dict):
+            return self.relevance or {}
+        owners = self.image_of_caption.tolist()
+        t2i = [sorted({*rows, owner}) for rows, owner in zip(self.relevance, owners, strict=True)]
+        i2t = [[] for _ in range(len(self.image))]
+        for caption, images in enumerate(t2i):
+            for image in images:
+                i2t[image].append(caption)
+        if self.meta.get("annotated"):  # a cache from before both directions were read
+            judged = set(self.meta["annotated"])
+            judged_images = {owners[caption] for caption in judged}
+            t2i = [rows if caption in judged else [] for caption, rows in enumerate(t2i)]
+            i2t = [rows if image in judged_images else [] for image, rows in enumerate(i2t)]
+        return {"relevance": {"t2i": t2i, "i2t": i2t}}
 
 
 def clip_id(name, root=ROOT):

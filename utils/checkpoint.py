@@ -57,6 +57,8 @@ def load_run(path, recipe, config):
     known = [content.get(key) for key in ("config", "recipe")] if isinstance(content, dict) else []
     if not known or not all(isinstance(part, dict) for part in known):
         raise UserError(f"{path}: does not tell of which run it is; start anew, without --resume")
+    if isinstance(known[0].get("clip"), dict):  # once without the sums of files
+        config = config | {"clip": {key: config["clip"].get(key) for key in known[0]["clip"]}}
     changed = differences(known[0], config) or differences(known[1], asdict(recipe))
     if changed:
         cure = "resume it with those, or start anew, without --resume"
@@ -72,7 +74,7 @@ def load_adaptor(path, device="cpu", method=None):
         device: where it goes.
         method: its name in METHODS, needed only where neither the file nor its name tells: the two asymvlm methods have
             the same parameters in the paper's repository.
-    Returns: Adaptor in eval mode, float32.
+    Returns: Adaptor in eval mode, float32; its attribute `config` is what the checkpoint tells of its training, or {}.
     Raises: UserError naming the file and what is wrong with it; FileNotFoundError if there is none.
     """
     content = load_tensors(path)
@@ -97,4 +99,6 @@ def load_adaptor(path, device="cpu", method=None):
             raise UserError(f"{path}: {key!r} is not finite; train again")
     adaptor = METHODS[found](embed_dim)
     adaptor.load_state_dict(weights)
+    config = content.get("config")
+    adaptor.config = config if isinstance(config, dict) else {}
     return adaptor.to(device).eval()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 
 import torch
@@ -36,6 +37,8 @@ def pick_precision(name, device):
     if name == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: not on the CPU; choose bf16 or fp32")
     automatic = torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    if name == "bf16" and automatic != torch.bfloat16:
+        logging.warning("note: --precision bf16: %s does not compute it natively, and may be very slow", device.type)
     return PRECISIONS.get(name, automatic)
 
 

@@ -94,6 +94,15 @@ class ClipId:
         """What changes from this CLIP to another, in words; empty where nothing does."""
         return differences(self.readable(), other.readable())
 
+    def contradicts(self, other):
+        """Whether a name, of a file without its folder, is another one; where both tell a sum, that alone counts."""
+        mine, theirs = self.sums(), other.sums()
+        for key in ("model", "pretrained"):
+            sums = mine[f"{key}_sha256"], theirs[f"{key}_sha256"]
+            if len(set(sums if all(sums) else (Path(str(of[key])).name for of in (mine, theirs)))) > 1:
+                return True
+        return False
+
     def load(self, device="cpu", model=None, pretrained=None, precision="auto"):
         """This very CLIP.
 

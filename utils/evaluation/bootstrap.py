@@ -1,9 +1,12 @@
 """Figures of resampled queries in, intervals and p-values out; and some metrics of all resamples at once.
 
-A resample draws as many queries as there are, with replacement; which ones depends on their number alone, so that the
-differences of methods that answered the same queries are paired. A function of `counts` (resamples, Q), how often every
-query is drawn, gives (resamples,) arrays: what its namesake in metrics.py gives for the drawn queries, nan for None.
-Source: Efron & Tibshirani, "An introduction to the bootstrap", 1993.
+A resample draws as many images as there are, with replacement, each with all its queries: captions of one image are
+not independent. Which ones depends on the number of images alone, so that the differences of methods that answered the
+same queries are paired. Over several seeds, it also draws as many seeds as there are (`over_seeds`).
+A function of `counts` (resamples, Q), how often every query is drawn, gives (resamples,) arrays: what its namesake in
+metrics.py gives for the drawn queries, nan for None.
+Source: Efron & Tibshirani, "An introduction to the bootstrap", 1993; for clusters Field & Welsh, "Bootstrapping
+clustered data", J. R. Stat. Soc. B 69, 2007.
 """
 
 import functools
@@ -12,17 +15,37 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 1000
+LEAST = 100  # resamples, under which a p-value tells nothing
 LEVEL = 0.95
 
 
+def resample(images, resamples):
+    """How often every query is drawn: (resamples, Q), the same at every call.
+
+    Args: images (Q,): the image that each query belongs to.
+    """
+    _, group = np.unique(images, return_inverse=True)
+    return _draw(int(group.max()) + 1, resamples)[:, group]
+
+
 @functools.lru_cache(maxsize=4)
-def resample(queries, resamples):
-    """How often every query is drawn: (resamples, queries), the same at every call; a row sums to queries."""
+def _draw(items, resamples):
+    """How often each of some items is drawn: (resamples, items); a row sums to items."""
     rng = np.random.default_rng(0)
-    counts = np.empty((resamples, queries), dtype=np.uint16)
+    counts = np.empty((resamples, items), dtype=np.uint16)
     for row in counts:
-        row[:] = np.bincount(rng.integers(queries, size=queries), minlength=queries)
+        row[:] = np.bincount(rng.integers(items, size=items), minlength=items)
     return counts
+
+
+def over_seeds(draws, side=0):
+    """The mean over seeds of a figure in every resample, (resamples,), for which the seeds are drawn again as well.
+
+    Args: draws (S, resamples): of S seeds. side: the methods of a comparison draw their seeds independently.
+    """
+    draws = np.asarray(draws)
+    drawn = np.random.default_rng([1, side]).integers(len(draws), size=draws.T.shape)  # (resamples, S)
+    return np.take_along_axis(draws.T, drawn, axis=1).mean(axis=1)
 
 
 def mean(counts, values):
@@ -33,11 +56,12 @@ def mean(counts, values):
 def by_level(counts, correct, uncertainty, levels):
     """`metrics.level_statistics` of `metrics.recall_by_level`."""
     order = np.argsort(uncertainty, kind="stable")  # a resample is in order too: nothing is sorted again
-    bounds = np.cumsum([0] + [len(level) for level in np.array_split(order, levels)])
     recall = np.empty((len(counts), levels))
     for row, count in zip(recall, counts, strict=True):
         error = np.repeat(1.0 - correct[order], count[order])
-        row[:] = 1 - np.add.reduceat(error, bounds[:-1]) / np.diff(bounds)
+        size, larger = divmod(len(error), levels)  # as np.array_split has it
+        sizes = np.full(levels, size) + (np.arange(levels) < larger)
+        row[:] = 1 - np.add.reduceat(error, np.cumsum(sizes) - sizes) / sizes
     s, r = _correlation_with_level(stats.rankdata(recall, axis=1)), _correlation_with_level(recall)
     return {"S": s, "R2": r**2, "-S*R2": -s * r**2}
 
@@ -53,15 +77,15 @@ def _correlation_with_level(values):
 def aurc(counts, correct, uncertainty):
     """`metrics.aurc`."""
     order = np.argsort(uncertainty, kind="stable")
-    error, position = 1.0 - correct[order], np.arange(1, len(order) + 1)
+    error = 1.0 - correct[order]
     _, group = np.unique(uncertainty[order], return_inverse=True)
     found = []
     for count in counts[:, order]:
         wrong, queries = np.bincount(group, weights=count * error), np.bincount(group, weights=count)
         expected = np.repeat(wrong / np.maximum(queries, 1), queries.astype(int))
+        position, errors = np.arange(1, len(expected) + 1), int(wrong.sum())
         area = np.mean(np.cumsum(expected) / position)
-        errors = int(wrong.sum())
-        best = np.sum(np.arange(1, errors + 1) / position[len(order) - errors :]) / len(order)
+        best = np.sum(np.arange(1, errors + 1) / position[len(expected) - errors :]) / len(expected)
         found.append((area, max(0.0, area - best)))
     return dict(zip(("AURC", "E-AURC"), np.array(found).T, strict=True))
 
@@ -104,7 +128,11 @@ def interval(values):
 
 
 def p_value(differences):
-    """Two-sided: twice the share of differences of the rarer sign, zeros counting for both; None if undefined."""
+    """Two-sided: twice (c + 1) / (R + 1), c of R differences having the rarer sign, zeros both; None if undefined.
+
+    Source: Davison & Hinkley, "Bootstrap methods and their application", 1997, eq. 4.11.
+    """
     if np.isnan(differences).any():
         return None
-    return float(min(1.0, 2 * min(np.mean(differences <= 0), np.mean(differences >= 0))))
+    rarer = min(np.sum(differences <= 0), np.sum(differences >= 0))
+    return float(min(1.0, 2 * (rarer + 1) / (len(differences) + 1)))

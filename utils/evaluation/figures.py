@@ -50,6 +50,11 @@ def recall(name, field, k, **options):
     return Figure(name, True, (field,), partial(metrics.recall_at, k=k), **options)
 
 
+def mean(values):
+    """The mean of values (Q,)."""
+    return float(np.mean(values))
+
+
 def rsum(*ranks):
     """All recalls in per cent, summed."""
     return 100 * sum(metrics.recall_at(rank, k) for rank in ranks for k in (1, 5, 10))
@@ -87,9 +92,11 @@ RECALL = (
     *(recall(f"{d} R@{k}", f"{d}_rank", k) for d in DIRECTIONS for k in (1, 5, 10)),
     Figure("RSUM", True, ("t2i_rank", "i2t_rank"), rsum),
 )
+ALL_RIGHT = tuple(recall(f"R@{k}", "relevant_rank", k) for k in (1, 5, 10))
 RELEVANCE = (
-    *(recall(f"R@{k}", "relevant_rank", k) for k in (1, 5, 10)),
-    Figure("mAP@R", True, ("ap_at_r",), lambda precision: float(np.mean(precision)), bootstrap.mean),
+    *ALL_RIGHT,
+    Figure("mAP@R", True, ("ap_at_r",), mean, bootstrap.mean),
+    Figure("R-Precision", True, ("r_precision",), mean, bootstrap.mean),
 )
 SWEEP = tuple(  # S is easily had at 10 levels
     Figure(f"{name}@{k}", name != "S", RANKED, entry(partial(by_level, levels=k), name), queries=k)
@@ -133,6 +140,7 @@ SECTIONS = (
     Section("recall", "recall", "both", RECALL),
     FOLDS,
     *(Section(f"relevance_{d}", f"{t}, all right answers", f"known {d}", RELEVANCE, False, True) for d, t in TITLES),
+    *(Section(f"cxc_{d}", f"{t}, all right answers of CxC", f"cxc {d}", ALL_RIGHT, False, True) for d, t in TITLES),
     *(Section(f"sweep_{d}", f"{t}, 5 to 50 levels", d, SWEEP) for d, t in TITLES),
     *(Section(f"image_{d}", f"{t}, by the image's uncertainty", f"image {d}", RETRIEVAL) for d, t in TITLES),
     Section("asymmetry", "asymmetry: AURC by whose uncertainty", "both", AURC),
@@ -150,20 +158,26 @@ def views_of(answers, levels):
 
     Args: answers: {"t2i", "i2t"}, as `scorers.answer` gives them. levels: K.
     Returns: {view: {field: array, "levels": K}}. Views: "t2i", "i2t"; "known t2i", ..., if their right answers were
-        looked into; "image t2i", ..., whose uncertainty is the image's; "both": fields <direction>_<field>.
+        looked into; "cxc t2i", ..., the same of CxC; "image t2i", ..., whose uncertainty is the image's;
+        "both": fields <direction>_<field>.
     """
     views = {}
     for d, fields in answers.items():
+        fields = {"image": fields["query"]} | fields  # of the caption, or the image asked: what is resampled
+        cxc = {field.removeprefix("cxc_"): values for field, values in fields.items() if field.startswith("cxc_")}
         views[d] = fields | {"correct": fields["rank"] == 1, "levels": levels}
-        views[f"known {d}"] = only_annotated(fields)
+        views[f"known {d}"] = only_judged(fields)
+        views[f"cxc {d}"] = only_judged(cxc | {"image": fields["image"]})
         if "image_uncertainty" in fields:
             views[f"image {d}"] = views[d] | {"uncertainty": fields["image_uncertainty"]}
     return views | {"both": {f"{d}_{field}": values for d in answers for field, values in views[d].items()}}
 
 
-def only_annotated(fields):
-    """The answers to the queries whose right answers were looked into; all where it is not said which."""
-    return {field: values[fields["annotated"]] for field, values in fields.items()} if "annotated" in fields else fields
+def only_judged(fields):
+    """The answers to the queries whose right answers were looked into; none if nobody looked."""
+    judged = np.asarray(fields.get("relevant", ())) > 0
+    judged = judged & fields.get("annotated", True)  # of results from before, where it is not said by 0
+    return {field: values[judged] for field, values in fields.items()} if judged.any() else {}
 
 
 def measure(answers, levels):
@@ -182,6 +196,6 @@ def measure_resamples(answers, levels, resamples):
         view = views.get(section.view, {})
         figures = [figure for figure in section.figures if figure.is_known(view) and figure.more_is_better is not None]
         if section.resampled and figures and resamples:
-            counts = bootstrap.resample(len(view[figures[0].fields[0]]), resamples)
+            counts = bootstrap.resample(view["image"], resamples)
             found[section.key] = {figure.name: figure.of_resamples(view, counts) for figure in figures}
     return found

@@ -55,20 +55,29 @@ def describe_prompts(adaptor, cache, texts, z):
 
 @torch.inference_mode()
 def describe_captions(adaptor, cache, most, least):
-    """The most and least uncertain captions of a cache: dicts of "caption", "uncertainty", "image", most certain last.
+    """The most and least uncertain captions of a cache, each distinct one once.
 
+    Returns: dicts of "caption", "uncertainty", "images", how many carry it, and "image", the first; most certain last.
     Raises: UserError if the cache does not know its captions.
     """
     if cache.captions is None:
         lacks = "has no captions.json, so its captions cannot be listed"
         raise UserError(f"{cache.folder}: {lacks}; make the cache with cache_embeddings.py")
     uncertainty = AdaptorScorer(adaptor, cache).text_uncertainty(cache.captions, cache.text)
-    images = cache.image_of_caption.tolist()
-    order = np.argsort(-uncertainty, kind="stable").tolist()
-    rows = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
-    values = uncertainty.tolist()
+    images_of = {}
+    for caption, image in zip(cache.captions, cache.image_of_caption.tolist(), strict=True):
+        images_of.setdefault(caption, {})[image] = None
+    uncertainty_of = dict(zip(reversed(cache.captions), uncertainty[::-1].tolist(), strict=True))  # of the first one
+    order = sorted(images_of, key=uncertainty_of.get, reverse=True)
+    listed = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
     return [
-        {"caption": cache.captions[r], "uncertainty": values[r], "image": _image_name(cache, images[r])} for r in rows
+        {
+            "caption": caption,
+            "uncertainty": uncertainty_of[caption],
+            "images": len(images_of[caption]),
+            "image": _image_name(cache, next(iter(images_of[caption]))),
+        }
+        for caption in listed
     ]
 
 
@@ -80,9 +89,13 @@ def compare_runs(runs, levels, resamples):
     """How two methods differ over the same queries, as `paired` tells it.
 
     Args: runs: {method: [Results, one a seed]}, two of them. levels: K. resamples: of the bootstrap.
-    Raises: UserError if the queries are not the same, or fewer than the levels.
+    Raises: UserError if the queries or the caches are not the same, or there are fewer queries than levels.
     """
     everything = [run for of_method in runs.values() for run in of_method]
+    caches = {(run.content.get("config") or {}).get("cache") for run in everything}
+    if len(caches) > 1:
+        found = ", ".join(sorted(map(str, caches)))
+        raise UserError(f"--compare: the results are of different caches ({found}); evaluate both again")
     sizes = {tuple(len(fields["rank"]) for fields in run.answers.values()) for run in everything}
     if len(sizes) > 1:
         raise UserError(f"--compare: the results are of different queries ({sorted(sizes)}); evaluate both again")

@@ -98,6 +98,7 @@ def rank_relevant(score, relevance, answers):
     Returns: arrays with one entry a query:
         relevant: R, how many answers are right. relevant_rank: rank of the first right answer, 1 = best.
         ap_at_r: average precision at R in [0, 1]: sum over right ones among the best R of (precision at its rank) / R.
+        r_precision: the share of the best R that are right, in [0, 1].
     Source: Musgrave et al., "A metric learning reality check", arXiv 2003.08505, sec. 3.2.
 
     Example: answers 0 and 2 are right, and the order is 2, 1, 0: AP@R = (1/1 + 0) / 2.
@@ -118,6 +119,7 @@ def rank_relevant(score, relevance, answers):
         first = np.cumsum(count) - count  # where a query's right answers begin
         precision = (np.arange(1, len(rank) + 1) - first[query]) / rank
         ap_at_r = np.bincount(query, weights=precision * (rank <= count[query]), minlength=len(block)) / count
-        found.append((count, rank[first], ap_at_r))
-    fields = ("relevant", "relevant_rank", "ap_at_r")
+        r_precision = np.bincount(query, weights=rank <= count[query], minlength=len(block)) / count
+        found.append((count, rank[first], ap_at_r, r_precision))
+    fields = ("relevant", "relevant_rank", "ap_at_r", "r_precision")
     return dict(zip(fields, map(np.concatenate, zip(*found, strict=True)), strict=True))

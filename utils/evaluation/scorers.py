@@ -14,10 +14,11 @@ LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its u
 class Scorer:
     """How well a cache's images and captions match, and how uncertain they are; this one is the frozen CLIP: it is not.
 
-    Attributes: name, seed: of its results. on_ladder: whether ratios of its uncertainties mean something.
+    Attributes: name, seed: of its results. checkpoint: SHA-256 of an adaptor's file. on_ladder: whether ratios of its
+        uncertainties mean something.
     """
 
-    name, seed, on_ladder = "frozen cosine", None, False
+    name, seed, checkpoint, on_ladder = "frozen cosine", None, None, False
 
     def __init__(self, cache):
         self.cache, self.image, self.text = cache, unit(_read(cache.image)), unit(_read(cache.text))
@@ -64,6 +65,7 @@ class AdaptorScorer(Scorer):
 
     def __init__(self, adaptor, cache, name=None, seed=None):
         self.cache, self.adaptor, self.name, self.seed = cache, adaptor, name, seed
+        self.checkpoint = getattr(adaptor, "checkpoint", None)
         self.image, self.text = (
             self.encode(adaptor.encode_image, cache.image),
             self.encode(adaptor.encode_text, cache.text),
@@ -113,7 +115,8 @@ def answer(scorer, cache):
     """Answer every query of a cache.
 
     Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank_queries` gives and, where known, "words" of the
-        caption, "image_uncertainty" of the image found (t2i) or asked (i2t), what `rank_relevant` gives, "annotated".
+        caption, "image", its own, "image_uncertainty" of the image found (t2i) or asked (i2t), and what `rank_relevant`
+        gives, 0 where nobody looked; of further sets of judgements, with the set's name before the field's.
     """
     image_of_caption = cache.image_of_caption.cpu().numpy()
     uncertainty, image_uncertainty = scorer.text_uncertainty(cache.captions, cache.text), scorer.image_uncertainty()
@@ -124,15 +127,30 @@ def answer(scorer, cache):
     if image_uncertainty is not None:
         t2i["image_uncertainty"] = image_uncertainty[t2i["top1"]]
         i2t["image_uncertainty"] = image_uncertainty[i2t["query"]]
-    if cache.relevance is not None:
-        asked = torch.from_numpy(i2t["query"])
-        right_captions = [cache.right_captions[image] for image in asked]
-        t2i |= rank_relevant(lambda q, images: scorer.score(images, q).T, cache.right_images, len(cache.image))
-        i2t |= rank_relevant(lambda q, captions: scorer.score(asked[q], captions), right_captions, len(cache.text))
-        if cache.annotated is not None:
-            t2i["annotated"] = np.isin(t2i["query"], cache.annotated)
-            i2t["annotated"] = np.isin(i2t["query"], image_of_caption[cache.annotated])
+    t2i["image"] = image_of_caption
+    for number, (name, right) in enumerate(cache.judgements.items()):
+        for direction, fields in answers.items():
+            found = _answer_judged(scorer, direction, right[direction], fields["query"])
+            fields |= {f"{name}_{field}" if number else field: values for field, values in found.items()}
     return answers
+
+
+def _answer_judged(scorer, direction, right, queries):
+    """What `rank_relevant` gives for the queries whose right answers were looked into; 0 for the others."""
+    judged = [row for row, query in enumerate(queries) if len(right[query])]
+    asked = torch.from_numpy(queries[judged])
+    if direction == "t2i":
+        found = rank_relevant(
+            lambda q, images: scorer.score(images, asked[q]).T, [right[q] for q in asked], len(scorer.cache.image)
+        )
+    else:
+        found = rank_relevant(
+            lambda q, captions: scorer.score(asked[q], captions), [right[q] for q in asked], len(scorer.cache.text)
+        )
+    everyone = {field: np.zeros(len(queries), dtype=values.dtype) for field, values in found.items()}
+    for field, values in found.items():
+        everyone[field][judged] = values
+    return everyone
 
 
 def recall_in_folds(scorer, cache, folds):

@@ -9,12 +9,14 @@ import io
 
 import numpy as np
 
-from utils.evaluation.bootstrap import interval, p_value
+from utils.evaluation.bootstrap import interval, over_seeds, p_value
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, hierarchy
+from utils.evaluation.scorers import BASELINES
 
 COMPARED = [section for section in SECTIONS if section.compared]
-NOTE = "A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse side "
-NOTE += "and may leave out the figure itself."
+NOTE = """Resampled: images, each with all its captions, and, of several seeds, the seeds; the interval is of the mean
+over seeds. Three seeds tell little of their variance: it is understated by a third. A resample is noisier than the
+sample: intervals of S, R2 and -S*R2 lie towards the worse side and may leave out the figure itself."""
 
 
 def compare(results, sections=COMPARED):
@@ -46,11 +48,11 @@ def _is_defined(cell):
     return cell[0] is not None and not np.isnan(cell[0])
 
 
-def _draws(runs, section, figure):
-    """A figure in every resample, averaged over seeds; None where it was not resampled."""
+def _draws(runs, section, figure, side=0):
+    """A figure in every resample, averaged over the seeds drawn; None where it was not resampled."""
     if figure.name not in runs[0].draws.get(section.key, {}):
         return None
-    return np.mean([run.draws[section.key][figure.name] for run in runs], axis=0)
+    return over_seeds([run.draws[section.key][figure.name] for run in runs], side)
 
 
 def number(mean, deviation=None, digits=3):
@@ -100,7 +102,7 @@ def markdown(tables, text=_bold, suffix=""):
 
 
 def intervals(results):
-    """The comparison with 95 % bootstrap intervals over queries, as markdown; "" without draws."""
+    """The comparison with 95 % bootstrap intervals, as markdown; "" without draws."""
     results = {name: runs for name, runs in results.items() if runs[0].draws}
 
     def with_interval(section, figure, name, cells):
@@ -108,28 +110,32 @@ def intervals(results):
         limits = None if draws is None or mean is None else interval(draws)
         return number(mean) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits else "")
 
-    suffix = ", 95 % interval over queries"
+    suffix = ", 95 % interval"
     return f"\n{markdown(compare(results), with_interval, suffix)}\n{NOTE}\n" if results else ""
 
 
 def paired(results):
     """How two methods, both resampled, differ over the same queries: a table a section, a row a figure, as text.
 
-    A row has both methods, difference first - second, its 95 % interval, p-value.
+    A row has both methods, difference first - second, its 95 % interval, p-value. Of a single seed, the p-value is over
+    queries, and tells nothing of other seeds; of two, there is none.
     """
-    parts = []
+    parts, seeds = [], {len(runs) for name, runs in results.items() if name not in BASELINES}
+    p_title = "p over queries, this seed" if 1 in seeds else "" if 2 in seeds else "p"
     for section in COMPARED:
         rows = []
         for figure in section.figures if all(section.key in runs[0].draws for runs in results.values()) else ():
             if figure.column:
                 a, b = (_over_seeds(runs, section, figure)[0] for runs in results.values())
-                difference = np.subtract(*(_draws(runs, section, figure) for runs in results.values()))
+                draws = [_draws(runs, section, figure, side) for side, runs in enumerate(results.values())]
+                difference = draws[0] - draws[1]
                 limits, row = interval(difference), ["undefined", "", ""]
                 if limits is not None and None not in (a, b):
-                    row = [f"{a - b:+.3f}", f"[{limits[0]:+.3f}, {limits[1]:+.3f}]", f"{p_value(difference):.3f}"]
+                    p = f"{p_value(difference):.3f}" if p_title else ""
+                    row = [f"{a - b:+.3f}", f"[{limits[0]:+.3f}, {limits[1]:+.3f}]", p]
                 rows.append([figure.name, number(a), number(b), *row])
         if rows:
-            parts.append(text_table([section.title, *results, "difference", "interval", "p"], rows))
+            parts.append(text_table([section.title, *results, "difference", "interval", p_title], rows))
     return "\n\n".join(parts)
 
 
