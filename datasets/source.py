@@ -10,7 +10,7 @@ from itertools import count
 
 import torch
 
-from datasets.checks import check_widths
+from datasets.checks import check_widths, need
 from datasets.pictures import PictureStream
 from datasets.write import write_split
 from utils.cli import UserError
@@ -87,6 +87,7 @@ class ListSplit(Split):
         """The cache in one file of images and one of texts; in many if meta names shard_rows."""
         pictures = [unit.load(store.folder) for unit in self._picture_units()]
         texts = [unit.load(store.folder) for unit in self._text_units()]
+        need_all(pictures + texts, store)
         broken = {row: reason for content in pictures for row, reason in content["left_out"].items()}
         store.check_broken(broken.values())
         say_notes(texts, meta["context_length"])
@@ -114,7 +115,7 @@ class ListSplit(Split):
         images = [row for row in range(len(self.image_ids)) if row not in rows]
         captions = [caption for caption, row in enumerate(self.image_of_caption) if row not in rows]
         new_row, new_caption = dict(zip(images, count(), strict=False)), dict(zip(captions, count(), strict=False))
-        relevance = self.relevance and [
+        relevance = self.relevance and [  # where all right images are gone, the caption's own, which is there
             [new_row[row] for row in self.relevance[caption] if row in new_row]
             or [new_row[self.image_of_caption[caption]]]
             for caption in captions
@@ -159,6 +160,11 @@ class _FileUnit:
 
     def _path(self, folder):
         return folder / f"{self.kind}-{self.number:05d}.pt"
+
+
+def need_all(contents, store):
+    """Raise a UserError if the content of a unit is None: it was there a moment ago."""
+    need(None not in contents, f"{store.folder}: a unit is missing or damaged; run the same command again")
 
 
 class PictureUnit(_FileUnit):
