@@ -1,6 +1,6 @@
-# make demo: everything, on the built-in data set. make test: the tests. make faults: many kills and broken files. All make their own environment
-# in .venv first.
-# make tables DATASET=coco: six methods, three seeds, tables and plots of a data set that is cached; results/coco/README.md shows them together.
+# make demo: everything, on the built-in data set. make test: the tests. make faults: many kills and broken files.
+# All make their own environment in .venv first.
+# make tables DATASET=coco: six methods, three seeds, tables and plots of a cached data set; results/coco/README.md shows all.
 PYTHON ?= python3
 CONSTRAINTS ?= -c tests/constraints.txt
 DATASET ?= shapes

@@ -20,7 +20,7 @@ from datasets.embedding import ROOT, clip_id
 from datasets.registry import DATASETS
 from datasets.texts import CHAINS, LADDER, are_written, flatten, read_texts, write_texts
 from datasets.units import UnitStore, check_other_splits, is_finished, lock_file
-from utils.cli import Parser, UserError, folder_name, positive, run, torchrun_rank, whole_number
+from utils.cli import Parser, UserError, folder_name, positive, run_script, torchrun_rank, whole_number
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
 from utils.distributed import PATIENCE, broadcast_flag, first_rank_first, is_first, joined, stop_together
 from utils.embed import CHUNK, embed_units, encode_texts, to_dtype, versions
@@ -37,7 +37,7 @@ def main(argv=None):
     if args.texts:
         cache_texts(args, device)
         return
-    with joined(torch.device("cpu"), PATIENCE):
+    with joined(torch.device("cpu"), PATIENCE):  # ranks tell each other that they are done, never tensors of a GPU
         cache_data_set(args, DATASETS[args.dataset], args.name or args.dataset, device)
         logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name or args.dataset)
 
@@ -59,13 +59,9 @@ def parse(argv):
     add("--precision", default="auto", choices=("auto", *PRECISIONS))
     add("--dtype", default="float16", choices=DTYPES, help="of the stored embeddings")
     add("--overwrite", action="store_true", help="make a cache anew; the old one stays until the new one is complete")
-    add(
-        "--max-broken",
-        type=whole_number,
-        default=0,
-        help="so many broken samples may be left out; meta.json lists them",
-    )
-    add("--skip-broken", action="store_true", help="leave out all broken samples: --max-broken without a limit")
+    broken = parser.add_mutually_exclusive_group()
+    broken.add_argument("--max-broken", type=whole_number, default=0, help="so many broken samples are left out")
+    broken.add_argument("--skip-broken", action="store_true", help="all of them are, and listed in meta.json")
     add("--shard-rows", type=positive, help="write files of so many rows, which train.py reads without loading them")
     add("--texts", help="embed these for an existing cache: a text a line, or a .csv with a column 'captions'")
     add("--csv-img-key", default="filepath", help="--dataset csv: the column of the image files (default: filepath)")
@@ -98,28 +94,30 @@ def cache_data_set(args, source, name, device):
     settings = {split: split_settings(args, data, wanted) for split, data in splits.items()}
 
     def is_done(split):
-        return is_finished(name, split, settings[split] | splits[split].state(), args.max_broken)
+        return is_finished(name, split, settings[split], splits[split].state(), args.max_broken)
 
     waiting = [split for split in splits if args.overwrite or not is_done(split)]
+    # stem -> (texts, chains or None)
     texts = {LADDER: (list(source.ladder), None)} | ({CHAINS: flatten(source.chains())} if source.chains else {})
     texts = {stem: text for stem, text in texts.items() if waiting or not are_written(name, stem, *text, wanted)}
     if not waiting and not texts:
         return
     clip = load_clip(wanted.model, wanted.pretrained, device, precision)
-    for split in waiting:
+    for split in waiting:  # the first rank holds the lock, and says whether the split is still to be made
         folder = ROOT / name / split
         with locked(lock_file(folder), folder) if is_first() else contextlib.nullcontext():
             with stop_together():  # another run may have ended since
                 is_done_now = is_first() and not args.overwrite and is_done(split)
             if not broadcast_flag(is_done_now):
                 cache_split(args, folder, splits[split], clip, settings[split])
-    for stem, (lines, chains) in texts.items() if is_first() else ():
-        z = to_dtype(encode_texts(clip, lines), getattr(torch, args.dtype), lines)
-        write_texts(name, stem, z, lines, clip.info, chains)
+    if is_first():
+        for stem, (lines, chains) in texts.items():
+            z = to_dtype(encode_texts(clip, lines), getattr(torch, args.dtype), lines)
+            write_texts(name, stem, z, lines, clip.info, chains)
 
 
 def split_settings(args, data, wanted):
-    """What the embeddings of a split are made with and from, readable; with other settings they are others."""
+    """What two caches must share to be the same: data set, CLIP, precision, dtype, and what the split is made of."""
     settings = {"dataset": args.dataset, **wanted.readable(), "precision": wanted.precision, "dtype": args.dtype}
     return settings | data.fingerprint() | ({"shard_rows": args.shard_rows} if args.shard_rows else {})
 
@@ -130,19 +128,26 @@ def cache_split(args, folder, data, clip, settings):
     Every rank embeds its share of the units and keeps them in one shared folder; the first makes the cache of them.
     """
     start = time.perf_counter()
+    # of units only: those of another device or version are not mixed
     made_with = {"device": torch.device(clip.device).type, "versions": versions()}
     with first_rank_first():  # the others compare their settings with what it has begun
         store = UnitStore(folder, settings | made_with, getattr(torch, args.dtype), args.max_broken, args.overwrite)
     with stop_together():  # an error of one rank stops all
         embed_units(data.units(), clip, store, args.batch_size, args.workers)
-    if is_first():
-        meta = data.assemble(store, folder, {"split": folder.name, **settings, **clip.info})
-        store.remove()
-        if meta["skipped"]:
-            note = "note: %d broken images and their captions are left out; meta.json lists them under 'skipped'"
-            logging.warning(note, len(meta["skipped"]))
-        counts = (meta["image_count"], meta["caption_count"], meta["embed_dim"])
-        logging.info("%s: %d images, %d captions, %d wide, in %.0f s", folder, *counts, time.perf_counter() - start)
+    with stop_together():
+        if is_first():
+            meta = data.assemble(store, folder, {"split": folder.name, **settings, **clip.info})
+            store.remove()
+            report_split(folder, meta, time.perf_counter() - start)
+
+
+def report_split(folder, meta, seconds):
+    """Say what was written."""
+    if meta["skipped"]:
+        note = "note: %d broken images and their captions are left out; meta.json lists them under 'skipped'"
+        logging.warning(note, len(meta["skipped"]))
+    counts = (meta["image_count"], meta["caption_count"], meta["embed_dim"])
+    logging.info("%s: %d images, %d captions, %d wide, in %.0f s", folder, *counts, seconds)
 
 
 def cache_texts(args, device):
@@ -161,4 +166,4 @@ def cache_texts(args, device):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_script(main))

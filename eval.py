@@ -17,9 +17,9 @@ from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
 from models import GROUPS, METHODS, expand_groups
 from utils.checkpoint import checkpoint_path, load_adaptor
-from utils.cli import Parser, UserError, folder_name, positive, run, seed_number, torchrun_rank, whole_number
+from utils.cli import Parser, UserError, folder_name, positive, run_script, seed_number, torchrun_rank, whole_number
 from utils.device import pick_device
-from utils.embed import encode_texts
+from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
 from utils.evaluation.bootstrap import LEAST, LEVEL, RESAMPLES
 from utils.evaluation.results import evaluate, load_results, save_texts
@@ -103,7 +103,7 @@ def parse(argv):
 
 def check_counts(args, cache):
     """Raise a UserError if there are more levels or folds than queries to fill them."""
-    queries = len(cache.image_of_caption.unique())
+    queries = len(cache.image_of_caption.unique())  # images that have a caption: there are no fewer captions
     for flag, count, what in (("uncer_levels", args.uncer_levels, "levels"), ("folds", args.folds, "folds")):
         if count > queries:
             there = f"there are only {queries} image queries in {cache.folder}"
@@ -164,7 +164,7 @@ def ask(args, cache, adaptors):
     if args.prompts:
         texts = questions.prompts_from(args.prompts)
         made_by = clip_id(args.dataset)
-        z = encode_texts(made_by.load(cache.device), texts).to(made_by.dtype)
+        z = to_dtype(encode_texts(made_by.load(cache.device), texts), made_by.dtype, texts)
         describe = partial(questions.describe_prompts, texts=texts, z=z)
     else:
         describe = partial(questions.describe_captions, most=args.most_uncertain, least=args.least_uncertain)
@@ -173,4 +173,4 @@ def ask(args, cache, adaptors):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_script(main))

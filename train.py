@@ -16,7 +16,7 @@ from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
 from models import GROUPS, METHODS, expand_groups
 from utils.checkpoint import checkpoint_path
-from utils.cli import Parser, folder_name, non_negative, positive, run, seed_number
+from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number
 from utils.device import autocast, pick_device, pick_precision, precision_name
 from utils.distributed import average_gradients, gather, joined, share_of_rank
 from utils.preprocess import ClipId
@@ -25,21 +25,21 @@ from utils.seed import seed_everything
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 SMALL_CACHE = 100_000  # captions, under which --recipe small is the better choice
+STARVES = "note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small"
 
 
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)
+    cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)  # one in many files stays on the disk
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     config = {"dataset": args.dataset, "seed": None, "recipe": args.recipe, "precision": precision_name(precision)}
     config |= {"device": device.type, "captions": len(cache.text), "images": len(cache.image)}
     config |= {"clip": ClipId.of_meta(cache.meta).sums(), "cache": cache.digest}
-    config |= {"shuffle_buffer": args.shuffle_buffer} if cache.mapped else {}
+    config |= {"shuffle_buffer": args.shuffle_buffer} if cache.mapped else {}  # --resume refuses another config
     if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
-        note = "note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small"
-        logging.warning(note, len(cache.text))
+        logging.warning(STARVES, len(cache.text))
     with joined(device):
         for seed in args.seed:
             for method in args.method:
@@ -68,7 +68,7 @@ def parse(argv):
     add("--device", default="auto")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the matrix products")
     args = parser.parse_args(argv)
-    args.method = expand_groups(args.method)
+    args.method, args.seed = expand_groups(args.method), list(dict.fromkeys(args.seed))
     changes = {key: getattr(args, key) for key in ("epochs", "batch_size", "optimizer", "lr", "weight_decay")}
     args.changes = {key: value for key, value in changes.items() if value is not None}
     for method in args.method:
@@ -99,7 +99,7 @@ def train(run, method, seed, cache, ladder, precision, buffer):
         check_finite(losses, adaptor, method, epoch)
         record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
         record |= {"seconds": time.perf_counter() - start}
-        record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}
+        record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}  # scalars
         run.record(record | {"ladder": ladder and adaptor.adapt_text(ladder[1].to(cache.device))[1].tolist()})
 
 
@@ -128,4 +128,4 @@ def step(adaptor, pairs, rows, optimizer, schedule, precision):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_script(main))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from datasets.checks import check_widths
+from datasets.checks import check_widths, need
 from datasets.pictures import PictureStream
 from datasets.write import write_split
 from utils.cli import UserError
@@ -86,6 +86,7 @@ class ListSplit(Split):
         """The cache in one file of images and one of texts; in many if meta names shard_rows."""
         pictures = [unit.load(store.folder) for unit in self._picture_units()]
         texts = [unit.load(store.folder) for unit in self._text_units()]
+        need_all(pictures + texts, store)
         broken = {row: reason for content in pictures for row, reason in content["left_out"].items()}
         store.check_broken(broken.values())
         say_notes(texts, meta["context_length"])
@@ -115,7 +116,7 @@ class ListSplit(Split):
         relevance = self.relevance
         if isinstance(relevance, list):
             found = zip(_left(relevance, captions, images), owners, strict=True)
-            relevance = [rows or owner for rows, owner in found]
+            relevance = [rows or owner for rows, owner in found]  # its own is there where all others are gone
         elif relevance:
             relevance = {
                 name: {"t2i": _left(both["t2i"], captions, images), "i2t": _left(both["i2t"], images, captions)}
@@ -166,6 +167,11 @@ class _FileUnit:
 
     def _path(self, folder):
         return folder / f"{self.kind}-{self.number:05d}.pt"
+
+
+def need_all(contents, store):
+    """Raise a UserError if the content of a unit is None: it was there a moment ago."""
+    need(None not in contents, f"{store.folder}: a unit is missing or damaged; run the same command again")
 
 
 class PictureUnit(_FileUnit):

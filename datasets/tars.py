@@ -18,7 +18,7 @@ import torch
 from datasets.checks import check_widths, listing
 from datasets.pictures import collate, read_rgb
 from datasets.rows import shard_file
-from datasets.source import Split
+from datasets.source import Split, need_all
 from datasets.write import clear_meta, finish_shards
 from utils.cli import UserError
 from utils.embed import Samples, say_notes, versions
@@ -82,6 +82,7 @@ class TarSplit(Split):
     def assemble(self, store, folder, meta):
         """Move the files of all tars to the split; a run that is stopped meanwhile goes on with it."""
         notes = [unit.notes(store.folder) for unit in self.units()]
+        need_all(notes, store)
         skipped = [[f"{note['tar'][0]}: {key}", reason] for note in notes for key, reason in note["left_out"]]
         store.check_broken(": ".join(sample) for sample in skipped)
         say_notes(notes, meta["context_length"])
@@ -131,13 +132,13 @@ class TarUnit:
         except (UserError, FileNotFoundError):
             return None
         fits = isinstance(notes, dict) and all(isinstance(notes.get(key), of) for key, of in NOTES.items())
-        return notes if fits else None
+        return notes if fits and all(isinstance(pair, list) and len(pair) == 2 for pair in notes["left_out"]) else None
 
     def left_out(self, folder):
         """The broken samples without which it was kept, or None if it is not there, or was another tar then."""
         notes = self.notes(folder)
-        may_be_mended = notes is not None and notes["left_out"] and not _is_file(self.url)  # nothing would tell
-        if notes is None or may_be_mended or notes["tar"] != _identity(self.url):
+        cannot_tell = notes is not None and notes["left_out"] and not _is_file(self.url)  # a URL has no size or date
+        if notes is None or cannot_tell or notes["tar"] != _identity(self.url):
             return None
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
         files = [file if file.exists() else folder.parent / file.name for file in files]  # it may have moved already

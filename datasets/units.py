@@ -74,10 +74,13 @@ class UnitStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def is_finished(name, split, settings, max_broken):
+def is_finished(name, split, settings, state, max_broken):
     """Whether a split is cached already, by these settings.
 
-    Args: name, split: the cache's. settings: dict of plain types. max_broken: samples that may have been left out.
+    Args:
+        name, split: the cache's.
+        settings, state: dicts of plain types: what units are made with and from, and what only the cache records.
+        max_broken: samples that may have been left out.
     Raises: UserError that names the difference if it was made by others.
     """
     folder = ROOT / name / split
@@ -87,7 +90,7 @@ def is_finished(name, split, settings, max_broken):
             raise UserError(f"{folder}: holds a cache without a meta.json, so nothing tells what it is; {cure}")
         return False
     meta = EmbeddingCache(name, split, mapped=True).meta
-    changed = differences(meta | ClipId.of_meta(meta).readable(), settings)
+    changed = differences(meta | ClipId.of_meta(meta).readable(), settings | state)
     skipped = len(meta.get("skipped") or ())
     if not changed and skipped > max_broken:
         changed = f"{skipped} broken images were left out; --max-broken {skipped} or --skip-broken leaves it so"

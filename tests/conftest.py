@@ -25,7 +25,7 @@ import cache_embeddings
 from datasets.registry import DATASETS
 from datasets.texts import write_texts
 from datasets.write import write_split
-from utils.cli import run
+from utils.cli import run_script
 from utils.preprocess import load_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def script(workdir, capsys):
 
     def call(main, *arguments):
         capsys.readouterr()
-        status = run(main, [str(argument) for argument in arguments])
+        status = run_script(main, [str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return status, captured.out, (captured.err.splitlines() or [""])[-1]
 
@@ -224,7 +224,7 @@ def call(script, data, tiny, monkeypatch, capsys):
 
     def stderr(*more):
         capsys.readouterr()
-        status = run(cache_embeddings.main, [*flags, *map(str, more)])
+        status = run_script(cache_embeddings.main, [*flags, *map(str, more)])
         return status, capsys.readouterr().err
 
     with_flags.flags, with_flags.stderr = flags, stderr

@@ -52,7 +52,7 @@ from datasets.registry import DATASETS
 from datasets.shapes import world
 from tests.conftest import all_bytes, make_cache, write_tiny_clip
 from utils import preprocess
-from utils.cli import UserError, run
+from utils.cli import UserError, run_script
 
 UNIT = 64  # rows, so that a small data set has several units
 EVAL = tuple("--dataset tiny --device cpu --no-plots --resamples 5".split())
@@ -106,7 +106,7 @@ def start(main, argv, sabotage=lambda: None, output="output.txt"):
             sys.stdout = sys.stderr = open(output, "w")  # noqa: SIM115  ends with the process
             torch.set_num_threads(1)  # the threads of this process did not come along
             sabotage()
-            status = run(main, [str(word) for word in argv])
+            status = run_script(main, [str(word) for word in argv])
         except BaseException:  # noqa: BLE001  whatever it is, it is a finding
             traceback.print_exc()
         finally:
@@ -393,7 +393,7 @@ def quiet(main, argv):
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            return run(main, [str(word) for word in argv]), out.getvalue()
+            return run_script(main, [str(word) for word in argv]), out.getvalue()
     except Hang:
         return None, "hang"
     except BaseException:  # noqa: BLE001  whatever it is, it is a finding

@@ -14,7 +14,7 @@ import torch
 
 import train
 from models import METHODS
-from utils.cli import run
+from utils.cli import run_script
 from utils.distributed import joined, rank, share_of_rank, world_size
 from utils.files import save_tensors
 
@@ -104,7 +104,7 @@ def cache(part, *flags):
     from datasets import source
 
     source.UNIT = int(part)
-    sys.exit(run(cache_embeddings.main, list(flags)))
+    sys.exit(run_script(cache_embeddings.main, list(flags)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from datasets.embedding import EmbeddingCache
 from datasets.registry import DATASETS
 from datasets.texts import load_texts
 from tests.conftest import CONFIG, TRAIN_IDS, VAL_IDS, all_bytes, direct_texts, draw_data, plain_split, write_tiny_clip
-from utils.cli import run
+from utils.cli import run_script
 
 
 def direct_images(model, files):
@@ -197,7 +197,7 @@ def test_the_folders_of_coco_are_read(call, tmp_path, data, tiny):
 def test_the_default_data_root_is_under_data(call, workdir):
     draw_data(workdir / "data" / "coco", splits=(("val", TRAIN_IDS),), layout=DATASETS["coco"].layout)
     flags = [flag for flag in call.flags if flag not in ("--data-root", call.flags[3])]
-    assert run(main, [*flags, "--dataset", "coco", "--split", "val"]) == 0
+    assert run_script(main, [*flags, "--dataset", "coco", "--split", "val"]) == 0
     assert len(EmbeddingCache("coco", "val").text) == 6
 
 

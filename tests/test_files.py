@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datasets.shapes import world
-from utils.cli import UserError, run
+from utils.cli import UserError, run_script
 from utils.files import load_tensors, save_json, save_tensors, written_aside
 
 
@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_nothing_and_is_told_with_the_file(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert run(lambda argv: save_json([1], tmp_path / "a.json")) == 2
+    assert run_script(lambda argv: save_json([1], tmp_path / "a.json")) == 2
     assert list(tmp_path.iterdir()) == []
     (line,) = capsys.readouterr().err.splitlines()
     assert "disk is full" in line

@@ -51,7 +51,7 @@ def test_images_come_in_order_of_imgid_and_captions_in_order_of_sentid(tmp_path)
     assert data.caption_ids == [2, 9, 11]
     assert data.captions == ["a picture", "a red square", "a blue circle\n"]
     assert data.image_of_caption == [2, 2, 0]
-    assert (data.relevance, data.annotated) == (None, None)
+    assert data.relevance is None
 
 
 def test_restval_belongs_to_cocos_train(tmp_path):

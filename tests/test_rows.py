@@ -111,7 +111,7 @@ import re, sys, threading, time
 from pathlib import Path
 import train
 from models import layers
-from utils.cli import run
+from utils.cli import run_script
 layers.mlp.__defaults__ = (16,)  # hidden units: what the adaptor itself takes is not the question, only time
 name, most = "start", {}
 def watch():
@@ -123,7 +123,7 @@ thread = threading.Thread(target=watch)
 thread.start()
 status = 0
 for name in ("small", "large"):
-    status = status or run(train.main, ["--dataset", name, *sys.argv[1:]])
+    status = status or run_script(train.main, ["--dataset", name, *sys.argv[1:]])
 name = "ended"
 thread.join()
 print("more:", most["large"] - most["small"])

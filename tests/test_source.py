@@ -93,7 +93,8 @@ def test_the_units_of_every_data_set_become_a_cache_that_is_read(named, tiny, tm
 # Lists.
 
 PLAIN = ListSplit([7, 8, 9], ["/d/a", "/d/b", "/d/c"], ["a", "b", "c"], [1, 2, 3, 4], list("wxyz"), [0, 1, 2, 2])
-MANY = replace(PLAIN, relevance=[[0, 1], [1], [0, 2], [2]], annotated=[0, 2])
+MANY = replace(PLAIN, relevance=[[0, 1], [1], [0, 2], [2]])
+JUDGED = replace(PLAIN, relevance={"eccv": {"t2i": [[0, 1], [], [2], []], "i2t": [[0, 2], [], [1, 2, 3]]}})
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ MANY = replace(PLAIN, relevance=[[0, 1], [1], [0, 2], [2]], annotated=[0, 2])
         {"captions": list("wxyy")},
         {"image_of_caption": [0, 1, 2, 1]},
         {"relevance": [[0], [1], [0, 2], [2]]},
-        {"annotated": [0]},
+        {"relevance": JUDGED.relevance},
     ],
 )
 def test_the_fingerprint_changes_with_whatever_is_in_the_lists_but_the_paths(changes):
@@ -118,8 +119,8 @@ def test_a_split_without_some_images_has_the_others_with_their_captions():
     left = MANY.without([1])
     assert (left.image_ids, left.image_files, left.image_names) == ([7, 9], ["/d/a", "/d/c"], ["a", "c"])
     assert (left.caption_ids, left.captions, left.image_of_caption) == ([1, 3, 4], ["w", "y", "z"], [0, 1, 1])
-    assert (left.relevance, left.annotated) == ([[0], [0, 1], [1]], [0, 1])
-    left = MANY.without({0})
-    assert (left.relevance, left.annotated) == ([[0], [1], [1]], [1])
+    assert left.relevance == [[0], [0, 1], [1]]
+    assert MANY.without({0}).relevance == [[0], [1], [1]]
+    assert JUDGED.without([1]).relevance == {"eccv": {"t2i": [[0], [1], []], "i2t": [[0, 1], [1, 2]]}}
     assert PLAIN.without([0]).relevance is None
     assert PLAIN.without([0, 1, 2]).captions == []

@@ -62,7 +62,7 @@ def test_captions_keep_the_tables_order_and_images_that_of_their_first_appearanc
     assert data.captions == [text for _, text in ROWS]
     assert data.image_of_caption == [0, 1, 0, 2, 1]
     assert (data.image_ids, data.caption_ids) == ([0, 1, 2], [0, 1, 2, 3, 4])
-    assert (data.relevance, data.annotated) == (None, None)
+    assert data.relevance is None
 
 
 def test_the_columns_may_have_other_names_and_neighbours(tmp_path):

@@ -23,7 +23,7 @@ from datasets.shapes import world
 from datasets.tars import TarSplit, TarUnit
 from tests import faults
 from tests.conftest import Trap, all_bytes, make_cache, write_tar
-from utils.cli import UserError, run
+from utils.cli import UserError, run_script
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def call(workdir, tiny, monkeypatch, capsys):
 
     def with_flags(*more):
         capsys.readouterr()
-        status = run(cache_embeddings.main, [*flags, *map(str, more)])
+        status = run_script(cache_embeddings.main, [*flags, *map(str, more)])
         return status, capsys.readouterr().err
 
     with_flags.flags, with_flags.clip = flags, clip
@@ -86,7 +86,7 @@ def test_a_tar_becomes_the_same_embeddings_as_its_pictures_and_captions(call, pi
             Path(f"table/{key}.png").write_bytes(pictures[key][0])
             file.write(f"{key}.png\t{pictures[key][1]}\n")
     plain = "--dataset csv --data-root table --csv-separator \\t --split train --name plain".split()
-    assert run(cache_embeddings.main, plain + call.clip) == 0
+    assert run_script(cache_embeddings.main, plain + call.clip) == 0
     expected = EmbeddingCache("plain", "train")
     found = {"image": cache.image.read().float(), "text": cache.text.read().float()}
     for kind, of in (("image", expected.image), ("text", expected.text)):  # other chunks: other last bits

@@ -65,7 +65,7 @@ def folder_name(text):
     return text
 
 
-def run(main, argv=None):
+def run_script(main, argv=None):
     """Call main(argv) as a script does.
 
     Args: main: function of a list of arguments, argv. argv: None for those of the process.

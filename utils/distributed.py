@@ -35,7 +35,7 @@ def joined(device, timeout=None):
         message = f"the processes of this run do not find each other ({reason}); start them with torchrun"
         raise UserError(message) from None
     yield
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
 def world_size():
@@ -95,6 +95,13 @@ def broadcast_flag(flag):
     said = torch.tensor([float(flag and is_first())])
     _exchange(dist.all_reduce, said)
     return bool(said)
+
+
+def sum_over_ranks(count):
+    """A whole number, summed over the ranks: the same on every rank."""
+    counted = torch.tensor([float(count)], dtype=torch.float64)
+    _exchange(dist.all_reduce, counted)
+    return int(counted)
 
 
 def barrier():

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from utils.cli import UserError
-from utils.distributed import is_first, rank, world_size
+from utils.distributed import is_first, rank, sum_over_ranks, world_size
 from utils.preprocess import tokenize
 
 CHUNK = 64  # rows that go through the encoder at a time: always as many
@@ -56,7 +56,7 @@ class Embedded:
         self._pieces = []
 
     def add(self, samples, clip):
-        """Encode the pictures of some samples: a broken one takes its place in a chunk, and is left out."""
+        """Encode the pictures of some samples: a broken one, black, keeps its place in a chunk, and is left out."""
         good = [row for row, error in enumerate(samples.errors) if not error]
         self.left_out |= {key: error for key, error in zip(samples.keys, samples.errors, strict=True) if error}
         self.keys += [samples.keys[row] for row in good]
@@ -117,7 +117,7 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
     Raises: UserError if too many samples are broken, a stream cannot be read or an embedding is not finite.
     """
     found = {unit: unit.left_out(store.folder) for unit in units[rank() :: world_size()]}
-    may_be_mended = sum(len(left_out or ()) for left_out in found.values()) > store.max_broken
+    may_be_mended = sum_over_ranks(sum(len(left_out or ()) for left_out in found.values())) > store.max_broken
     missing = [unit for unit, left_out in found.items() if left_out is None or (left_out and may_be_mended)]
     broken = Broken(store.max_broken)
     broken.add([unit.describe(*sample) for unit in found if unit not in missing for sample in found[unit].items()])
@@ -145,7 +145,7 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
 
 
 def _decoded(streams, transform, workers):
-    """What the streams yield, and None at the end of each, in an order that does not depend on the workers."""
+    """Yield (unit, Samples), and (unit, None) at the end of each stream; the samples of a unit come in their order."""
     if streams:
         decoding = _Decoding([stream for _, stream in streams], transform)
         workers = min(workers, len(streams))
@@ -199,7 +199,7 @@ def embed_texts(clip, texts, bar):
     distinct, row_of_text = distinct_texts(texts)
     rows, cut, unknown = [], 0, []
     for start in range(0, len(distinct) or 1, CHUNK):
-        chunk = (distinct or ["a"])[start : start + CHUNK]  # for the width where there is none
+        chunk = (distinct or ["a"])[start : start + CHUNK]  # without any text, one for the width
         tokens, is_cut, is_unknown = tokenize(clip, chunk)
         cut += sum(is_cut)
         unknown += [text for text, flag in zip(chunk, is_unknown, strict=True) if flag]

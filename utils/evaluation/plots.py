@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from scipy import stats
 
-from utils.evaluation.figures import DIRECTIONS, only_annotated
+from utils.evaluation.figures import DIRECTIONS, only_judged
 from utils.evaluation.metrics import risk_coverage
 from utils.evaluation.scorers import BASELINES
 from utils.files import written_aside
@@ -126,7 +126,7 @@ def _depth(results, stem):
 
 def _against(results, field, label, logarithmic=False):
     """The percentile of a caption's uncertainty against something known about it, a panel a method: median, middle."""
-    choose = only_annotated if field == "relevant" else dict
+    choose = only_judged if field == "relevant" else dict
     answers = {name: [choose(run.answers["t2i"]) for run in runs] for name, runs in results.items()}
     if any(field not in runs[0] for runs in answers.values()):
         return None

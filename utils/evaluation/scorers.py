@@ -63,6 +63,7 @@ class AdaptorScorer(Scorer):
 
     on_ladder = True
 
+    @torch.inference_mode()
     def __init__(self, adaptor, cache, name=None, seed=None):
         self.cache, self.adaptor, self.name, self.seed = cache, adaptor, name, seed
         self.checkpoint = getattr(adaptor, "checkpoint", None)
@@ -71,9 +72,10 @@ class AdaptorScorer(Scorer):
             self.encode(adaptor.encode_text, cache.text),
         )
 
-    def encode(self, encode, z):
+    @torch.inference_mode()
+    def encode(self, encoder, z):
         """What a function of the adaptor makes of embeddings (N, D): a list of (N, ...) tensors."""
-        parts = [encode(part.to(self.cache.device).float()) for part in _read(z).split(CHUNK)]
+        parts = [encoder(part.to(self.cache.device).float()) for part in _read(z).split(CHUNK)]
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def score(self, images, captions):
