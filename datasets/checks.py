@@ -75,7 +75,7 @@ def load_relevance(path, captions, images):
     Returns: as `ListSplit.relevance` has it.
     """
     content = load_json(path)
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         relevance = load_list(path, captions, list)
         _check_rows(path, relevance, images, "image", "with at least one entry", least=1)
         return relevance

@@ -21,7 +21,7 @@ from models.asymvlm.distributions import (
 )
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
-DIMS = [16, 64, 128, 512, 768, 1152]
+DIMS = [2, 3, 4, 5, 8, 12, 16, 64, 128, 512, 768, 1152]  # below 16 by recurrence
 KAPPAS = [1e-6, 1e-3, 0.1, 1.0, 8.0, 50.0, 300.0, 3000.0, 1e4]
 mpmath.mp.dps = 50
 

@@ -21,9 +21,11 @@ from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
 from utils.evaluation.figures import hierarchy
 from utils.evaluation.results import Results
+from utils.files import sha256
+from utils.preprocess import ClipId
 from utils.report import insert_files
 
-PLAIN = ("--no-plots", "--resamples", 20)
+PLAIN = ("--no-plots", "--resamples", 100)
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
 EVAL = ("--dataset", "tiny", *PLAIN)
 
@@ -157,6 +159,68 @@ def test_two_methods_are_compared_over_the_same_queries(script, trained):
     line = next(line for line in printed.splitlines() if line.startswith("AURC"))
     assert line.split()[1:4] == [f"{np.mean(runs):.3f}", f"{other:.3f}", f"{np.mean(runs) - other:+.3f}"]
     assert Path("results/tiny/asymvlm-psd-against-softmax-entropy.txt").read_text().strip() == printed.strip()
+
+
+def table_of(printed, section):
+    """The lines of a section of what --compare prints, its header first."""
+    return next(part.splitlines() for part in printed.split("\n\n") if part.startswith(section))
+
+
+def test_a_p_value_of_one_seed_says_so_and_of_two_there_is_none(script, trained):
+    assert script(eval_script.main, *EVAL, *trained)[0] == 0
+    compare = (*EVAL, "--compare", "asymvlm-psd", "softmax-entropy")
+    header, _, *rows = table_of(script(eval_script.main, *compare)[1], "text-to-image")
+    assert header.endswith("p over queries, this seed")
+    assert 0 < float(rows[1].split()[-1]) <= 1
+    header, _, *rows = table_of(script(eval_script.main, *compare, "--seed", 0, 1)[1], "text-to-image")
+    assert header.endswith("interval")
+    assert rows[1].endswith("]")
+    assert script(eval_script.main, *compare, "--resamples", 99)[2].count("a comparison needs 100 at least")
+
+
+def test_results_of_different_caches_are_not_paired(script, trained):
+    assert script(eval_script.main, *EVAL, *trained)[0] == 0
+    make_cache("tiny", seed=1)
+    assert script(eval_script.main, *EVAL, "--method", "pfe", "--seed", 0)[0] == 0
+    status, _, line = script(eval_script.main, *EVAL, "--compare", "pfe", "asymvlm-psd")
+    assert status == 2
+    assert "results are of different caches" in line
+    assert load_result("tiny", 0, "pfe")[0]["config"]["checkpoint"] == sha256(Path("checkpoints/tiny/0/pfe.pt"))
+
+
+def test_a_head_on_the_cache_of_another_clip_is_refused_unless_insisted(script, trained):
+    for meta, status in (
+        ({"model": "elsewhere/none", "pretrained": "none"}, 0),  # a file's folder does not matter
+        ({"model": "none", "pretrained": "other"}, 2),
+        ({}, 0),
+    ):
+        make_cache("tiny", meta=meta)
+        assert script(eval_script.main, *EVAL, "--method", "pfe")[0] == status
+    make_cache("tiny", meta={"model": "none", "pretrained": "other"})
+    line = script(eval_script.main, *EVAL, "--method", "pfe")[2]
+    assert "'pretrained': 'none'" in line and "'pretrained': 'other'" in line and "--other-clip" in line
+    assert script(eval_script.main, *EVAL, "--method", "pfe", "--other-clip")[0] == 0
+
+
+def test_sums_tell_clips_of_one_name_apart_where_both_are_known():
+    one, other = (ClipId("m.json", "w.pt", "a", sum_) for sum_ in ("b", "c"))
+    unknown = ClipId("x/m.json", "y/w.pt")
+    assert one.contradicts(other) and not one.contradicts(one)
+    assert not one.contradicts(unknown) and not unknown.contradicts(one)
+    assert not one.contradicts(ClipId("renamed.json", "w.pt", "a", "b"))
+    assert unknown.contradicts(ClipId("m.json", "v.pt"))
+
+
+def test_a_caption_that_several_images_carry_is_listed_once(script):
+    captions = ["the same"] * 60 + [f"caption {i}" for i in range(60)]
+    make_cache("tiny", images=40, captions_per_image=3, captions=captions)
+    assert script(train_script.main, *TRAIN, "--method", "asymvlm-psd")[0] == 0
+    listing = ("--dataset", "tiny", "--most-uncertain", 200, "--json")
+    rows = json.loads(script(eval_script.main, *listing)[1])["asymvlm-psd, seed 0"]
+    assert len(rows) == len({row["caption"] for row in rows}) == 61
+    image_of_caption = EmbeddingCache("tiny", "val").image_of_caption[:60].tolist()
+    same = next(row for row in rows if row["caption"] == "the same")
+    assert (same["images"], same["image"]) == (len(set(image_of_caption)), f"{image_of_caption[0]:04d}.png")
 
 
 @pytest.mark.parametrize(

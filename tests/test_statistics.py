@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from utils.evaluation import bootstrap, ranking
-from utils.evaluation.bootstrap import interval, p_value, resample
+from utils.evaluation.bootstrap import interval, over_seeds, p_value, resample
 from utils.evaluation.figures import RECALL, RELEVANCE, SECTIONS, Section, hierarchy, measure, measure_resamples
 from utils.evaluation.metrics import auroc, recall_by_level, share_of_ties, uncertainty_by_depth
 from utils.evaluation.ranking import rank_relevant
@@ -28,6 +28,7 @@ def random_answers(queries=60, ties=True, seed=0):
         "words": rng.integers(1, 9, queries).astype(float),
         "relevant": rng.integers(1, 30, queries),
         "relevant_rank": rng.integers(1, 12, queries),
+        "r_precision": rng.random(queries),
         "ap_at_r": rng.random(queries),
     }
 
@@ -66,7 +67,9 @@ def test_right_answers_equal_a_plain_loop(block, ties, monkeypatch):
 def test_a_perfect_order_has_an_average_precision_of_one():
     similarity = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
     found = rank_relevant(lambda q, a: similarity[q][:, a], [[0, 1], [3]], 4)
-    assert Section("", "", "", RELEVANCE).measure(found) == {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@R": 1.0}
+    assert Section("", "", "", RELEVANCE).measure(found) == dict.fromkeys(
+        ("R@1", "R@5", "R@10", "mAP@R", "R-Precision"), 1.0
+    )
 
 
 # Errors, levels, hierarchies.
@@ -145,23 +148,47 @@ def test_rsum_is_the_sum_of_all_recalls_in_per_cent():
 # Bootstrap.
 
 
-def test_a_resample_has_as_many_queries_and_is_the_same_at_every_call():
-    counts = list(resample(50, 20))
-    assert all(count.sum() == 50 for count in counts)
-    assert all((a == b).all() for a, b in zip(counts, resample(50, 20), strict=True))
-    assert len({tuple(count) for count in counts}) == 20
+def test_a_resample_has_as_many_images_with_all_their_queries_and_is_the_same_at_every_call():
+    images = np.array([7, 3, 3, 9, 7, 7])
+    counts = resample(images, 20)
+    assert (counts[:, [0, 1, 3]].sum(axis=1) == 3).all()  # of images
+    assert (counts[:, 1] == counts[:, 2]).all() and (counts[:, [0]] == counts[:, [4, 5]]).all()
+    assert (counts == resample(images, 20)).all()
+    assert len({tuple(count) for count in counts}) > 5
+    assert (resample(np.arange(50), 20).sum(axis=1) == 50).all()
+
+
+def test_captions_of_one_image_that_are_all_alike_tell_no_more_than_one():
+    one = random_answers(queries=200)
+    five = {field: np.repeat(values, 5) for field, values in one.items()} | {"image": np.repeat(np.arange(200), 5)}
+    draws = [measure_resamples({"t2i": answers}, 10, 50)["t2i"]["R@1"] for answers in (one, five)]
+    np.testing.assert_allclose(*draws)
+
+
+def test_an_interval_has_the_seeds_variance_in_it():
+    rng = np.random.default_rng(0)
+    draws = np.stack([rng.normal(0.7, 0.01, 1000), rng.normal(0.9, 0.01, 1000)])  # one of two seeds has collapsed
+    low, high = interval(over_seeds(draws))
+    assert (low, high) == (pytest.approx(0.69, abs=0.02), pytest.approx(0.91, abs=0.02))
+    assert (over_seeds(draws[:1]) == draws[0]).all()
+    assert set(np.round(over_seeds(np.array([[0.0] * 500, [1.0] * 500])), 9)) == {0.0, 0.5, 1.0}
+    assert (over_seeds(draws) == over_seeds(draws)).all()
+    assert (over_seeds(draws) != over_seeds(draws, side=1)).any()
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
     answers = {d: random_answers(queries=97, ties=ties, seed=seed) for seed, d in enumerate(("t2i", "i2t"))}
+    images = {"t2i": np.random.default_rng(5).integers(40, size=97), "i2t": np.arange(97)}  # of one to seven captions
+    answers["t2i"]["image"] = images["t2i"]
     draws = measure_resamples(answers, 10, 25)
     assert set(draws) == {"t2i", "i2t", "ambiguity", "relevance_t2i", "relevance_i2t"}
     assert set(draws["i2t"]) == {"R@1", "R@5", "R@10", "AURC", "E-AURC", "S", "R2", "-S*R2"}
     assert set(draws["ambiguity"]) == {"spearman", "partial_spearman_given_length", "R@1_described"}
-    assert set(draws["relevance_t2i"]) == {"R@1", "R@5", "R@10", "mAP@R"}
-    for i, count in enumerate(resample(97, 25)):
-        drawn = {d: {key: np.repeat(values, count) for key, values in fields.items()} for d, fields in answers.items()}
+    assert set(draws["relevance_t2i"]) == {"R@1", "R@5", "R@10", "mAP@R", "R-Precision"}
+    counts = {d: resample(images[d], 25) for d in answers}
+    for i in range(25):
+        drawn = {d: {key: np.repeat(v, counts[d][i]) for key, v in fields.items()} for d, fields in answers.items()}
         expected = measure(drawn, 10)
         for section, figures in draws.items():
             for figure, values in figures.items():
@@ -170,10 +197,10 @@ def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_what_a_figure_gives_for_all_resamples_at_once_is_what_its_function_gives_for_each(ties):
-    answers, counts = random_answers(queries=60, ties=ties), resample(60, 20)
+    answers, counts = random_answers(queries=60, ties=ties), resample(np.arange(60) // 7, 20)
     view = answers | {"correct": answers["rank"] == 1, "levels": 7}
     fast = {figure for section in SECTIONS for figure in section.figures if figure.resampled and figure.is_known(view)}
-    assert len(fast) == 8
+    assert len(fast) == 9
     for figure in fast:
         each = replace(figure, resampled=None).of_resamples(view, counts)
         np.testing.assert_allclose(figure.of_resamples(view, counts), each, atol=1e-12, err_msg=figure.name)
@@ -199,9 +226,9 @@ def test_the_interval_of_recall_is_about_the_binomial_one():
 
 
 def test_p_values_count_the_rarer_sign_twice():
-    assert p_value(np.array([0.1, 0.2, 0.3, -0.1])) == 0.5
+    assert p_value(np.array([0.1, 0.2, 0.3, -0.1])) == 0.8  # 2 (1 + 1) / (4 + 1)
     assert p_value(np.zeros(4)) == 1.0
-    assert p_value(np.array([1.0, 2.0])) == 0.0
+    assert p_value(np.ones(999)) == 0.002  # never 0
 
 
 def test_a_paired_difference_is_tighter_than_two_intervals():

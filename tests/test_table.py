@@ -72,6 +72,15 @@ def test_the_columns_may_have_other_names_and_neighbours(tmp_path):
     assert data.image_of_caption == [0, 1, 0, 2, 1]
 
 
+def test_rows_of_one_group_are_right_for_each_other_in_both_directions(tmp_path, script):
+    rows = [("a.png", "one", "cat"), ("b.png", "two", "dog"), ("c.png", "three", "cat"), ("b.png", "four", "bird")]
+    path = write(tmp_path, rows, header=("filepath", "title", "class"))
+    data = load(path, csv_group_key="class")
+    assert data.relevance == [[0, 2], [1], [0, 2], [1]]
+    assert load(path).relevance is None
+    assert "no column 'colour'" in refusal(path, csv_group_key="colour")
+
+
 @pytest.mark.parametrize("given", ["\t", "\\t"])
 def test_open_clips_tables_of_tabs_that_are_called_csv_are_read(tmp_path, given):
     data = load(write(tmp_path, separator="\t"), csv_separator=given)

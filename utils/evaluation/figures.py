@@ -163,7 +163,8 @@ def views_of(answers, levels):
     """
     views = {}
     for d, fields in answers.items():
-        fields = {"image": fields["query"]} | fields  # of the caption, or the image asked: what is resampled
+        nearest = fields.get("query", np.arange(len(fields["rank"])))
+        fields = {"image": nearest} | fields  # the caption's, or the image asked: what is resampled
         cxc = {field.removeprefix("cxc_"): values for field, values in fields.items() if field.startswith("cxc_")}
         views[d] = fields | {"correct": fields["rank"] == 1, "levels": levels}
         views[f"known {d}"] = only_judged(fields)
