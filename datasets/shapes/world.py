@@ -10,8 +10,9 @@ True
 >>> describes(Caption("a red thing and something else", ({"colour": ("red",)}, {}), BACKGROUNDS), scene)
 False
 
-The length of a caption does not give its ambiguity away: a rare colour or shape says much in one word, hypernyms ("a
-round thing") and fillers ("if you look at this drawing, you will find ...") say little in many.
+The length of a caption does not fully give its ambiguity away (python -m tests.benchmarks.shapes prints how far): a
+rare colour or shape says much in one word, hypernyms ("a round thing") and fillers ("if you look at this drawing, you
+will find ...") say little in many.
 
     python -m datasets.shapes.world --out data/shapes
 """

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.evaluation
 
-Random embeddings; asymvlm-psd. "Ours" is what eval.py does: encoding, both directions, all figures. The textbook holds
+Random embeddings; asymvlm-psd, but the memory is that of the method that takes the most. "Ours" is what eval.py does: encoding, both directions, all figures. The textbook holds
 the full matrix in float32 and sorts it both ways. Memory is above the interpreter and the loaded embeddings.
 """
 
@@ -26,13 +26,13 @@ def random_cache(images, captions, dim=DIM):
     image, text = (torch.randn(rows, dim, generator=generator).half() for rows in (images, captions))
     owner = torch.arange(captions)[torch.randperm(captions, generator=generator)] % images
     known = {"image": image, "text": text, "image_of_caption": owner, "device": torch.device("cpu")}
-    return SimpleNamespace(**known, relevance=None, captions=None, meta={})
+    return SimpleNamespace(**known, judgements={}, captions=None, meta={})
 
 
-def ours(cache):
+def ours(cache, method=METHOD):
     """eval.py's evaluation."""
     torch.manual_seed(0)
-    return evaluate(AdaptorScorer(METHODS[METHOD](DIM).eval(), cache), cache, 10)
+    return evaluate(AdaptorScorer(METHODS[method](DIM).eval(), cache), cache, 10)
 
 
 @torch.no_grad()
@@ -50,11 +50,11 @@ def textbook(cache):
     return [(recall_by_level(right, u, 10), aurc(right, u)) for right, u in ((t2i, uncertainty), (i2t, retrieved))]
 
 
-def memory(function, images, captions):
+def memory(function, images, captions, *arguments):
     """Peak MB above the embeddings."""
     code = "from tests.benchmarks import evaluation\n"
     code += f"cache = evaluation.random_cache({images}, {captions})\nbefore = memory('VmRSS')\n"
-    return peak_memory(f"{code}evaluation.{function}(cache)")
+    return peak_memory(f"{code}evaluation.{function}(cache, *{arguments!r})")
 
 
 def main(repeats=3):
@@ -65,11 +65,12 @@ def main(repeats=3):
         cache = random_cache(images, captions)
         times = in_turn({"ours": lambda: ours(cache), "textbook": lambda: textbook(cache)}, repeats)  # noqa: B023  called at once
         median, low, high = times["ours"]
+        largest = [(method, memory("ours", images, captions, method)) for method in METHODS]
         rows.append(
             [
                 f"{images} x {captions}",
                 f"{median:.2f} ({low:.2f}-{high:.2f})",
-                f"{memory('ours', images, captions):.0f}",
+                "{1:.0f} ({0})".format(*max(largest, key=lambda pair: pair[1])),
                 f"{times['textbook'][0]:.2f}",
                 f"{memory('textbook', images, captions):.0f}",
                 f"{times['textbook'][0] / median:.1f}",
@@ -77,7 +78,14 @@ def main(repeats=3):
         )
     print(
         markdown_table(
-            ["images x captions", "seconds: median (range)", "peak MB", "textbook, s", "textbook, MB", "times as fast"],
+            [
+                "images x captions",
+                "seconds: median (range)",
+                "peak MB of the largest method",
+                "textbook, s",
+                "textbook, MB",
+                "times as fast",
+            ],
             rows,
         )
     )
