@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
 from models import GROUPS, METHODS, expand_groups
-from utils.checkpoint import checkpoint_path, load_adaptor
+from utils.checkpoint import check_fits, checkpoint_path, load_adaptor
 from utils.cli import Parser, UserError, folder_name, positive, run_script, seed_number, torchrun_rank, whole_number
 from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
@@ -24,8 +24,6 @@ from utils.evaluation import questions, tables
 from utils.evaluation.bootstrap import LEAST, LEVEL, RESAMPLES
 from utils.evaluation.results import evaluate, load_results, save_texts
 from utils.evaluation.scorers import BASELINES, every_scorer
-from utils.files import sha256
-from utils.preprocess import ClipId
 from utils.report import results_page
 
 
@@ -119,16 +117,7 @@ def load_adaptors(args, cache, device):
             command = f"python train.py --dataset {args.dataset} --method {method} --seed {seed}"
             raise UserError(f"{path}: no such checkpoint; make it with {command}")
         adaptor = adaptors[method, seed] = load_adaptor(path, device, method)
-        adaptor.checkpoint = sha256(path)
-        if adaptor.embed_dim != cache.embed_dim:
-            widths = f"{adaptor.embed_dim} wide, those of {args.dataset} are {cache.embed_dim} wide"
-            raise UserError(f"{path}: trained on embeddings {widths}; train again")
-        trained_on, made_by = ClipId.of_meta(adaptor.config.get("clip")), ClipId.of_meta(cache.meta)
-        if not trained_on.pretrained or not made_by.pretrained:
-            logging.warning("note: nothing tells whether %s was trained on the CLIP of %s", path, cache.folder)
-        elif trained_on.contradicts(made_by) and not args.other_clip:
-            clips = f"{trained_on.readable()}, those of {cache.folder} are of {made_by.readable()}"
-            raise UserError(f"{path}: trained on embeddings of {clips}; train again, or insist with --other-clip")
+        check_fits(adaptor, path, cache, args.other_clip)
     return adaptors
 
 

@@ -19,7 +19,6 @@ from utils.checkpoint import checkpoint_path
 from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number
 from utils.device import autocast, pick_device, pick_precision, precision_name
 from utils.distributed import average_gradients, gather, joined, share_of_rank
-from utils.preprocess import ClipId
 from utils.run import Run, check_finite
 from utils.seed import seed_everything
 
@@ -36,7 +35,7 @@ def main(argv=None):
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     config = {"dataset": args.dataset, "seed": None, "recipe": args.recipe, "precision": precision_name(precision)}
     config |= {"device": device.type, "captions": len(cache.text), "images": len(cache.image)}
-    config |= {"clip": ClipId.of_meta(cache.meta).sums(), "cache": cache.digest}
+    config |= {"clip": cache.clip_id.sums(), "cache": cache.digest}
     config |= {"shuffle_buffer": args.shuffle_buffer} if cache.mapped else {}  # --resume refuses another config
     if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
         logging.warning(STARVES, len(cache.text))

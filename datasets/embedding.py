@@ -78,6 +78,11 @@ class EmbeddingCache:
         return load_list(path, len(getattr(self, of)), str) if path.exists() else None
 
     @property
+    def clip_id(self):
+        """The ClipId that meta.json names, as far as it does."""
+        return ClipId.of_meta(self.meta)
+
+    @property
     def embed_dim(self):
         """D."""
         return self.image.shape[1]

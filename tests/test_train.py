@@ -1,5 +1,6 @@
 """train.py as a user calls it: what it writes, that it repeats itself, what a stopped run leaves, what it refuses."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from models import GROUPS, METHODS, expand_groups
 from models.base import SMALL, Adaptor
 from models.layers import mlp
 from tests.conftest import REPOSITORY, load_result, make_cache
-from utils.checkpoint import load_adaptor, save_adaptor
+from utils.checkpoint import load_adaptor, load_run, save_adaptor
 from utils.cli import UserError
-from utils.files import locked
+from utils.device import pick_precision
+from utils.files import locked, save_tensors
 
 PLAIN = ("--no-plots", "--resamples", 20)
 QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
@@ -405,3 +407,23 @@ def test_a_batch_of_one_and_a_batch_all_alike_are_trained_on(method, script, one
         alike = torch.ones(4, 64).half()
         write_split(Path("embeddings/alike") / split, alike, alike, [0, 1, 2, 3], ["a"] * 4, ["a.png"] * 4, None, {})
     assert script(train_script.main, *QUICK, "--method", method, "--dataset", "alike")[0] == 0
+
+
+def test_bfloat16_that_is_not_native_is_told_to_be_slow(monkeypatch, caplog):
+    monkeypatch.setattr("utils.device._computes_bfloat16", lambda device: False)
+    assert pick_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    assert "--precision bf16: cpu does not compute it natively" in caplog.text
+    caplog.clear()
+    assert pick_precision("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr("utils.device._computes_bfloat16", lambda device: True)
+    assert pick_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    assert not caplog.text
+
+
+def test_a_state_from_before_sums_were_kept_is_resumed_and_one_of_another_clip_is_not(tmp_path):
+    recipe, clip = SMALL, {"model": "m", "model_sha256": "a", "pretrained": "p", "pretrained_sha256": "b"}
+    for stored, refused in (({"model": "m", "pretrained": "p"}, False), (clip, False), (clip | {"model": "n"}, True)):
+        content = {"config": {"seed": 0, "clip": stored}, "recipe": asdict(recipe)}
+        save_tensors(content, tmp_path / "state.pt")
+        with pytest.raises(UserError, match="other settings") if refused else contextlib.nullcontext():
+            assert load_run(tmp_path / "state.pt", recipe, {"seed": 0, "clip": clip}) == content

@@ -1,5 +1,6 @@
 """A trained adaptor in, a file that a stranger can load safely out; and back, from the paper repository's files too."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import torch
 
 from models import METHODS
 from utils.cli import UserError
-from utils.files import differences, load_tensors, save_tensors
+from utils.files import differences, load_tensors, save_tensors, sha256
 from utils.paper import translate
+from utils.preprocess import ClipId
 
 ROOT = Path("checkpoints")
 
@@ -74,7 +76,8 @@ def load_adaptor(path, device="cpu", method=None):
         device: where it goes.
         method: its name in METHODS, needed only where neither the file nor its name tells: the two asymvlm methods have
             the same parameters in the paper's repository.
-    Returns: Adaptor in eval mode, float32; its attribute `config` is what the checkpoint tells of its training, or {}.
+    Returns: Adaptor in eval mode, float32; `config` is what the checkpoint tells of its training, or {}, `checkpoint` its
+        SHA-256.
     Raises: UserError naming the file and what is wrong with it; FileNotFoundError if there is none.
     """
     content = load_tensors(path)
@@ -100,5 +103,21 @@ def load_adaptor(path, device="cpu", method=None):
     adaptor = METHODS[found](embed_dim)
     adaptor.load_state_dict(weights)
     config = content.get("config")
-    adaptor.config = config if isinstance(config, dict) else {}
+    adaptor.config, adaptor.checkpoint = config if isinstance(config, dict) else {}, sha256(path)
     return adaptor.to(device).eval()
+
+
+def check_fits(adaptor, path, cache, other_clip=False):
+    """Raise a UserError if an adaptor is not for the embeddings of a cache; note it if nothing tells their CLIPs.
+
+    Args: adaptor, path: from `load_adaptor`. cache: EmbeddingCache. other_clip: whether that of another CLIP will do.
+    """
+    if adaptor.embed_dim != cache.embed_dim:
+        widths = f"{adaptor.embed_dim} wide, those of {cache.folder} are {cache.embed_dim} wide"
+        raise UserError(f"{path}: trained on embeddings {widths}; train again")
+    trained_on = ClipId.of_meta(adaptor.config.get("clip"))
+    if not trained_on.pretrained or not cache.clip_id.pretrained:
+        logging.warning("note: nothing tells whether %s was trained on the CLIP of %s", path, cache.folder)
+    elif trained_on.contradicts(cache.clip_id) and not other_clip:
+        clips = f"{trained_on.readable()}, those of {cache.folder} are of {cache.clip_id.readable()}"
+        raise UserError(f"{path}: trained on embeddings of {clips}; train again, or insist with --other-clip")

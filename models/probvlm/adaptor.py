@@ -28,9 +28,10 @@ class BayesCap(nn.Module):
 class ProbVLMAdaptor(Adaptor):
     """mean, 1/alpha and beta from a BayesCap a modality, beside the z that they reconstruct, (N, D) each.
 
-    uncertainty = 1 / mean_d var. The inverse is what published evaluations call ProbVLM's uncertainty: its authors invert
-    the text's alone and rank images by mean_d var itself, the AsymVLM paper's repository inverts both, and so does this,
-    for comparison with its tables. With `adaptor.inverted = False` it is the variance, which reverses every ranking.
+    uncertainty = 1 / mean_d var. The inverse is what published evaluations call ProbVLM's uncertainty: its authors
+    invert the text's alone and rank images by mean_d var itself; the AsymVLM paper's repository inverts both, and so
+    does this, for comparison with its tables. With `adaptor.inverted = False` it is the variance, which reverses every
+    ranking.
     """
 
     recipes = {"paper": Recipe("adamw", lr=1e-4, weight_decay=5e-4), "small": SMALL}

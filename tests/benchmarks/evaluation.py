@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.evaluation
 
-Random embeddings; asymvlm-psd, but the memory is that of the method that takes the most. "Ours" is what eval.py does: encoding, both directions, all figures. The textbook holds
-the full matrix in float32 and sorts it both ways. Memory is above the interpreter and the loaded embeddings.
+Random embeddings; asymvlm-psd, but the memory is that of the method that takes the most. "Ours" is what eval.py does:
+encoding, both directions, all figures. The textbook holds the full matrix in float32 and sorts it both ways. Memory is
+above the interpreter and the loaded embeddings.
 """
 
 import sys
