@@ -81,8 +81,8 @@ def test_a_step_of_several_ranks_is_that_of_one(method, ranks, batch, steps):
 
 
 def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writes(workdir, script):
-    make_cache("it", images=150, dim=32)
-    epochs = ("--method", "all", "--epochs", 2, "--batch-size", 64)  # 450 captions: the last of 8 batches has 2
+    make_cache("it", images=97, captions_per_image=2, dim=32)
+    epochs = ("--method", "all", "--epochs", 2, "--batch-size", 64)  # 194 captions: the last of 4 batches has 2
     assert script(train_script.main, *TRAIN, *epochs)[0] == 0
     os.rename("checkpoints", "alone")
     with Ranks(2, train_script.main, (*TRAIN, *epochs)) as ranks:
