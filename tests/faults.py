@@ -51,6 +51,7 @@ from datasets.embedding import EmbeddingCache
 from datasets.registry import DATASETS
 from datasets.shapes import world
 from tests.conftest import all_bytes, make_cache, write_tiny_clip
+from tests.ranks import LIMIT, finish, start
 from utils import preprocess
 from utils.cli import UserError, run_script
 
@@ -58,7 +59,6 @@ UNIT = 64  # rows, so that a small data set has several units
 EVAL = tuple("--dataset tiny --device cpu --no-plots --resamples 5".split())
 CACHE = tuple("--dataset shapes --data-root data --device cpu --precision fp32".split())
 TRAIN = tuple("--dataset tiny --recipe small --batch-size 50 --device cpu --precision fp32".split())
-LIMIT = 60  # seconds, after which a run hangs
 
 
 class Hang(BaseException):
@@ -94,41 +94,6 @@ def workshop(folder, images=(240, 60)):
 
 
 # Kills.
-
-
-def start(main, argv, sabotage=lambda: None, output="output.txt"):
-    """Call main(argv) as a script does, in a fork. Args: output: file for what it says. Returns: its process id."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        status = 99
-        try:
-            sys.stdout = sys.stderr = open(output, "w")  # noqa: SIM115  ends with the process
-            torch.set_num_threads(1)  # the threads of this process did not come along
-            sabotage()
-            status = run_script(main, [str(word) for word in argv])
-        except BaseException:  # noqa: BLE001  whatever it is, it is a finding
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return process
-
-
-def finish(process, seconds=LIMIT):
-    """Wait for a process, and kill it when its time is up.
-
-    Returns: exit status, or None if it was killed, here or by itself.
-    """
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return None
 
 
 def at_call(name, number, act, after=False):

@@ -1,25 +1,31 @@
-"""What the tests have torchrun do, and torchrun itself as a subprocess.
+"""Forks of this process, alone or as ranks, and torchrun, which imports torch anew in every rank.
 
-torchrun --nproc-per-node 2 -m tests.ranks step FOLDER      a training step of every method: what it was, a file a rank
-torchrun --nproc-per-node 2 -m tests.ranks cache 64 FLAGS   cache_embeddings.py with parts of 64 rows
+torchrun --nproc-per-node 2 -m tests.ranks 64 FLAGS   cache_embeddings.py with parts of 64 rows
 """
 
+import functools
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
+import cache_embeddings
 import train
+from datasets import source
 from models import METHODS
 from utils.cli import run_script
 from utils.distributed import joined, rank, share_of_rank, world_size
-from utils.files import save_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIM = 32
+LIMIT = 60  # seconds, after which a fork hangs
 BATCHES = (37, 3)  # neither can be shared evenly by 2 or 4 ranks; of the smaller one, one of 4 has nothing
 
 
@@ -34,9 +40,9 @@ def new_adaptor(method):
     return METHODS[method](DIM)
 
 
-def steps(folder):
-    """One step of every method as train.py does it; what it was goes into a file a rank."""
-    found = {}
+def steps(argv):
+    """One step of every method as train.py does it. Args: argv: the folder to which a file goes of what it was."""
+    found, folder = {}, Path(*argv)
     with joined(torch.device("cpu")):
         for method in METHODS:
             for batch in BATCHES:
@@ -46,7 +52,98 @@ def steps(folder):
                 loss = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32)
                 gradients = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
                 found[f"{method} {batch}"] = {"loss": loss, "share": len(pairs[0]), "gradients": gradients}
-        save_tensors(found, Path(folder) / f"{rank()}-of-{world_size()}.pt")
+        torch.save(found, folder / f"{rank()}-of-{world_size()}.pt")
+
+
+def start(main, argv, sabotage=lambda: None, output="output.txt"):
+    """Call main(argv) as a script does, in a fork. Args: output: file for what it says. Returns: its process id."""
+    torch.optim.SGD([torch.zeros(1)])  # the first optimiser imports a thousand modules: once, and not in every fork
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        status = 99
+        try:
+            sys.stdout = sys.stderr = open(output, "w")  # noqa: SIM115  ends with the process
+            torch.set_num_threads(1)  # the threads of this process did not come along
+            sabotage()
+            status = run_script(main, [str(word) for word in argv])
+        except BaseException:  # noqa: BLE001  whatever it is, it is a finding
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return process
+
+
+def finish(process, seconds=LIMIT):
+    """Wait for a process, and kill it when its time is up.
+
+    Returns: exit status, or None if it was killed, here or by itself.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+class Ranks:
+    """Ranks forked from this process, in the current folder; as a context it leaves none running.
+
+    Args:
+        ranks: how many.
+        main, argv: what each of them calls as a script does. It joins the others by itself, with `joined`.
+        script: by which name they speak.
+    """
+
+    def __init__(self, ranks, main, argv=(), script="test"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+
+        def be(rank):
+            sys.argv = [script]
+            os.environ.update(where | {"RANK": str(rank)})
+
+        self.folder = tempfile.TemporaryDirectory()  # of what they say
+        self.files = [Path(self.folder.name, f"rank{rank}.txt") for rank in range(ranks)]
+        starts = [(main, argv, functools.partial(be, rank), file) for rank, file in enumerate(self.files)]
+        self.numbers = [start(*arguments) for arguments in starts]
+        self.statuses = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self.folder.cleanup()
+
+    def wait(self, seconds=LIMIT):
+        """Wait for all ranks, and kill those whose time is up.
+
+        Returns: their exit statuses, None of those that were killed, here or by themselves.
+        """
+        end = time.monotonic() + seconds
+        for index, number in enumerate(self.numbers):
+            self.statuses[index] = finish(number, max(1, end - time.monotonic()))
+        return list(self.statuses.values())
+
+    def kill(self):
+        """Kill the ranks that have not been waited for. Returns: the signals that ended them, 0 if they had ended."""
+        left = [index for index in range(len(self.numbers)) if index not in self.statuses]
+        for index in left:
+            os.kill(self.numbers[index], signal.SIGKILL)
+        found = [os.waitpid(self.numbers[index], 0)[1] for index in left]
+        self.statuses |= dict.fromkeys(left)
+        return [os.WTERMSIG(status) for status in found]
+
+    def output(self):
+        """What the ranks have said, one after the other."""
+        return "\n".join(file.read_text() for file in self.files)
 
 
 def torchrun(ranks, *command, wait=True):
@@ -89,23 +186,20 @@ def ranks_of(process):
     return found
 
 
-def wait_for(condition, process, seconds=120):
-    """Wait until a condition holds while a process runs."""
-    end = time.time() + seconds
+def wait_for(condition, process=None, seconds=120):
+    """Wait until a condition holds, while a process runs."""
+    end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.time() < end
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
         time.sleep(0.002)
 
 
-def cache(part, *flags):
-    """cache_embeddings.py with small parts."""
-    import cache_embeddings
-    from datasets import source
-
-    source.UNIT = int(part)
-    sys.exit(run_script(cache_embeddings.main, list(flags)))
+def cache(argv):
+    """cache_embeddings.py with small parts. Args: argv: their rows, and its flags."""
+    source.UNIT = int(argv[0])
+    cache_embeddings.main(list(argv[1:]))
 
 
 if __name__ == "__main__":
-    {"step": steps, "cache": cache}[sys.argv[1]](*sys.argv[2:])
+    sys.exit(run(cache, sys.argv[1:]))

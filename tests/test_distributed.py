@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,13 @@ from datasets.shapes import world
 from models import METHODS
 from models.base import SMALL
 from tests.conftest import make_cache, write_tiny_clip
-from tests.ranks import BATCHES, REPOSITORY, new_adaptor, random_pairs, ranks_of, torchrun, wait_for
+from tests.ranks import BATCHES, REPOSITORY, Ranks, cache, new_adaptor, random_pairs, ranks_of, torchrun, wait_for
+from tests.ranks import steps as steps_of_ranks
 from utils.cli import UserError
 from utils.device import pick_device
 from utils.distributed import gather, share_of_rank
 
+EPOCHS = 12  # of a run that is killed after its second
 TRAIN = ("--dataset", "it", "--recipe", "small", "--precision", "fp32", "--device", "cpu")
 
 
@@ -45,12 +48,13 @@ def steps(tmp_path_factory):
     """{ranks: [what each rank found]} of one step of every method and batch."""
     folder = tmp_path_factory.mktemp("steps")
     for ranks in (2, 4):
-        done = torchrun(ranks, "-m", "tests.ranks", "step", folder)
-        assert done.returncode == 0, done.stdout
-    return {
-        ranks: [torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=True) for rank in range(ranks)]
+        with Ranks(ranks, steps_of_ranks, [folder]) as started:
+            assert started.wait() == [0] * ranks, started.output()
+    yield {
+        ranks: [torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=True, mmap=True) for rank in range(ranks)]
         for ranks in (2, 4)
     }
+    shutil.rmtree(folder)  # a GB
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -77,12 +81,12 @@ def test_a_step_of_several_ranks_is_that_of_one(method, ranks, batch, steps):
 
 
 def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writes(workdir, script):
-    make_cache("it", images=150, dim=32)
-    epochs = ("--method", "all", "--epochs", 2, "--batch-size", 64)  # 450 captions: the last of 8 batches has 2
+    make_cache("it", images=97, captions_per_image=2, dim=32)
+    epochs = ("--method", "all", "--epochs", 2, "--batch-size", 64)  # 194 captions: the last of 4 batches has 2
     assert script(train_script.main, *TRAIN, *epochs)[0] == 0
     os.rename("checkpoints", "alone")
-    done = torchrun(2, REPOSITORY / "train.py", *TRAIN, *epochs)
-    assert done.returncode == 0, done.stdout
+    with Ranks(2, train_script.main, (*TRAIN, *epochs)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
     assert files_in("checkpoints").keys() == {
         f"it/0/{method}.{suffix}" for method in METHODS for suffix in ("pt", "jsonl")
     }
@@ -94,17 +98,38 @@ def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writ
         assert len(Path(f"checkpoints/it/0/{method}.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc: ranks cannot be told apart")
-@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (0, signal.SIGTERM)])
-def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(workdir, script, rank, number):
-    make_cache("it", images=100, dim=32)
-    log = Path("checkpoints/it/0/pcmepp.jsonl")
-    run = (*TRAIN, "--method", "pcmepp", "--epochs", 60, "--batch-size", 50)
+def kill_a_fork(run, rank, number, begun):
+    with Ranks(2, train_script.main, run, "train.py") as ranks:
+        wait_for(begun)
+        os.kill(ranks.numbers[rank], number)
+        assert 0 not in ranks.wait()
+        return ranks.output()
+
+
+def kill_below_torchrun(run, rank, number, begun):
     process = torchrun(2, REPOSITORY / "train.py", *run, wait=False)
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, process)
+    wait_for(begun, process)
     os.kill(ranks_of(process)[rank], number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("kill", "rank", "number"),
+    [
+        (kill_a_fork, 0, signal.SIGTERM),
+        pytest.param(
+            *(kill_below_torchrun, 1, signal.SIGKILL),
+            marks=pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc to tell ranks apart by"),
+        ),
+    ],
+)
+def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(workdir, script, kill, rank, number):
+    make_cache("it", images=100, dim=32)
+    log = Path("checkpoints/it/0/pcmepp.jsonl")
+    run = (*TRAIN, "--method", "pcmepp", "--epochs", EPOCHS, "--batch-size", 50)
+    output = kill(run, rank, number, lambda: log.exists() and len(log.read_text().splitlines()) >= 2)
     assert (
         "train.py, rank 0: interrupted: saved after epoch" in output
         or "train.py, rank 0: error: lost another process of this run" in output
@@ -113,13 +138,13 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     assert not any("lock" in name or "partial" in name for name in files_in("checkpoints"))
     before = json.loads(log.read_text().splitlines()[0])
     done = len(torch.load(log.with_name("pcmepp.resume.pt"), weights_only=True)["log"])
-    assert 1 <= done < 60  # the log may be a line ahead of what can be saved
+    assert 1 <= done < EPOCHS  # the log may be a line ahead of what can be saved
     assert script(train_script.main, *run, "--resume")[0] == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [record["epoch"] for record in records] == list(range(1, 61))
+    assert [record["epoch"] for record in records] == list(range(1, EPOCHS + 1))
     assert records[0] == before
     assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(SMALL) | {
-        "epochs": 60,
+        "epochs": EPOCHS,
         "batch_size": 50,
     }
 
@@ -161,7 +186,7 @@ def flags(workdir, tiny):
 def test_ranks_share_the_parts_and_write_the_bytes_of_one(flags, script):
     assert script(cache_embeddings.main, *flags)[0] == 0
     os.rename("embeddings", "alone")
-    done = torchrun(2, "-m", "tests.ranks", "cache", 64, *flags)
+    done = torchrun(2, "-m", "tests.ranks", 64, *flags)
     assert done.returncode == 0, done.stdout
     assert files_in("embeddings") == files_in("alone")
 
@@ -170,17 +195,18 @@ def test_a_broken_picture_of_one_rank_stops_all_and_the_rest_is_kept(flags, scri
     pictures = sorted(Path("small/train").glob("*.png"))
     whole = pictures[100].read_bytes()  # of the second part, which is rank 1's
     pictures[100].write_bytes(b"no picture")
-    done = torchrun(2, "-m", "tests.ranks", "cache", 64, *flags)
-    assert done.returncode != 0
-    assert f"rank 1: error: {pictures[100]}: " in done.stdout
-    assert "rank 0: error: stopped, as another process of this run had to stop" in done.stdout
+    with Ranks(2, cache, (64, *flags)) as ranks:
+        assert ranks.wait() == [2, 2], ranks.output()
+        assert f"rank 1: error: {pictures[100]}: " in ranks.output()
+        assert "rank 0: error: stopped, as another process of this run had to stop" in ranks.output()
     assert not Path("embeddings/shapes/train/meta.json").exists()
     assert {path.name for path in Path("embeddings/shapes/train/.parts").glob("image*")} == {
         "image-00000.pt",
         "image-00002.pt",
     }
     pictures[100].write_bytes(whole)
-    assert torchrun(3, "-m", "tests.ranks", "cache", 64, *flags).returncode == 0
+    with Ranks(3, cache, (64, *flags)) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.output()
     os.rename("embeddings", "mended")
     assert script(cache_embeddings.main, *flags)[0] == 0
     assert files_in("embeddings") == files_in("mended")

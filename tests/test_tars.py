@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import sys
 import tarfile
 import time
@@ -23,6 +22,7 @@ from datasets.shapes import world
 from datasets.tars import TarSplit, TarUnit
 from tests import faults
 from tests.conftest import Trap, all_bytes, make_cache, write_tar
+from tests.ranks import Ranks
 from utils.cli import UserError, run_script
 
 
@@ -103,21 +103,6 @@ def test_bytes_depend_on_neither_batch_size_nor_workers(call, pictures):
     assert all_bytes("embeddings/a") == all_bytes("embeddings/b")
 
 
-def fork_ranks(ranks, argv):
-    """Start ranks of cache_embeddings.py as forks of this process: torchrun's would import torch anew, every time.
-
-    Returns: their process numbers.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-
-    def be(rank):
-        return lambda: os.environ.update(where | {"RANK": str(rank), "WORLD_SIZE": str(ranks)})
-
-    return [faults.start(cache_embeddings.main, argv, be(rank), f"rank{rank}.txt") for rank in range(ranks)]
-
-
 def test_a_hundred_tars_cached_by_two_ranks_killed_twice_are_those_of_one(call, pictures):
     for number in range(100):
         write_tar(f"tars/{number:05d}.tar", samples_of(pictures, 2 * number, 2 * number + 2))
@@ -129,16 +114,14 @@ def test_a_hundred_tars_cached_by_two_ranks_killed_twice_are_those_of_one(call, 
 
     for ranks, more in ((2, 10), (3, 10)):
         before, end = count(), time.monotonic() + faults.LIMIT
-        numbers = fork_ranks(ranks, call.flags)
-        while count() < before + more and time.monotonic() < end:
-            time.sleep(0.002)
-        for number in numbers:
-            os.kill(number, signal.SIGKILL)
-        assert [os.WTERMSIG(os.waitpid(number, 0)[1]) for number in numbers] == [signal.SIGKILL] * ranks
-        assert before + more <= count() < 100, [Path(f"rank{rank}.txt").read_text() for rank in range(ranks)]
+        with Ranks(ranks, cache_embeddings.main, call.flags) as started:
+            while count() < before + more and time.monotonic() < end:
+                time.sleep(0.002)
+            assert started.kill() == [signal.SIGKILL] * ranks, started.output()
+            assert before + more <= count() < 100, started.output()
         assert not Path("embeddings/web/train/meta.json").exists()
-    statuses = [faults.finish(number) for number in fork_ranks(2, call.flags)]
-    assert statuses == [0, 0], [Path(f"rank{rank}.txt").read_text() for rank in range(2)]
+    with Ranks(2, cache_embeddings.main, call.flags) as started:
+        assert started.wait() == [0, 0], started.output()
     assert all_bytes("embeddings/web") == all_bytes("embeddings/unbroken")
 
 

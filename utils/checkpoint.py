@@ -76,7 +76,7 @@ def load_adaptor(path, device="cpu", method=None):
         device: where it goes.
         method: its name in METHODS, needed only where neither the file nor its name tells: the two asymvlm methods have
             the same parameters in the paper's repository.
-    Returns: Adaptor in eval mode, float32; `config` is what the checkpoint tells of its training, or {}, `checkpoint` its
+    Returns: Adaptor in eval mode, float32; `config` is what the file tells of its training, or {}, `checkpoint` its
         SHA-256.
     Raises: UserError naming the file and what is wrong with it; FileNotFoundError if there is none.
     """
