@@ -202,4 +202,4 @@ def cache(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(cache, sys.argv[1:]))
+    sys.exit(run_script(cache, sys.argv[1:]))
