@@ -12,6 +12,7 @@ import torch
 
 import cache_embeddings
 import train as train_script
+from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
 from models import METHODS
 from models.base import SMALL
@@ -189,6 +190,22 @@ def test_ranks_share_the_parts_and_write_the_bytes_of_one(flags, script):
     done = torchrun(2, "-m", "tests.ranks", 64, *flags)
     assert done.returncode == 0, done.stdout
     assert files_in("embeddings") == files_in("alone")
+
+
+def test_broken_pictures_are_counted_over_all_ranks_and_looked_at_again_once_mended(flags, script):
+    pictures = sorted(Path("small/train").glob("*.png"))
+    broken = {picture: picture.read_bytes() for picture in (pictures[3], pictures[100])}  # one of each rank
+    for picture in broken:
+        picture.write_bytes(b"no picture")
+    for _ in range(2):  # each rank has no more than may be left out, both together have
+        with Ranks(2, cache, (64, *flags, "--max-broken", 1)) as ranks:
+            assert ranks.wait() == [2, 2], ranks.output()
+            assert "2 broken samples in all" in ranks.output()
+    for picture, content in broken.items():
+        picture.write_bytes(content)
+    with Ranks(2, cache, (64, *flags, "--max-broken", 1)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+    assert EmbeddingCache("shapes", "train").meta["skipped"] == []
 
 
 def test_a_broken_picture_of_one_rank_stops_all_and_the_rest_is_kept(flags, script):

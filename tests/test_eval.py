@@ -16,6 +16,7 @@ from models import METHODS
 from models.base import SMALL
 from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
+from utils.evaluation.scorers import AdaptorScorer
 
 PLAIN = ("--no-plots", "--resamples", 20)
 QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
@@ -154,3 +155,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(script):
         written.append([Path(file).read_bytes() for file in files])
     assert written[0] == written[1]
     assert all(a != b for a, b in zip(written[0], written[2], strict=True))
+
+
+def test_a_cache_is_encoded_without_a_graph_of_gradients(script):
+    make_cache("tiny", images=6)
+    scorer = AdaptorScorer(METHODS["probvlm"](64), EmbeddingCache("tiny", "val"))
+    assert not any(part.requires_grad for part in (*scorer.image, *scorer.text))
