@@ -7,6 +7,8 @@ import os
 
 # A thread that waits is to sleep: spinning, it takes a core from those that work where others work too. Torch reads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests need no GPU, and a process that has used one must not be forked, as those of ranks and kills are.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import io
 import json

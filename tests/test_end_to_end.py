@@ -1,8 +1,6 @@
 """From pictures to tables: on the built-in data set with its own CLIP, and on COCO files with a small random one."""
 
 import json
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from datasets.embedding import EmbeddingCache
 from datasets.registry import DATASETS
 from datasets.shapes import world
 from datasets.shapes.pretrain import FOLDER, recall
-from tests.conftest import REPOSITORY, load_result, write_tiny_clip
+from tests.conftest import load_result, write_tiny_clip
 from utils.preprocess import load_clip
 
 
@@ -73,14 +71,3 @@ def test_real_coco_goes_from_pictures_to_tables(coco_root, script, tmp_path):
     assert len(result["t2i"]) == len(result["i2t"]) == 10
     assert np.isfinite([rung["uncertainty"] for rung in result["ladder"]]).all()
     assert torch.load("embeddings/coco/val/image.pt", weights_only=True).dtype == torch.float16
-
-
-def test_the_users_two_commands_parse_and_say_what_is_missing(workdir):
-    for command in (["train.py", "--method", "asymvlm-psd"], ["eval.py", "--uncer_levels", "10"]):
-        command = [sys.executable, REPOSITORY / command[0], *command[1:]]
-        done = subprocess.run(command, cwd=workdir, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1
-        assert "cache_embeddings.py --dataset coco" in done.stderr
-        assert "--dataset shapes" in done.stderr
-    assert not list(workdir.iterdir())
