@@ -75,8 +75,13 @@ class AdaptorScorer(Scorer):
     @torch.inference_mode()
     def encode(self, encoder, z):
         """What a function of the adaptor makes of embeddings (N, D): a list of (N, ...) tensors."""
-        parts = [encoder(part.to(self.cache.device).float()) for part in _read(z).split(CHUNK)]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        z, columns = _read(z), []
+        for start in range(0, len(z), CHUNK):
+            encoded = encoder(z[start : start + CHUNK].to(self.cache.device).float())
+            columns = columns or [part.new_empty(len(z), *part.shape[1:]) for part in encoded]
+            for column, part in zip(columns, encoded, strict=True):
+                column[start : start + CHUNK] = part
+        return columns
 
     def score(self, images, captions):
         return self.adaptor.score([part[images] for part in self.image], [part[captions] for part in self.text])
