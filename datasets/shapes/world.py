@@ -18,6 +18,8 @@ will find ...") say little in many.
 """
 
 import argparse
+import collections
+import functools
 import itertools
 import json
 import math
@@ -26,6 +28,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -40,15 +43,19 @@ RADIUS = {"small": 6, "medium": 10, "big": 14}  # pixels
 # value -> words for it, and hypernyms -> the values that they leave open. "frames" are texts around the objects, and
 # none of their words narrows the scene down; of the ladder, every prompt adds a detail to the one before.
 _WORDS = json.loads((Path(__file__).parent / "words.json").read_text(encoding="ascii"))
-SHAPES, COLOURS, SIZES, CELLS, BACKGROUNDS, COUNTS = (
-    {int(value) if value.isdecimal() else value: share for value, share in shares.items()}
-    for shares in _WORDS["shares"].values()
-)
+SHARES = {
+    name: {int(value) if value.isdecimal() else value: share / 100 for value, share in shares.items()}
+    for name, shares in _WORDS["shares"].items()
+}
+SHAPES, COLOURS, SIZES, CELLS, BACKGROUNDS, COUNTS = SHARES.values()
 RGB = {name: tuple(rgb) for name, rgb in _WORDS["rgb"].items()}
 WORDS = _WORDS["words"] | {"cell": {int(cell): phrases for cell, phrases in _WORDS["words"]["cell"].items()}}
 HYPERNYMS = {
     name: {phrase: tuple(values) for phrase, values in table.items()} for name, table in _WORDS["hypernyms"].items()
 }
+FULL = 0.3  # share of captions that describe everything
+NATS = math.log(1000)  # information of a caption that describes one picture of 1,000
+VAGUENESS, EMPTY = 0.3, 0.2  # how often a hypernym is the word; an object is mentioned of which nothing is said
 FRAMES, VAGUE, LADDER = _WORDS["frames"], _WORDS["vague captions"], tuple(_WORDS["ladder"])
 
 
@@ -152,26 +159,70 @@ def _outlines():
 OUTLINES = _outlines()
 
 
-def write_caption(scene, rng):
+def write_caption(scene, rng, full=FULL):
     """A caption of random detail that is true of the scene.
 
+    A share of `full` are full descriptions. The others get details, in random order, until they say as much as was
+    drawn evenly from 0 to NATS: so the logarithm of their ambiguity is spread evenly.
     Args: scene: dict; rng: random.Random.
     Returns: Caption.
     """
-    detail = rng.random()
-    if detail < 0.07:
+    if rng.random() < full:
+        return write_full_description(scene, rng)
+    wanted, told, said = rng.random() * NATS, 0.0, {}
+    for row, name in _details(scene, rng):
+        value = scene["background"] if row is None else scene["objects"][row][name]
+        more = said | {row: said.get(row, {}) | {name: _say(name, value, rng, VAGUENESS)}}
+        nats = information(more)
+        if rng.random() * (nats - told) > wanted - told:  # so that what is told is right on average
+            break
+        said, told = more, nats
+    if not said:
         return Caption(_pick(rng, VAGUE), (), tuple(BACKGROUNDS))
-    detail = (detail - 0.07) / 0.93
-    things = [thing for thing in scene["objects"] if rng.random() < 0.35 + 0.65 * detail]
-    things = things or [rng.choice(scene["objects"])]
-    said = [{name for name in WORDS if rng.random() < 0.1 + 0.85 * detail} for _ in things]
-    return _compose(scene, things, said, rng.random() < 0.1 + 0.5 * detail, 0.3, rng)
+    for row in range(len(scene["objects"])):
+        if said.keys() == {None} or rng.random() < EMPTY:  # a text speaks of one object at least
+            said.setdefault(row, {})
+    return _compose(said, rng)
 
 
 def write_full_description(scene, rng):
     """A caption that says every attribute of every object, and the background. Arguments as `write_caption`'s."""
-    things = list(scene["objects"])
-    return _compose(scene, things, [set(WORDS)] * len(things), True, 0.0, rng)
+    said = {row: {name: _say(name, thing[name], rng) for name in WORDS} for row, thing in enumerate(scene["objects"])}
+    return _compose(said | {None: {"background": _say("background", scene["background"], rng)}}, rng)
+
+
+def _details(scene, rng):
+    """All (object's row, attribute) of a scene, and (None, "background"), at random; half of the time by object."""
+    rows = [*range(len(scene["objects"])), None]
+    details = [(row, name) for row in rows for name in (["background"] if row is None else WORDS)]
+    rng.shuffle(details)
+    if rng.random() < 0.5:
+        rng.shuffle(rows)
+        details.sort(key=lambda detail: rows.index(detail[0]))
+    return details
+
+
+def information(said):
+    """Nearly minus the logarithm of the share of scenes of which a caption is true.
+
+    Args: said: {object's row, or None: {attribute: (words, values that they allow)}}.
+    Returns: nats, at least 0.
+    """
+    nats = 0.0
+    for row, details in said.items():
+        share = math.prod(sum(SHARES[name][value] for value in values) for name, (_, values) in details.items())
+        if row is not None:  # it is true of one of the objects that there are
+            share = 1 - sum(p * (1 - share) ** count for count, p in COUNTS.items())
+        nats -= math.log(share)
+    return nats
+
+
+def _say(name, value, rng, vagueness=0.0):
+    """Words for an attribute, and the values that they allow; vagueness: how often they are a hypernym."""
+    hypernyms = [(words, values) for words, values in HYPERNYMS[name].items() if value in values]
+    if hypernyms and rng.random() < vagueness:
+        return rng.choice(hypernyms)
+    return rng.choice(WORDS[name][value]) if name in WORDS else value, (value,)
 
 
 def write_chain(scene, rng):
@@ -204,31 +255,25 @@ def write_chains(seed=0, count=200):
     return [[caption.text for caption in write_chain(draw_scene(rng), rng)] for rng in rngs]
 
 
-def _compose(scene, things, said, say_background, vagueness, rng):
-    """Put a caption together of attribute names said of each thing; vagueness: how often a hypernym is the word."""
+def _compose(said, rng):
+    """Put a caption together. Args: said: as for `information`."""
+    things = [details for row, details in said.items() if row is not None]
     rng.shuffle(things)
-    pairs = [_noun_phrase(thing, names, vagueness, rng) for thing, names in zip(things, said, strict=True)]
-    phrases, mentions = zip(*pairs, strict=True)
     tail, backgrounds = "", tuple(BACKGROUNDS)
-    if say_background:
-        word, backgrounds = scene["background"], (scene["background"],)
-        if rng.random() < vagueness:
-            word, backgrounds = _hypernym("background", scene["background"], rng) or (word, backgrounds)
+    if None in said:
+        words, backgrounds = said[None]["background"]
         tail = rng.choice((" on {} background", " against {} background", " in front of {} backdrop"))
-        tail = tail.format(_article(word))
+        tail = tail.format(_article(words))
+    phrases = [_noun_phrase({name: words for name, (words, _) in thing.items()}, rng) for thing in things]
     text = _pick(rng, FRAMES).format(_enumerate(phrases) + tail)
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:] + "."
-    return Caption(text, tuple(mentions), backgrounds)
+    mentions = tuple({name: thing[name][1] for name in WORDS if name in thing} for thing in things)
+    return Caption(text, mentions, backgrounds)
 
 
-def _noun_phrase(thing, names, vagueness, rng):
-    """A phrase for one object and what it says. names: the attributes to speak of. Returns: (phrase, mention)."""
-    mention, words = {}, {}
-    for name in (name for name in WORDS if name in names):
-        words[name], mention[name] = rng.choice(WORDS[name][thing[name]]), (thing[name],)
-        if rng.random() < vagueness:
-            words[name], mention[name] = _hypernym(name, thing[name], rng) or (words[name], mention[name])
+def _noun_phrase(words, rng):
+    """A phrase for one object. Args: words: {attribute: words for it}."""
     adjectives = [words[name] for name in ("size", "colour") if name in words]
     style = rng.random()
     if not adjectives and "shape" not in words:
@@ -250,7 +295,7 @@ def _noun_phrase(thing, names, vagueness, rng):
         phrase += pause + rng.choice(("somewhere", "somewhere or other", "in some place"))
     elif phrase.endswith(" in colour"):
         phrase = phrase.replace(", ", " that is ", 1)  # no comma at the end of a phrase
-    return phrase, mention
+    return phrase
 
 
 def _enumerate(phrases):
@@ -271,14 +316,23 @@ def _article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _hypernym(name, value, rng):
-    """A random hypernym (phrase, values) of an attribute whose values contain this one, or None."""
-    fitting = [item for item in HYPERNYMS[name].items() if value in item[1]]
-    return rng.choice(fitting) if fitting else None
-
-
 def _pick(rng, shares):
     return rng.choices(list(shares), weights=list(shares.values()))[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _reserved(seed):
+    """What the scenes of val and of the chains show: the train split shows none of it."""
+    splits = (("val", 1000), ("chains", 200))
+    return {
+        shown(draw_scene(random.Random(f"shapes/{seed}/{split}/{i}"))) for split, count in splits for i in range(count)
+    }
+
+
+def shown(scene):
+    """What a scene shows, without the small shifts, turns and shades that make no two pictures alike: a string."""
+    things = [[thing[name] for name in WORDS] for thing in scene["objects"]]
+    return json.dumps([scene["background"], sorted(things)])
 
 
 def make_split(seed, split, images, captions_per_image=5):
@@ -288,13 +342,17 @@ def make_split(seed, split, images, captions_per_image=5):
     Returns: dict with "info", "images" and "annotations", plain types only.
     """
     offset, entries, annotations = {"train": 100_000, "val": 1}.get(split, 0), [], []
+    reserved = () if split == "val" else _reserved(seed)
     for i in range(images):
         rng = random.Random(f"shapes/{seed}/{split}/{i}")
         scene, image_id = draw_scene(rng), offset + i
+        while shown(scene) in reserved:
+            scene = draw_scene(rng)
         entry = {"id": image_id, "file_name": f"{image_id:012d}.png", "width": PIXELS, "height": PIXELS}
         entries.append(entry | {"scene": scene})
+        full = 2 * FULL if rng.random() < 0.5 else 0.0  # some pictures are described with more care than others
         for k in range(captions_per_image):
-            caption = write_caption(scene, rng)
+            caption = write_caption(scene, rng, full)
             entry = {"id": image_id * captions_per_image + k, "image_id": image_id, "caption": caption.text}
             entry |= {"mentions": list(caption.mentions), "backgrounds": list(caption.backgrounds)}
             annotations.append(entry)
@@ -303,20 +361,41 @@ def make_split(seed, split, images, captions_per_image=5):
 
 
 def relevant_images(document):
-    """Which images of a split each caption describes.
+    """Which images of a split each caption describes: `describes`, of all scenes at once.
 
     Args: document: dict from `make_split`.
     Returns: {caption id as a string: [image ids, ascending]}, every list with at least one entry.
     """
-    scenes = [(image["id"], image["scene"]) for image in sorted(document["images"], key=lambda image: image["id"])]
-    known, relevance = {}, {}
-    for entry in tqdm(document["annotations"], desc="who describes what", unit="caption", leave=False):
-        caption = Caption(entry["caption"], tuple(entry["mentions"]), tuple(entry["backgrounds"]))
-        key = json.dumps([sorted(map(json.dumps, entry["mentions"])), entry["backgrounds"]])
-        if key not in known:
-            known[key] = [image_id for image_id, scene in scenes if describes(caption, scene)]
-        relevance[str(entry["id"])] = known[key]
-    return relevance
+    images = sorted(document["images"], key=lambda image: image["id"])
+    ids, most = np.array([image["id"] for image in images]), max(COUNTS)
+    things = np.zeros((len(images), most), dtype=bool)  # which places of the lists of objects are taken
+    having = collections.defaultdict(lambda: np.zeros_like(things))  # (attribute, value) -> by which objects it is had
+    for row, image in enumerate(images):
+        having["background", image["scene"]["background"]][row] = True
+        for k, thing in enumerate(image["scene"]["objects"]):
+            things[row, k] = True
+            for name in WORDS:
+                having[name, thing[name]][row, k] = True
+
+    @functools.cache
+    def fitting(mention):  # (images, objects)
+        allowed = [
+            np.any([having[name, value] for value in values], axis=0) for name, values in json.loads(mention).items()
+        ]
+        return np.all([things, *allowed], axis=0)
+
+    @functools.cache
+    def described(mentions, backgrounds):  # ids, as a list
+        masks = [fitting(mention) for mention in mentions]
+        orders = itertools.permutations(range(most), len(masks))  # the mentions' objects
+        pairings = [np.all([mask[:, k] for mask, k in zip(masks, order, strict=True)], axis=0) for order in orders]
+        behind = np.any([having["background", value][:, 0] for value in backgrounds], axis=0)
+        return ids[behind & np.any(pairings, axis=0)].tolist()
+
+    entries = tqdm(document["annotations"], desc="who describes what", unit="caption", leave=False)
+    return {
+        str(e["id"]): described(tuple(sorted(map(json.dumps, e["mentions"]))), tuple(e["backgrounds"])) for e in entries
+    }
 
 
 def make(root, seed=0, train=10_000, val=1_000):

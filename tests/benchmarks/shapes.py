@@ -6,7 +6,6 @@ The bag of words is fitted (ridge regression of the logarithm) on the captions o
 on the other half: it says how far a method could get by looking at single words.
 """
 
-import json
 import math
 import random
 
@@ -15,16 +14,10 @@ from scipy import stats
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import Ridge
 
-from datasets.shapes.world import draw_scene, make_split, relevant_images
+from datasets.shapes.world import draw_scene, make_split, relevant_images, shown
 from tests.benchmarks.machine import markdown_table
 
 CHAINS = 200  # as world.write_chains draws them
-
-
-def scene_key(scene):
-    """What a scene shows, without the small shifts, turns and shades that make no two pictures alike."""
-    things = [[thing[name] for name in ("shape", "colour", "size", "cell")] for thing in scene["objects"]]
-    return json.dumps([scene["background"], sorted(things)])
 
 
 def main(train_images=10_000, val_images=1_000):
@@ -35,9 +28,9 @@ def main(train_images=10_000, val_images=1_000):
     held_out = np.array(images) > np.median(images)
     bags = CountVectorizer(token_pattern=r"[^ ]+").fit_transform(texts)
     predicted = Ridge(1.0).fit(bags[~held_out], ambiguity[~held_out]).predict(bags[held_out])
-    seen = {scene_key(image["scene"]) for image in train["images"]}
+    seen = {shown(image["scene"]) for image in train["images"]}
     read = {entry["caption"] for entry in train["annotations"]}
-    chains = [scene_key(draw_scene(random.Random(f"shapes/0/chains/{i}"))) for i in range(CHAINS)]
+    chains = [shown(draw_scene(random.Random(f"shapes/0/chains/{i}"))) for i in range(CHAINS)]
     rows = [
         [
             "Spearman of ambiguity and word count",
@@ -50,7 +43,7 @@ def main(train_images=10_000, val_images=1_000):
         ["val captions whose text stands in train", f"{sum(text in read for text in texts)} of {len(texts)}"],
         [
             "val scenes that train shows too",
-            f"{sum(scene_key(i['scene']) in seen for i in val['images'])} of {val_images}",
+            f"{sum(shown(i['scene']) in seen for i in val['images'])} of {val_images}",
         ],
         ["scenes of chains that train shows too", f"{sum(key in seen for key in chains)} of {CHAINS}"],
     ]
