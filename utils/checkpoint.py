@@ -24,12 +24,9 @@ def save_adaptor(adaptor, method, recipe, config, path):
 
 
 def describe(adaptor, method, recipe, config):
-    """What is kept of an adaptor: {"state_dict", "method", "embed_dim", "recipe", "config"}, plain types, on the CPU.
+    """What is kept of an adaptor, plain types and tensors on the CPU: a dict.
 
-    Args:
-        method: its name in METHODS.
-        recipe: Recipe as it was used.
-        config: plain types: its data and settings.
+    Args: config: plain types: the data and settings of its training.
     """
     return {
         "state_dict": copied(adaptor.state_dict()),
@@ -72,7 +69,6 @@ def load_adaptor(path, device="cpu", method=None):
     """Rebuild an adaptor from its checkpoint alone, one of ours or a bare state dict of the paper's repository.
 
     Args:
-        path: file.
         device: where it goes.
         method: its name in METHODS, needed only where neither the file nor its name tells: the two asymvlm methods have
             the same parameters in the paper's repository.
@@ -107,10 +103,7 @@ def load_adaptor(path, device="cpu", method=None):
 def check_fits(adaptor, path, cache, other_clip=False):
     """Raise a UserError if an adaptor is not for the embeddings of a cache; note it if nothing tells their CLIPs.
 
-    Args:
-        adaptor, path: from `load_adaptor`.
-        cache: EmbeddingCache.
-        other_clip: whether an adaptor for another CLIP will do.
+    Args: other_clip: whether an adaptor for another CLIP will do.
     """
     widths = f"{adaptor.embed_dim} wide, those of {cache.folder} are {cache.embed_dim} wide"
     need(adaptor.embed_dim == cache.embed_dim, f"{path}: trained on embeddings {widths}; train again")

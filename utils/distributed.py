@@ -19,11 +19,9 @@ PATIENCE = datetime.timedelta(days=7)  # for a rank that is still encoding; one 
 
 @contextlib.contextmanager
 def joined(device, timeout=None):
-    """Join the ranks while the block runs, if torchrun started this process.
+    """Join the ranks, which exchange tensors of this device, while the block runs, if torchrun started this process.
 
-    Args:
-        device: of what ranks exchange.
-        timeout: timedelta until an answer must be there; None: the backend's.
+    Args: timeout: timedelta until an answer must be there; None: the backend's.
     Raises: UserError if they do not find each other.
     """
     if torchrun_rank()[1] == 1:
@@ -34,7 +32,7 @@ def joined(device, timeout=None):
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
     except (RuntimeError, ValueError) as error:
         what = "the processes of this run do not find each other"
-        raise UserError(f"{what} ({_reason(error)}); start them with torchrun") from None
+        raise UserError(f"{what} ({str(error).splitlines()[0][:160]}); start them with torchrun") from None
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
@@ -91,11 +89,6 @@ def average_gradients(parameters):
         gradient.copy_(mean.view_as(gradient))
 
 
-def broadcast_flag(flag):
-    """The first rank's flag, on every rank: bool -> bool."""
-    return bool(sum_over_ranks(flag and is_first()))
-
-
 def sum_over_ranks(count):
     """A whole number, summed over the ranks: the same on every rank."""
     summed = torch.tensor([count], dtype=torch.float64)
@@ -138,9 +131,5 @@ def _exchange(collective, *tensors):
         if world_size() > 1:
             collective(*tensors)
     except RuntimeError as error:
-        cure = "give the same command again, to train.py with --resume"
-        raise UserError(f"lost another process of this run ({_reason(error)}); {cure}") from None
-
-
-def _reason(error):
-    return str(error).splitlines()[0][:160]
+        reason, cure = str(error).splitlines()[0][:160], "give the same command again, to train.py with --resume"
+        raise UserError(f"lost another process of this run ({reason}); {cure}") from None
