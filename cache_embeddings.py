@@ -22,7 +22,7 @@ from datasets.texts import CHAINS, LADDER, are_written, flatten, read_texts, wri
 from datasets.units import UnitStore, check_other_splits, is_finished, lock_file
 from utils.cli import Parser, UserError, folder_name, positive, run_script, torchrun_rank, whole_number
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
-from utils.distributed import PATIENCE, broadcast_flag, first_rank_first, is_first, joined, stop_together
+from utils.distributed import PATIENCE, first_rank_first, is_first, joined, stop_together, sum_over_ranks
 from utils.embed import CHUNK, embed_units, encode_texts, to_dtype, versions
 from utils.files import locked
 from utils.preprocess import ClipId, load_clip
@@ -108,7 +108,7 @@ def cache_data_set(args, source, name, device):
         with locked(lock_file(folder), folder) if is_first() else contextlib.nullcontext():
             with stop_together():  # another run may have ended since
                 is_done_now = is_first() and not args.overwrite and is_done(split)
-            if not broadcast_flag(is_done_now):
+            if not sum_over_ranks(is_done_now):
                 cache_split(args, folder, splits[split], clip, settings[split])
     if is_first():
         for stem, (lines, chains) in texts.items():

@@ -4,6 +4,7 @@ python train.py --method asymvlm-psd
 python train.py --dataset shapes --method all --seed 0 1 2 --recipe small
 """
 
+import itertools
 import logging
 import sys
 import time
@@ -40,12 +41,11 @@ def main(argv=None):
     if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
         logging.warning(STARVES, len(cache.text))
     with joined(device):
-        for seed in args.seed:
-            for method in args.method:
-                path = checkpoint_path(args.dataset, seed, method)
-                recipe = replace(METHODS[method].recipes[args.recipe], **args.changes)
-                with Run(path, recipe, config | {"seed": seed}, args.resume, args.save_every) as run:
-                    train(run, method, seed, cache, ladder, precision, args.shuffle_buffer)
+        for seed, method in itertools.product(args.seed, args.method):
+            path = checkpoint_path(args.dataset, seed, method)
+            recipe = replace(METHODS[method].recipes[args.recipe], **args.changes)
+            with Run(path, recipe, config | {"seed": seed}, args.resume, args.save_every) as run:
+                train(run, cache, ladder, precision, args.shuffle_buffer)
 
 
 def parse(argv):
@@ -76,26 +76,26 @@ def parse(argv):
     return args
 
 
-def train(run, method, seed, cache, ladder, precision, buffer):
-    """Train one adaptor as its run's recipe says, from its seed on, or from where the run was saved.
+def train(run, cache, ladder, precision, shuffle_buffer):
+    """Train one adaptor as its run says, from its seed on, or from where the run was saved.
 
-    Args: ladder: as `load_texts` returns it. precision: dtype. buffer: captions shuffled together in a mapped cache.
+    Args: ladder: prompts as `load_texts` returns them, or None; their uncertainties go into the log.
     """
-    seed_everything(seed)
-    adaptor = METHODS[method](cache.embed_dim).to(cache.device)
+    seed_everything(run.config["seed"])
+    adaptor = METHODS[run.method](cache.embed_dim).to(cache.device)
     steps = -(-len(cache.text) // run.recipe.batch_size)  # an epoch; the last batch may be smaller
     optimizer, schedule = make_optimizer(adaptor, run.recipe, steps * run.recipe.epochs)
-    order = torch.Generator().manual_seed(seed)
-    run.start(adaptor, optimizer, schedule, order)
-    for epoch in run.epochs():
+    shuffling = torch.Generator().manual_seed(run.config["seed"])
+    run.restore(adaptor, optimizer, schedule, shuffling)
+    for epoch, bar in run.epochs():
         start, losses = time.perf_counter(), []
-        for rows in cache.batches(run.recipe.batch_size, order, buffer):
+        for rows in cache.batches(run.recipe.batch_size, shuffling, shuffle_buffer):
             # Every rank draws the same rows and encodes its share; the loss is that of all rows (utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
             losses.append(step(adaptor, pairs, len(rows), optimizer, schedule, precision))
-            run.bar.update(len(rows))
+            bar.update(len(rows))
         losses = torch.stack(losses)
-        check_finite(losses, adaptor, method, epoch)
+        check_finite(losses, adaptor, run.method, epoch)
         record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
         record |= {"seconds": time.perf_counter() - start}
         record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}  # scalars
@@ -110,14 +110,14 @@ def make_optimizer(adaptor, recipe, steps):
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, recipe.min_lr)
 
 
-def step(adaptor, pairs, rows, optimizer, schedule, precision):
+def step(adaptor, pairs, total, optimizer, schedule, precision):
     """One optimiser step on B pairs.
 
-    Args: pairs: this rank's share of them. rows: B, of all ranks together.
+    Args: pairs: this rank's share of them, (b, D) and (b, D). total: B.
     Returns: the loss, (), still on the device: nothing here waits for it.
     """
     with autocast(pairs[0].device, precision):
-        loss = adaptor.loss(*gather(adaptor.encode(*pairs), rows))
+        loss = adaptor.loss(*gather(adaptor.encode(*pairs), total))
     optimizer.zero_grad()
     loss.backward()
     average_gradients(adaptor.parameters())

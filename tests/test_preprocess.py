@@ -300,6 +300,14 @@ def test_a_configuration_of_nonsense_is_refused(tiny, tmp_path, changes):
     assert "odd" in refusal(tmp_path / "odd.json", tiny[1])
 
 
+@pytest.mark.parametrize("value", [2**21, -(2**21), float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_no_model_has_is_refused(tiny, tmp_path, value):
+    config = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"ls_init_value": value}}
+    (tmp_path / "odd.json").write_text(json.dumps(config))
+    expected = f"odd.json: ls_init_value is {value}, which no model has; mend the configuration"
+    assert expected in refusal(tmp_path / "odd.json", tiny[1])
+
+
 def test_a_missing_configuration_is_said_to_be_missing(tiny, workdir):
     assert refusal("absent.json", tiny[1]) == "--model absent.json: no such file"
 

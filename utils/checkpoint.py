@@ -7,17 +7,15 @@ from pathlib import Path
 import torch
 
 from models import METHODS
-from utils.cli import UserError
+from utils.cli import need
 from utils.files import differences, load_tensors, save_tensors, sha256
 from utils.paper import translate
 from utils.preprocess import ClipId
 
-ROOT = Path("checkpoints")
 
-
-def checkpoint_path(name, seed, method, root=ROOT):
+def checkpoint_path(name, seed, method):
     """checkpoints/<name>/<seed>/<method>.pt"""
-    return Path(root) / name / str(seed) / f"{method}.pt"
+    return Path("checkpoints", name, str(seed), f"{method}.pt")
 
 
 def save_adaptor(adaptor, method, recipe, config, path):
@@ -26,9 +24,9 @@ def save_adaptor(adaptor, method, recipe, config, path):
 
 
 def describe(adaptor, method, recipe, config):
-    """What is kept of an adaptor: {"state_dict", "method", "embed_dim", "recipe", "config"}, plain types, on the CPU.
+    """What is kept of an adaptor, plain types and tensors on the CPU: a dict.
 
-    Args: method: its name in METHODS. recipe: Recipe as it was used. config: plain types: its data and settings.
+    Args: config: plain types: the data and settings of its training.
     """
     return {
         "state_dict": copied(adaptor.state_dict()),
@@ -56,15 +54,14 @@ def load_run(path, recipe, config):
     if not path.exists():
         return None
     content = load_tensors(path)
-    known = [content.get(key) for key in ("config", "recipe")] if isinstance(content, dict) else []
-    if not known or not all(isinstance(part, dict) for part in known):
-        raise UserError(f"{path}: does not tell of which run it is; start anew, without --resume")
-    if isinstance(known[0].get("clip"), dict):  # once without the sums of files
-        config = config | {"clip": {key: config["clip"].get(key) for key in known[0]["clip"]}}
-    changed = differences(known[0], config) or differences(known[1], asdict(recipe))
-    if changed:
-        cure = "resume it with those, or start anew, without --resume"
-        raise UserError(f"{path}: of a run with other settings: {changed}; {cure}")
+    tells = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("config", "recipe"))
+    need(tells, f"{path}: does not tell of which run it is; start anew, without --resume")
+    saved = content["config"]
+    if isinstance(saved.get("clip"), dict):  # once without the sums of files
+        config = config | {"clip": {key: config["clip"].get(key) for key in saved["clip"]}}
+    changed = differences(saved, config) or differences(content["recipe"], asdict(recipe))
+    cure = "resume it with those, or start anew, without --resume"
+    need(not changed, f"{path}: of a run with other settings: {changed}; {cure}")
     return content
 
 
@@ -72,7 +69,6 @@ def load_adaptor(path, device="cpu", method=None):
     """Rebuild an adaptor from its checkpoint alone, one of ours or a bare state dict of the paper's repository.
 
     Args:
-        path: file.
         device: where it goes.
         method: its name in METHODS, needed only where neither the file nor its name tells: the two asymvlm methods have
             the same parameters in the paper's repository.
@@ -82,25 +78,22 @@ def load_adaptor(path, device="cpu", method=None):
     """
     content = load_tensors(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        found, embed_dim, weights = content.get("method"), content.get("embed_dim"), content["state_dict"]
+        name, embed_dim, weights = content.get("method"), content.get("embed_dim"), content["state_dict"]
     else:
-        found, embed_dim, weights = translate(content, Path(path), method)
-    if not isinstance(found, str) or found not in METHODS:
-        raise UserError(f"{path}: a checkpoint of the unknown method {found!r}; known are {', '.join(METHODS)}")
-    if method is not None and found != method:
-        raise UserError(f"{path}: a checkpoint of {found}, not of {method}")
-    if type(embed_dim) is not int or not 1 <= embed_dim <= 65536:
-        raise UserError(f"{path}: embed_dim is {embed_dim!r}, expected a whole number")
+        name, embed_dim, weights = translate(content, Path(path), method)
+    is_known = isinstance(name, str) and name in METHODS
+    need(is_known, f"{path}: a checkpoint of the unknown method {name!r}; known are {', '.join(METHODS)}")
+    need(method in (None, name), f"{path}: a checkpoint of {name}, not of {method}")
+    is_width = type(embed_dim) is int and 1 <= embed_dim <= 65536
+    need(is_width, f"{path}: embed_dim is {embed_dim!r}, expected a whole number")
     with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-        expected = {key: value.shape for key, value in METHODS[found](embed_dim).state_dict().items()}
+        expected = {key: value.shape for key, value in METHODS[name](embed_dim).state_dict().items()}
     for key in sorted(expected.keys() | weights.keys(), key=str):
         tensor = weights.get(key)
-        is_float = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if not is_float or tensor.shape != expected.get(key):
-            raise UserError(f"{path}: its weights do not fit {found} at width {embed_dim} ({key!r}); train again")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {key!r} is not finite; train again")
-    adaptor = METHODS[found](embed_dim)
+        fits = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.shape == expected.get(key)
+        need(fits, f"{path}: its weights do not fit {name} at width {embed_dim} ({key!r}); train again")
+        need(torch.isfinite(tensor).all(), f"{path}: {key!r} is not finite; train again")
+    adaptor = METHODS[name](embed_dim)
     adaptor.load_state_dict(weights)
     config = content.get("config")
     adaptor.config, adaptor.checkpoint = config if isinstance(config, dict) else {}, sha256(path)
@@ -110,14 +103,14 @@ def load_adaptor(path, device="cpu", method=None):
 def check_fits(adaptor, path, cache, other_clip=False):
     """Raise a UserError if an adaptor is not for the embeddings of a cache; note it if nothing tells their CLIPs.
 
-    Args: adaptor, path: from `load_adaptor`. cache: EmbeddingCache. other_clip: whether that of another CLIP will do.
+    Args: other_clip: whether an adaptor for another CLIP will do.
     """
-    if adaptor.embed_dim != cache.embed_dim:
-        widths = f"{adaptor.embed_dim} wide, those of {cache.folder} are {cache.embed_dim} wide"
-        raise UserError(f"{path}: trained on embeddings {widths}; train again")
+    widths = f"{adaptor.embed_dim} wide, those of {cache.folder} are {cache.embed_dim} wide"
+    need(adaptor.embed_dim == cache.embed_dim, f"{path}: trained on embeddings {widths}; train again")
     trained_on = ClipId.of_meta(adaptor.config.get("clip"))
     if not trained_on.pretrained or not cache.clip_id.pretrained:
         logging.warning("note: nothing tells whether %s was trained on the CLIP of %s", path, cache.folder)
-    elif trained_on.contradicts(cache.clip_id) and not other_clip:
-        clips = f"{trained_on.readable()}, those of {cache.folder} are of {cache.clip_id.readable()}"
-        raise UserError(f"{path}: trained on embeddings of {clips}; train again, or insist with --other-clip")
+        return
+    clips = f"{trained_on.readable()}, those of {cache.folder} are of {cache.clip_id.readable()}"
+    will_do = other_clip or not trained_on.contradicts(cache.clip_id)
+    need(will_do, f"{path}: trained on embeddings of {clips}; train again, or insist with --other-clip")

@@ -16,6 +16,12 @@ class UserError(Exception):
     """Something that the user can put right: the message names the file or flag and says what to do, in one line."""
 
 
+def need(condition, message):
+    """Raise a UserError with this message unless a condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like every other error of ours."""
 
@@ -68,7 +74,9 @@ def folder_name(text):
 def run_script(main, argv=None):
     """Call main(argv) as a script does.
 
-    Args: main: function of a list of arguments, argv. argv: None for those of the process.
+    Args:
+        main: function of a list of arguments.
+        argv: the list; None: the process's.
     Returns: exit status: 0; 2 after a UserError or an OSError, of a full disk or a forbidden file; 130 after Ctrl-C.
     """
     rank, ranks = torchrun_rank()

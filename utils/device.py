@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, need
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,8 +34,7 @@ def pick_device(name):
 
 def pick_precision(name, device):
     """The dtype of --precision: that of "auto" is bfloat16 where the device has it natively, else float32."""
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16: not on the CPU; choose bf16 or fp32")
+    need(name != "fp16" or device.type != "cpu", "--precision fp16: not on the CPU; choose bf16 or fp32")
     automatic = torch.bfloat16 if _computes_bfloat16(device) else torch.float32
     if name == "bf16" and automatic != torch.bfloat16:
         logging.warning("note: --precision bf16: %s does not compute it natively, and may be very slow", device.type)

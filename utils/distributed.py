@@ -19,9 +19,9 @@ PATIENCE = datetime.timedelta(days=7)  # for a rank that is still encoding; one 
 
 @contextlib.contextmanager
 def joined(device, timeout=None):
-    """Join the ranks while the block runs, if torchrun started this process.
+    """Join the ranks, which exchange tensors of this device, while the block runs, if torchrun started this process.
 
-    Args: device: of what ranks exchange. timeout: timedelta until an answer must be there; None: that of the backend.
+    Args: timeout: timedelta until an answer must be there; None: the backend's.
     Raises: UserError if they do not find each other.
     """
     if torchrun_rank()[1] == 1:
@@ -31,9 +31,8 @@ def joined(device, timeout=None):
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
-        message = f"the processes of this run do not find each other ({reason}); start them with torchrun"
-        raise UserError(message) from None
+        what = "the processes of this run do not find each other"
+        raise UserError(f"{what} ({str(error).splitlines()[0][:160]}); start them with torchrun") from None
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
@@ -58,17 +57,17 @@ def share_of_rank(rows):
     return rows.tensor_split(world_size())[rank()]
 
 
-def gather(encoded, rows):
-    """What all ranks encoded of their shares of a batch of so many rows: tuple of (b, ...) tensors -> of (B, ...)."""
-    return encoded if world_size() == 1 else tuple(_Gather.apply(x, rows) for x in encoded)
+def gather(encoded, total):
+    """What all ranks encoded of their shares of a batch of B = `total` rows: tuple of (b, ...) -> of (B, ...)."""
+    return encoded if world_size() == 1 else tuple(_Gather.apply(x, total) for x in encoded)
 
 
 class _Gather(torch.autograd.Function):
     """Going back takes no exchange: each rank computes the loss of all pairs, so it has the gradient of all rows."""
 
     @staticmethod
-    def forward(ctx, x, rows):
-        ctx.sizes = [len(share) for share in torch.empty(rows).tensor_split(world_size())]
+    def forward(ctx, x, total):
+        ctx.sizes = [len(share) for share in torch.empty(total).tensor_split(world_size())]
         padded = torch.cat([x, x.new_zeros(ctx.sizes[0] - len(x), *x.shape[1:])])  # to the one size of an all_gather
         shares = [torch.empty_like(padded) for _ in ctx.sizes]
         _exchange(dist.all_gather, shares, padded)
@@ -90,18 +89,11 @@ def average_gradients(parameters):
         gradient.copy_(mean.view_as(gradient))
 
 
-def broadcast_flag(flag):
-    """The first rank's flag, on every rank: bool -> bool."""
-    said = torch.tensor([float(flag and is_first())])
-    _exchange(dist.all_reduce, said)
-    return bool(said)
-
-
 def sum_over_ranks(count):
     """A whole number, summed over the ranks: the same on every rank."""
-    counted = torch.tensor([float(count)], dtype=torch.float64)
-    _exchange(dist.all_reduce, counted)
-    return int(counted)
+    summed = torch.tensor([count], dtype=torch.float64)
+    _exchange(dist.all_reduce, summed)
+    return int(summed)
 
 
 def barrier():
@@ -129,9 +121,7 @@ def stop_together():
         error = raised
         if world_size() > 1:
             logging.error("rank %d has to stop: %s", rank(), error)  # now, as the others may be at work for long
-    failures = torch.tensor([float(error is not None)])
-    _exchange(dist.all_reduce, failures)
-    if failures:
+    if sum_over_ranks(error is not None):
         raise error or UserError("stopped, as another process of this run had to stop; see its message")
 
 
@@ -141,6 +131,5 @@ def _exchange(collective, *tensors):
         if world_size() > 1:
             collective(*tensors)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:160]
-        message = f"lost another process of this run ({reason}); give the same command again, to train.py with --resume"
-        raise UserError(message) from None
+        reason, cure = str(error).splitlines()[0][:160], "give the same command again, to train.py with --resume"
+        raise UserError(f"lost another process of this run ({reason}); {cure}") from None

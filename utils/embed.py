@@ -1,52 +1,62 @@
-"""Pictures and texts through a frozen CLIP: the same bytes whatever the batch size, the workers or the ranks.
-
-`embed_units` knows no data set. A unit, what is encoded at once and kept when a run is stopped, has
-    texts: the texts to embed; None where there are none; empty where they come with the pictures, as in a tar.
-    pictures: how many there are; None where only reading them tells.
-    streams(size): list of functions of the CLIP's transform that yield `Samples`, `size` of them at a time: what a
-        decoding process does at a time.
-    name(key), describe(key, reason): a sample in a message, and a broken one.
-    left_out(folder): {key: reason} of the broken samples without which it was kept; None if it is still to be made.
-    save(folder, embedded): keeps it.
-"""
+"""Pictures and texts through a frozen CLIP: the same bytes whatever the batch size, the workers or the ranks."""
 
 import logging
 import signal
 from collections import Counter
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.distributed import is_first, rank, sum_over_ranks, world_size
 from utils.preprocess import tokenize
 
-CHUNK = 64  # rows that go through the encoder at a time: always as many
+CHUNK = 64  # rows of every call of an encoder: a row's last bits depend on how many there are
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pillow")  # what the embeddings' last bits depend on
 
 
-class Samples(NamedTuple):
-    """B samples as a stream hands them over.
+class Unit(Protocol):
+    """What is encoded at once and kept when a run is stopped. `embed_units` needs this of it, and knows no data set.
 
-    keys: B names or rows; none if the stream cannot be read to its end, for the one reason in errors.
-    captions: B texts; none where pictures come alone.
-    pictures: (B, 3, H, W), black where one is broken; None if all are.
-    errors: B reasons; None where nothing is broken.
+    texts: those to embed; None where there are none; empty where they come with the pictures, as in a tar.
+    pictures: how many there are; None where only reading them tells.
     """
 
-    keys: list
-    captions: list
-    pictures: torch.Tensor | None
-    errors: list
+    texts: list | None
+    pictures: int | None
+
+    def streams(self, size):
+        """Functions of the CLIP's transform that yield `Samples`, at most `size` of them at a time: a list."""
+
+    def name(self, key):
+        """A sample in a message."""
+
+    def describe(self, key, reason):
+        """A broken sample in a message."""
+
+    def left_out(self, folder):
+        """The broken samples without which it is kept in a folder, {key: reason}; None if it is still to be made."""
+
+    def save(self, folder, embedded):
+        """Keep what it became, an `Embedded`, in a folder."""
+
+
+class Samples(NamedTuple):
+    """B samples as a stream hands them over."""
+
+    keys: list  # B names or rows; none if the stream cannot be read to its end, for the one reason in errors
+    captions: list  # B texts; none where pictures come alone
+    pictures: torch.Tensor | None  # (B, 3, H, W), black where one is broken; None if all are
+    errors: list  # B reasons; None where nothing is broken
 
 
 class Embedded:
-    """What a unit becomes: image (n, D) of n keys, text (m, D) of m captions, as they are stored; None where none.
+    """What a unit becomes: image (n, D) of n keys, text (m, D) of m captions, in the cache's dtype; None where none.
 
-    left_out: {key: reason} of what was broken. notes: what `embed_texts` found out about the captions.
+    left_out: {key: reason} of what was broken. notes: what `embed_texts` noted of the captions.
     """
 
     def __init__(self, unit):
@@ -63,11 +73,10 @@ class Embedded:
         if samples.captions:
             self.captions += [samples.captions[row] for row in good]
         if samples.pictures is not None:
-            pictures = samples.pictures.to(clip.dtype)
-            self._pieces.append(torch.cat(in_chunks(clip.model.encode_image, pictures, clip.device))[good])
+            self._pieces.append(in_chunks(clip.model.encode_image, samples.pictures.to(clip.dtype), clip.device)[good])
 
     def finish(self, clip, dtype, bar):
-        """Embed the captions, and bring everything into the dtype that is stored. Returns: self."""
+        """Embed the captions, bring everything into the cache's dtype, and return self."""
         if self.captions is not None:
             text, self.notes = embed_texts(clip, self.captions, bar)
             self.text = to_dtype(text, dtype, self.captions)
@@ -96,42 +105,42 @@ class Broken:
 
     def check(self):
         """Raise a UserError if there are too many."""
-        if self.too_many():
-            count = len(self.messages)
-            cure = f"mend them, or leave them out with --skip-broken or --max-broken {count}"
-            raise UserError(f"{self.messages[-1]} ({count} broken samples in all; {cure})")
+        count, last = len(self.messages), (self.messages or [""])[-1]
+        cure = f"mend them, or leave them out with --skip-broken or --max-broken {count}"
+        need(not self.too_many(), f"{last} ({count} broken samples in all; {cure})")
 
 
 @torch.inference_mode()
 def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
     """Embed this rank's share of the units, as far as they are missing, and keep each as soon as it is done.
 
-    When more samples are broken than the store allows, nothing more is encoded, but everything is still read, so that
-    all of them are named before the run ends.
+    When more samples are broken than may be, nothing more is encoded, but all is still read, so that all are named.
     Args:
-        units: the same on every rank; of R ranks, each takes every R-th one.
+        units: list of `Unit`, the same on every rank; of R ranks, each takes every R-th one.
         clip: Clip.
         store: UnitStore: the folder, the dtype and how many samples may be broken.
         batch_size: pictures that a decoding process hands over at a time.
         workers: decoding processes; 0: this one decodes.
     Raises: UserError if too many samples are broken, a stream cannot be read or an embedding is not finite.
     """
-    found = {unit: unit.left_out(store.folder) for unit in units[rank() :: world_size()]}
-    may_be_mended = sum_over_ranks(sum(len(left_out or ()) for left_out in found.values())) > store.max_broken
-    missing = [unit for unit, left_out in found.items() if left_out is None or (left_out and may_be_mended)]
+    left_out = {unit: unit.left_out(store.folder) for unit in units[rank() :: world_size()]}
+    may_be_mended = sum_over_ranks(sum(len(samples or ()) for samples in left_out.values())) > store.max_broken
+    missing = [unit for unit, samples in left_out.items() if samples is None or (samples and may_be_mended)]
     broken = Broken(store.max_broken)
-    broken.add([unit.describe(*sample) for unit in found if unit not in missing for sample in found[unit].items()])
+    broken.add([unit.describe(*each) for unit in left_out if unit not in missing for each in left_out[unit].items()])
     streams = [(unit, stream) for unit in missing for stream in unit.streams(-(-batch_size // CHUNK) * CHUNK)]
+    decoding = _Decoding([stream for _, stream in streams], clip.transform)
+    loader = DataLoader(decoding, batch_size=None, num_workers=min(workers, len(streams)))
     running = Counter(unit for unit, _ in streams)
     embedded = {unit: Embedded(unit) for unit in missing}
     with _bar("texts", [len(unit.texts or ()) for unit in missing]) as texts_bar:
         with _bar("images", [unit.pictures for unit in missing]) as bar:
-            for unit, samples in _decoded(streams, clip.transform, workers):
+            for number, samples in loader:
+                unit = streams[number][0]
                 if samples is None:  # the end of a stream
                     running[unit] -= 1
-                elif not samples.keys:
-                    raise UserError(samples.errors[0])
                 else:
+                    need(samples.keys, samples.errors[0])
                     errors = zip(samples.keys, samples.errors, strict=True)
                     broken.add([unit.describe(key, error) for key, error in errors if error])
                     bar.update(len(samples.keys))
@@ -140,35 +149,24 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
                 if not running[unit] and not broken.too_many():
                     unit.save(store.begin(), embedded.pop(unit).finish(clip, store.dtype, texts_bar))
         broken.check()
-        for unit, left in embedded.items():  # those without pictures
-            unit.save(store.begin(), left.finish(clip, store.dtype, texts_bar))
-
-
-def _decoded(streams, transform, workers):
-    """Yield (unit, Samples), and (unit, None) at the end of each stream; the samples of a unit come in their order."""
-    if streams:
-        decoding = _Decoding([stream for _, stream in streams], transform)
-        workers = min(workers, len(streams))
-        for number, samples in DataLoader(decoding, batch_size=None, num_workers=workers, worker_init_fn=_keep_quiet):
-            yield streams[number][0], samples
+        for unit, texts in embedded.items():  # those without pictures
+            unit.save(store.begin(), texts.finish(clip, store.dtype, texts_bar))
 
 
 class _Decoding(IterableDataset):
-    """Streams for a DataLoader whose workers take one in turn."""
+    """Streams for a DataLoader, whose workers take one in turn: (number of the stream, Samples, or None at its end)."""
 
     def __init__(self, streams, transform):
         self.streams, self.transform = list(enumerate(streams)), transform
 
     def __iter__(self):
         worker = get_worker_info()
+        if worker is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
         for number, stream in self.streams if worker is None else self.streams[worker.id :: worker.num_workers]:
             for samples in stream(self.transform):
                 yield number, samples
             yield number, None
-
-
-def _keep_quiet(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
 
 
 def _bar(what, counts):
@@ -177,11 +175,7 @@ def _bar(what, counts):
 
 
 def encode_texts(clip, texts):
-    """Embed texts, each distinct one once, and say which of them the CLIP cannot read.
-
-    Args: clip: Clip. texts: M strings, at least one.
-    Returns: (M, D) float32 on the CPU.
-    """
+    """The embeddings of M texts, (M, D) float32 on the CPU; a warning says which of them the CLIP cannot read."""
     with _bar("texts", [len(texts)]) as bar:
         z, notes = embed_texts(clip, texts, bar)
     say_notes([notes], clip.info["context_length"])
@@ -190,11 +184,10 @@ def encode_texts(clip, texts):
 
 @torch.inference_mode()
 def embed_texts(clip, texts, bar):
-    """Embed texts, each distinct one once.
+    """Embed M texts, which may be none, each distinct one once.
 
-    Args: clip: Clip. texts: M strings, which may be none. bar: progress bar.
-    Returns: ((M, D) float32 on the CPU, notes: {"cut": how many texts are too long, "unknown": how many have unknown
-        words, "example": one of these}).
+    Returns: (M, D) float32 on the CPU; notes, {"cut": how many distinct texts are too long, "unknown": how many have
+        unknown words, "example": one of these}.
     """
     distinct, row_of_text = distinct_texts(texts)
     rows, cut, unknown = [], 0, []
@@ -203,26 +196,20 @@ def embed_texts(clip, texts, bar):
         tokens, is_cut, is_unknown = tokenize(clip, chunk)
         cut += sum(is_cut)
         unknown += [text for text, flag in zip(chunk, is_unknown, strict=True) if flag]
-        rows += in_chunks(clip.model.encode_text, tokens, clip.device)
+        rows.append(in_chunks(clip.model.encode_text, tokens, clip.device))
         bar.update(len(chunk))
     return torch.cat(rows)[row_of_text], {"cut": cut, "unknown": len(unknown), "example": (unknown or [""])[0]}
 
 
 def distinct_texts(texts):
-    """Each text once, in order of first appearance, and where each of the M texts stands among these.
-
-    Returns: (list of strings, list of M rows).
-    """
+    """Each text once, in order of first appearance; and where each of the M texts stands among these, M rows."""
     row_of = {}
     rows = [row_of.setdefault(text, len(row_of)) for text in texts]
     return list(row_of), rows
 
 
 def say_notes(notes, context_length):
-    """Warn of texts that the CLIP cannot read to the end, or has no words for.
-
-    Args: notes: list of what `embed_texts` noted. context_length: tokens that the CLIP reads.
-    """
+    """Warn of texts that the CLIP cannot read to the end, or has no words for: notes as `embed_texts` makes them."""
     cut, unknown = (sum(note[key] for note in notes) for key in ("cut", "unknown"))
     if cut:
         note = "note: %d texts are longer than the model reads (%d tokens); their ends are left out"
@@ -234,28 +221,20 @@ def say_notes(notes, context_length):
 
 
 def in_chunks(encode, inputs, device):
-    """Encode rows CHUNK at a time, the last chunk filled up: a row's last bits depend on the size of its chunk.
-
-    Args: encode: function of (CHUNK, ...). inputs: (N, ...). device: where it computes.
-    Returns: list of (n, D) float32 on the CPU.
-    """
-    outputs = []
-    for chunk in inputs.split(CHUNK):
-        filled = torch.cat([chunk, chunk[-1:].expand(CHUNK - len(chunk), *chunk.shape[1:])])
-        outputs.append(encode(filled.to(device))[: len(chunk)].float().cpu())
-    return outputs
+    """encode(inputs), (N, ...) -> (N, D) float32 on the CPU, CHUNK rows a call: the last row fills the last one up."""
+    rows = torch.arange(-(-len(inputs) // CHUNK) * CHUNK).clamp(max=len(inputs) - 1)
+    return torch.cat([encode(inputs[some].to(device)).float().cpu() for some in rows.split(CHUNK)])[: len(inputs)]
 
 
 def to_dtype(z, dtype, names):
-    """Embeddings (N, D) as they are stored.
+    """Embeddings (N, D) in the dtype of a cache.
 
-    Args: z (N, D). dtype: torch dtype. names: of the N images or texts.
-    Raises: UserError if one of them is not finite then.
+    Raises: UserError that gives the first of the N names whose embedding is not finite then.
     """
     z = z.to(dtype)
-    bad = (~torch.isfinite(z.flatten(1)).all(dim=1)).nonzero() if len(z) else ()
-    if len(bad):
-        name = str(names[int(bad[0])])[:200]
+    bad = (~torch.isfinite(z).all(dim=-1)).nonzero().flatten().tolist()
+    if bad:
+        name = str(names[bad[0]])[:200]
         raise UserError(f"the embedding of {name!r} is not finite; try --precision fp32 --dtype float32")
     return z
 

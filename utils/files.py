@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, need
 
 
 @contextlib.contextmanager
@@ -25,10 +25,9 @@ def written_aside(path):
     Yields: a binary file object.
     Raises: OSError as the file system gives it; nothing is left behind then.
     """
-    path = Path(path)
+    path, aside = Path(path), partial(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    aside = partial(path)
     try:
         with open(aside, "wb") as file:
             yield file
@@ -147,7 +146,7 @@ def save_json(content, path, indent=None):
 def load_tensors(path, check_sums=True):
     """Read a file of tensors and plain types without running anything that may be in it.
 
-    Args: check_sums: read all of it, to compare it with the checksums that torch writes into it and does not read.
+    Args: check_sums: compare all of it with the checksums that torch writes into it and does not read.
     Returns: its content, memory-mapped where it can be.
     Raises: UserError if it is no such file, or declares more values than it holds; FileNotFoundError if there is none.
     """
@@ -155,14 +154,15 @@ def load_tensors(path, check_sums=True):
         is_zip = file.read(4) == b"PK\x03\x04"  # older files cannot be memory-mapped
     try:
         if is_zip and check_sums:
-            _check_sums(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on odd files
+            with zipfile.ZipFile(path) as archive:
+                changed = archive.testzip()
+            need(changed is None, f"{changed} is not what was written: its checksum differs")
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on odd files
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # noqa: BLE001  junk raises nearly anything when it is read
         reason = str(error).splitlines()[0].split(". ")[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a file of tensors that can be read safely ({reason})") from None
-    for tensor in _tensors_in(content):
+    for tensor in (leaf for _, leaf in leaves(content) if isinstance(leaf, torch.Tensor)):
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             problem = f"holds a tensor of shape {tuple(tensor.shape)} that is not stored in full"
@@ -170,23 +170,20 @@ def load_tensors(path, check_sums=True):
     return content
 
 
-def _check_sums(path):
-    with zipfile.ZipFile(path) as archive:
-        changed = archive.testzip()
-    if changed is not None:
-        raise ValueError(f"{changed} is not what was written: its checksum differs")
-
-
-def _tensors_in(content):
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, dict | list | tuple):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _tensors_in(value)
+def leaves(tree, key=None):
+    """Yield whatever stands in nested dicts, lists and tuples: (the key of the innermost dict around it, it)."""
+    if isinstance(tree, dict | list | tuple):
+        for inner, value in tree.items() if isinstance(tree, dict) else ((key, value) for value in tree):
+            yield from leaves(value, inner)
+    else:
+        yield key, tree
 
 
 def load_arrays(path):
-    """Read an .npz of plain arrays, {name: array}. Raises: UserError if it is none; FileNotFoundError."""
+    """Read an .npz of plain arrays, {name: array}.
+
+    Raises: UserError if it is none; FileNotFoundError if there is none.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
@@ -194,12 +191,15 @@ def load_arrays(path):
         raise
     except Exception as error:  # noqa: BLE001  as above
         reason = " ".join(str(error).split())[:120]
-        message = f"{path}: not a file of arrays that can be read safely ({reason}); evaluate again"
-        raise UserError(message) from None
+        what = f"{path}: not a file of arrays that can be read safely"
+        raise UserError(f"{what} ({reason}); evaluate again") from None
 
 
 def load_json(path):
-    """Read JSON. Raises: UserError if the file is not JSON; FileNotFoundError if there is none."""
+    """Read JSON.
+
+    Raises: UserError if the file is not JSON; FileNotFoundError if there is none.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)

@@ -31,7 +31,7 @@ class Run:
     def __init__(self, path, recipe, config, resume=False, save_every=10):
         self.path, self.state_path, self.method = path, path.with_suffix(".resume.pt"), path.stem
         self.recipe, self.config, self.resume, self.save_every = recipe, config, resume, save_every
-        self.log, self.state = [], None  # a record an epoch; the state after the last epoch that this process has done
+        self.log, self.state = [], None  # a record an epoch; what there is to save of the last that this process did
 
     def __enter__(self):
         self.exits = contextlib.ExitStack()
@@ -54,9 +54,15 @@ class Run:
                 done = f"saved after epoch {len(self.state['log'])}" if self.state else done
                 raise KeyboardInterrupt(f"{done}; the same command with --resume goes on from there") from None
 
-    def start(self, adaptor, optimizer, schedule, order):
-        """Put them where the run was saved, if it was; order is the generator of the permutations of all epochs."""
-        self.adaptor, self.optimizer, self.schedule, self.order = adaptor, optimizer, schedule, order
+    def restore(self, adaptor, optimizer, schedule, shuffling):
+        """Put what changes in training where the run was saved, if it was; from now on the run saves it.
+
+        Args:
+            adaptor, optimizer, schedule: as at the first step.
+            shuffling: torch.Generator that orders the pairs of every epoch.
+        Raises: UserError if what was saved does not fit them.
+        """
+        self.adaptor, self.optimizer, self.schedule, self.shuffling = adaptor, optimizer, schedule, shuffling
         saved, self.is_finished = None, False
         if self.resume:
             saved = load_run(self.state_path, self.recipe, self.config)
@@ -68,16 +74,19 @@ class Run:
             adaptor.load_state_dict(saved["state_dict"])
             optimizer.load_state_dict(saved["progress"]["optimizer"])
             schedule.load_state_dict(saved["progress"]["schedule"])
-            order.set_state(saved["progress"]["order"])
+            shuffling.set_state(saved["progress"]["order"])
             torch.set_rng_state(saved["progress"]["random"])
             self.log = [{"epoch": epoch, **record} for epoch, record in enumerate(saved["log"], start=1)]
         except Exception as error:  # noqa: BLE001  a file of other things raises nearly anything in this block
             reason = " ".join(str(error).split())[:120]
-            message = f"{self.state_path}: not the state of such a run ({reason}); start anew, without --resume"
-            raise UserError(message) from None
+            what = f"{self.state_path}: not the state of such a run"
+            raise UserError(f"{what} ({reason}); start anew, without --resume") from None
 
     def epochs(self):
-        """The numbers of the epochs that are still to be done; after the last, the checkpoint is written."""
+        """The epochs that are still to be done; after the last, the checkpoint is written.
+
+        Yields: number of the epoch, from 1, and the progress bar of the run, which counts pairs.
+        """
         if self.is_finished:
             logging.info("%s: finished already; without --resume it is trained anew", self.path)
             return
@@ -86,9 +95,11 @@ class Run:
         self.log_file.writelines(json.dumps(record) + "\n" for record in self.log)
         name, captions = f"{self.method}, seed {self.config['seed']}", self.config["captions"]
         pairs = {"initial": len(self.log) * captions, "total": self.recipe.epochs * captions, "unit": "pair"}
-        self.bar = self.exits.enter_context(tqdm(desc=name, **pairs, unit_scale=True, disable=not is_first()))
-        yield from range(len(self.log) + 1, self.recipe.epochs + 1)
-        self.bar.close()
+        bar = self.exits.enter_context(tqdm(desc=name, **pairs, unit_scale=True, disable=not is_first()))
+        for epoch in range(len(self.log) + 1, self.recipe.epochs + 1):
+            yield epoch, bar
+            bar.set_postfix(epoch=f"{epoch}/{self.recipe.epochs}", loss=f"{self.log[-1]['loss']:.4f}")
+        bar.close()
         if is_first():
             save_adaptor(self.adaptor, self.method, self.recipe, self.config, self.path)
             self.state_path.unlink(missing_ok=True)
@@ -99,12 +110,11 @@ class Run:
         self.log.append(record)
         self.log_file.write(json.dumps(record) + "\n")
         progress = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        progress |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
+        progress |= {"order": self.shuffling.get_state(), "random": torch.get_rng_state()}
         content = describe(self.adaptor, self.method, self.recipe, self.config)
         self.state = content | {"progress": copied(progress), "log": list(self.log)}
         if len(self.log) % self.save_every == 0 and is_first():
             save_tensors(self.state, self.state_path)
-        self.bar.set_postfix(epoch=f"{len(self.log)}/{self.recipe.epochs}", loss=f"{record['loss']:.4f}")
 
 
 def check_finite(losses, adaptor, method, epoch):

@@ -8,10 +8,7 @@ import torch
 
 
 def seed_everything(seed):
-    """Seed Python, NumPy and torch, and ask torch for deterministic kernels where it has them.
-
-    Args: seed: int of at least 0.
-    """
+    """Seed Python, NumPy and torch, and ask torch for deterministic kernels where it has them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
