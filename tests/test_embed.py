@@ -2,13 +2,15 @@
 
 from types import SimpleNamespace
 
+import open_clip
 import pytest
 import torch
+from tqdm import tqdm
 
 from datasets.units import UnitStore
 from utils import embed
 from utils.cli import UserError
-from utils.embed import CHUNK, Samples, distinct_texts, embed_units, in_chunks, to_dtype
+from utils.embed import CHUNK, Samples, distinct_texts, embed_units, encode_tokens, in_chunks, to_dtype
 
 
 @pytest.fixture
@@ -172,3 +174,58 @@ def test_chunks_are_filled_up_and_cut_again(rows):
 def test_distinct_texts_stand_in_the_order_of_their_first_appearance():
     assert distinct_texts(["b", "a", "b", "c", "a"]) == (["b", "a", "c"], [0, 1, 0, 2, 1])
     assert distinct_texts([]) == ([], [])
+
+
+# Texts no longer than they are.
+
+
+def small_clip(**text):
+    """A random CLIP of open_clip whose text tower reads 20 tokens; text: what else its configuration says."""
+    torch.manual_seed(0)
+    text = {"context_length": 20, "vocab_size": 300, "width": 32, "heads": 2, "layers": 2} | text
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    custom = text.pop("custom", False)
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(24, vision, text)
+    return model.eval().requires_grad_(False)
+
+
+def random_tokens(count, most=20, end=299):
+    """Rows of token ids of random length: some words, the end-of-text token, padding."""
+    generator, tokens = torch.Generator().manual_seed(1), torch.zeros(count, most, dtype=torch.int64)
+    for row in tokens:
+        length = int(torch.randint(1, most, (), generator=generator))
+        row[:length] = torch.randint(3, 299, (length,), generator=generator)
+        row[length] = end
+    return tokens
+
+
+SHORT = {
+    "OpenAI's": {},
+    "custom": {"custom": True},
+    "end-of-text by its id": {"pool_type": "eos", "eos_id": 299},
+    "custom, by its id": {"custom": True, "pool_type": "eos", "eos_id": 299},
+}
+LONG = {
+    "reads the last token": {"custom": True, "pool_type": "last"},
+    "sees all tokens": {"custom": True, "no_causal_mask": True},
+    "has a class token": {"custom": True, "embed_cls": True},
+}
+
+
+@pytest.mark.parametrize("text", [*SHORT.values(), *LONG.values()], ids=[*SHORT, *LONG])
+def test_texts_encoded_at_their_length_are_what_they_are_at_full_length(text):
+    model, tokens = small_clip(**text), random_tokens(150)
+    full, seen = in_chunks(model.encode_text, tokens, "cpu"), []
+    words = getattr(model, "text", model).token_embedding
+    words.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    z = encode_tokens(SimpleNamespace(model=model, device="cpu"), tokens, tqdm(disable=True))
+    assert ((z - full).norm(dim=1) <= 1e-6 * full.norm(dim=1)).all()
+    assert sorted(set(seen)) == ([4, 8, 12, 16, 20] if text in SHORT.values() else [20])
+    assert full.std(dim=0).min() > 0.01  # the texts differ
+
+
+def test_the_last_bit_of_a_text_does_not_depend_on_the_texts_beside_it():
+    clip, tokens, bar = SimpleNamespace(model=small_clip(), device="cpu"), random_tokens(300), tqdm(disable=True)
+    z, order = encode_tokens(clip, tokens, bar), torch.randperm(300)
+    assert torch.equal(encode_tokens(clip, tokens[order], bar), z[order])
+    assert torch.equal(encode_tokens(clip, tokens[:7], bar), z[:7])

@@ -1,5 +1,6 @@
 """Pictures and texts through a frozen CLIP: the same bytes whatever the batch size, the workers or the ranks."""
 
+import copy
 import logging
 import signal
 from collections import Counter
@@ -15,6 +16,7 @@ from utils.distributed import is_first, rank, sum_over_ranks, world_size
 from utils.preprocess import tokenize
 
 CHUNK = 64  # rows of every call of an encoder: a row's last bits depend on how many there are
+STEP = 4  # texts are encoded at a multiple of so many tokens: fewer lengths fill more chunks
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pillow")  # what the embeddings' last bits depend on
 
 
@@ -171,7 +173,9 @@ class _Decoding(IterableDataset):
 
 def _bar(what, counts):
     total = None if None in counts else sum(counts)
-    return tqdm(total=total, desc=what, unit=what.removesuffix("s"), disable=not is_first() or total == 0)
+    return tqdm(
+        total=total, desc=what, unit=what.removesuffix("s"), mininterval=0.5, disable=not is_first() or total == 0
+    )
 
 
 def encode_texts(clip, texts):
@@ -190,15 +194,53 @@ def embed_texts(clip, texts, bar):
         unknown words, "example": one of these}.
     """
     distinct, row_of_text = distinct_texts(texts)
-    rows, cut, unknown = [], 0, []
-    for start in range(0, len(distinct) or 1, CHUNK):
-        chunk = (distinct or ["a"])[start : start + CHUNK]  # without any text, one for the width
-        tokens, is_cut, is_unknown = tokenize(clip, chunk)
-        cut += sum(is_cut)
-        unknown += [text for text, flag in zip(chunk, is_unknown, strict=True) if flag]
-        rows.append(in_chunks(clip.model.encode_text, tokens, clip.device))
-        bar.update(len(chunk))
-    return torch.cat(rows)[row_of_text], {"cut": cut, "unknown": len(unknown), "example": (unknown or [""])[0]}
+    tokens, is_cut, is_unknown = tokenize(clip, distinct or ["a"])  # without any text, one for the width
+    unknown = [text for text, flag in zip(distinct, is_unknown, strict=False) if flag]
+    notes = {"cut": sum(is_cut[: len(distinct)]), "unknown": len(unknown), "example": (unknown or [""])[0]}
+    return encode_tokens(clip, tokens, bar)[row_of_text], notes
+
+
+def encode_tokens(clip, tokens, bar):
+    """The embeddings of N token rows (N, L), (N, D) float32 on the CPU, each encoded no longer than its text is.
+
+    What stands behind the token that it is read off does not matter to it. The length depends on a text alone, not on
+    what else there is, and so do the last bits of its embedding.
+    """
+    lengths = (-(-text_ends(clip.model, tokens) // STEP) * STEP).clamp(max=tokens.shape[1])
+    parts, order = [], lengths.argsort(stable=True)
+    for length, count in zip(*(numbers.tolist() for numbers in lengths.unique(return_counts=True)), strict=True):
+        some = tokens[order[sum(map(len, parts)) :][:count], :length]
+        encode = clip.model.encode_text if length == tokens.shape[1] else shortened(clip.model, length).encode_text
+        parts.append(in_chunks(encode, some, clip.device))
+        bar.update(count)
+    return torch.cat(parts)[order.argsort()]
+
+
+def text_ends(model, tokens):
+    """How many tokens of each row (N, L) matter: (N,) int64; all of them unless each token sees only those before it
+    and the embedding is read off the end-of-text token, as in OpenAI's and most of open_clip's CLIPs.
+    """
+    tower = getattr(model, "text", model)
+    mask, pool = getattr(tower, "attn_mask", None), getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    is_causal = mask is not None and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+    if is_causal and getattr(tower, "cls_emb", None) is None and pool in ("argmax", "eos"):
+        ends = tokens if pool == "argmax" else tokens == getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+        return ends.int().argmax(dim=1) + 1
+    return torch.full((len(tokens),), tokens.shape[1])
+
+
+def shortened(model, length):
+    """A CLIP with the same weights whose text tower reads so many tokens and no more."""
+    tower = getattr(model, "text", model)
+    short = copy.copy(tower)
+    positions = torch.nn.Parameter(tower.positional_embedding[:length], requires_grad=False)
+    short._parameters = tower._parameters | {"positional_embedding": positions}
+    short._buffers = tower._buffers | {"attn_mask": tower.attn_mask[:length, :length]}
+    if tower is model:
+        return short
+    around = copy.copy(model)
+    around._modules = model._modules | {"text": short}
+    return around
 
 
 def distinct_texts(texts):

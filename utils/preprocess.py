@@ -167,7 +167,11 @@ def tokenize(clip, texts):
     """
     tokens = clip.tokenizer(texts)
     length = tokens.shape[1]
-    with_more_room = clip.tokenizer(texts, context_length=length + 1)[:, :length]  # where a text is cut it goes on
+    is_cut = (tokens[:, -1] != clip.tokenizer([""])[0, -1]).tolist()  # or fits: no padding follows
+    for row, text in enumerate(texts):
+        if is_cut[row]:
+            with_more_room = clip.tokenizer([text], context_length=length + 1)[0, :length]  # it goes on if it was cut
+            is_cut[row] = not torch.equal(with_more_room, tokens[row])
     unknown = torch.zeros(len(texts), dtype=torch.bool)
     embedding = getattr(getattr(clip.model, "text", clip.model), "token_embedding", None)
     if embedding is not None:
@@ -176,7 +180,7 @@ def tokenize(clip, texts):
         need(tokens.max() < len(empty), f"--model {clip.info['model']}: {what}; mend vocab_size")
         empty[0] = False  # padding
         unknown = empty[tokens].any(dim=1)
-    return tokens, (with_more_room != tokens).any(dim=1).tolist(), unknown.tolist()
+    return tokens, is_cut, unknown.tolist()
 
 
 def _find(flag, name):
