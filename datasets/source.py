@@ -142,7 +142,7 @@ def _slices(items):
 
 
 class _FileUnit:
-    """A unit that is kept as one file of tensors, <kind>-00000.pt: {"rows": (n, D)} and what stands in `fields`."""
+    """A `Unit` that is kept as one file of tensors, <kind>-00000.pt: {"rows": (n, D)} and what stands in `fields`."""
 
     kind, fields = None, {}
 

@@ -106,7 +106,7 @@ class TarSplit(Split):
 
 
 class TarUnit:
-    """One tar: a unit of utils/embed.py. It is kept as the four files of the finished split and notes-00000.json."""
+    """One tar: a `Unit` of utils/embed.py. It is kept as the four files of the finished split and notes-00000.json."""
 
     texts, pictures = (), None  # texts come with the pictures, of which only reading tells how many there are
 

@@ -25,12 +25,11 @@ SMALL = Recipe("adamw", lr=1e-3, weight_decay=0.05, batch_size=1024, epochs=10)
 
 
 class Adaptor(nn.Module):
-    """A head on frozen CLIP embeddings that knows how uncertain it is.
+    """A head on frozen CLIP embeddings, embed_dim = D wide, that knows how uncertain it is.
 
     A method subclasses this and gives `recipes`, `encode_image`, `encode_text`, `describe_text` and `loss`;
     `describe_image` if its images are uncertain too, and `score` if it ranks by something else than the cosine of the
     means. Embeddings z are (N, D), raw, of any float type: half precision is raised to float32, float64 stays float64.
-    Args: embed_dim: D, the width of the CLIP embeddings.
     """
 
     recipes: dict  # name -> Recipe; "paper" and "small" at least

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 HIDDEN = 1024  # width of every hidden layer in the paper's code
 
 
-def mlp(embed_dim, hidden=HIDDEN):
-    """The trunk of all methods but ProbVLM: three hidden layers with ReLU, (N, D) -> (N, D)."""
-    layers = [layer for width in (embed_dim, hidden, hidden) for layer in (nn.Linear(width, hidden), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(hidden, embed_dim))
+def mlp(embed_dim):
+    """The trunk of all methods but ProbVLM: three hidden layers with ReLU, (N, D) -> (N, D), where D is embed_dim."""
+    layers = [layer for width in (embed_dim, HIDDEN, HIDDEN) for layer in (nn.Linear(width, HIDDEN), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, embed_dim))
 
 
 def at_least_float32(x):
@@ -46,7 +46,6 @@ def unit(x):
     return F.normalize(x, dim=-1)
 
 
-@full_precision
 def cosine_similarity(x, y):
     """Cosines of all pairs: x (N, D), y (M, D) -> (N, M) in [-1, 1], up to rounding."""
     return pairwise_products(unit(x), unit(y))
@@ -62,8 +61,8 @@ def total_variance(log_var):
 def pairwise_sigmoid_loss(logits):
     """Binary cross-entropy, summed over all pairs, of which the diagonal is true: logits (B, B) -> ().
 
-    -sum_ij log sigmoid(s_ij logit_ij), s_ii = 1, else -1. With targets 0 and 1 instead of signs, a sure negative would
-    be the difference of two large numbers.
+    -sum_ij log sigmoid(s_ij logit_ij), s_ii = 1, else -1: with targets 0 and 1, a sure negative would be the difference
+    of two large numbers.
     Source: "Sigmoid loss for language image pre-training", arXiv 2303.15343.
     """
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1  # (B, B)

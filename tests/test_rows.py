@@ -112,7 +112,7 @@ from pathlib import Path
 import train
 from models import layers
 from utils.cli import run_script
-layers.mlp.__defaults__ = (16,)  # hidden units: what the adaptor itself takes is not the question, only time
+layers.HIDDEN = 16  # hidden units: what the adaptor itself takes is not the question, only time
 name, most = "start", {}
 def watch():
     while name != "ended":

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import logging
 import os
 import sys
@@ -35,17 +36,15 @@ def torchrun_rank():
     return (int(rank), int(ranks)) if rank.isdecimal() and ranks.isdecimal() else (0, 1)
 
 
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    return whole_number(text, least=1)
-
-
 def whole_number(text, least=0):
     """An argparse type: a whole number of at least 0."""
     with contextlib.suppress(ValueError):
         if int(text) >= least:
             return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+
+
+positive = functools.partial(whole_number, least=1)  # an argparse type, too
 
 
 def seed_number(text):

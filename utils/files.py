@@ -25,9 +25,10 @@ def written_aside(path):
     Yields: a binary file object.
     Raises: OSError as the file system gives it; nothing is left behind then.
     """
-    path, aside = Path(path), partial(Path(path))
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
+    aside = partial(path)
     try:
         with open(aside, "wb") as file:
             yield file

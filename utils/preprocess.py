@@ -56,8 +56,9 @@ class ClipId:
 
         Raises: UserError where a file is not there.
         """
-        weights, config = _find("--pretrained", pretrained), model.endswith(".json") and _find("--model", model)
-        return cls(model, pretrained, sha256(config) if config else None, weights and sha256(weights), precision)
+        weights = _find("--pretrained", pretrained)
+        config = _find("--model", model) if model.endswith(".json") else None
+        return cls(model, pretrained, config and sha256(config), weights and sha256(weights), precision)
 
     @classmethod
     def of_meta(cls, meta, origin=None):
@@ -90,12 +91,14 @@ class ClipId:
 
     def contradicts(self, other):
         """Whether a name, of a file without its folder, is another one; where both tell a sum, that alone counts."""
-        mine, theirs = self.sums(), other.sums()
-        for key in ("model", "pretrained"):
-            sums = mine[f"{key}_sha256"], theirs[f"{key}_sha256"]
-            if len(set(sums if all(sums) else (Path(str(of[key])).name for of in (mine, theirs)))) > 1:
-                return True
-        return False
+
+        def is_another(key):
+            sums = [getattr(clip, f"{key}_sha256") for clip in (self, other)]
+            names = [Path(str(getattr(clip, key))).name for clip in (self, other)]
+            mine, theirs = sums if all(sums) else names
+            return mine != theirs
+
+        return is_another("model") or is_another("pretrained")
 
     def load(self, device="cpu", model=None, pretrained=None, precision="auto"):
         """This very CLIP, as a Clip.

@@ -21,7 +21,6 @@ class Run:
 
     Args:
         path: of the checkpoint, <method>.pt; <method>.jsonl, the log, and <method>.resume.pt, the state, lie beside it.
-        recipe: Recipe as it is used.
         config: dict of plain types: what else the run depends on, "seed" and "captions" among it.
         resume: go on where a run with this recipe and config was saved.
         save_every: epochs after which the state is saved.
@@ -57,16 +56,13 @@ class Run:
     def restore(self, adaptor, optimizer, schedule, shuffling):
         """Put what changes in training where the run was saved, if it was; from now on the run saves it.
 
-        Args:
-            adaptor, optimizer, schedule: as at the first step.
-            shuffling: torch.Generator that orders the pairs of every epoch.
-        Raises: UserError if what was saved does not fit them.
+        Args: shuffling: torch.Generator that orders the pairs of every epoch.
+        Raises: UserError if what was saved does not fit.
         """
         self.adaptor, self.optimizer, self.schedule, self.shuffling = adaptor, optimizer, schedule, shuffling
-        saved, self.is_finished = None, False
-        if self.resume:
-            saved = load_run(self.state_path, self.recipe, self.config)
-            self.is_finished = saved is None and load_run(self.path, self.recipe, self.config) is not None
+        saved = load_run(self.state_path, self.recipe, self.config) if self.resume else None
+        finished = load_run(self.path, self.recipe, self.config) if self.resume and saved is None else None
+        self.is_finished = finished is not None
         barrier()  # all ranks have read what the first changes from here on
         if saved is None:
             return

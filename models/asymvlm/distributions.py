@@ -6,6 +6,7 @@ von Mises-Fisher distribution. kappa >= 0 is the concentration: 0 is uniform, an
 
 import functools
 import math
+from collections import Counter
 from fractions import Fraction
 
 import torch
@@ -56,7 +57,7 @@ def power_spherical_log_normalizer(kappa, dim):
 
     Domain: kappa >= 0, D >= 2. Limits: uniform as kappa -> 0; b log(kappa / 4 pi), less (kappa log 2), as kappa -> inf.
     Accuracy: computed in float64 where the device has it, as in float32 it would be off by up to 2e-3 at small kappa.
-    Args: kappa (M,), dim: D.
+    Args: kappa (M,), dim D.
     Returns: (M,) in kappa's type.
     Source: arXiv 2006.04437, eq. 6.
     """
@@ -77,7 +78,7 @@ def von_mises_fisher_log_normalizer(kappa, dim):
     Domain: kappa >= 0, D >= 2. Limits: uniform as kappa -> 0; (v + 1/2) log(kappa / 2 pi) - kappa as kappa -> inf.
     Accuracy, against mpmath at D = 2 to 1152 and kappa in (0, 1e4]: 1e-6 max(1, |log C|) in float64, 2e-3 absolute in
     float32; the gradient, -I_{D/2}(kappa) / I_{D/2-1}(kappa), 1e-6 relative in float64 (tests/test_asymvlm.py).
-    Args: kappa (M,), dim: D.
+    Args: kappa (M,), dim D.
     Returns: (M,) in kappa's type.
     Source: DLMF 10.41.3 and 10.29.1 (https://dlmf.nist.gov/10.41).
     """
@@ -108,15 +109,14 @@ def _widest(x):
 def _series(v, dtype, device):
     """sum_k U_k(p) / v^k, k = 1 .. TERMS, as a polynomial in p: its powers and their coefficients, (P,) each."""
     # U_0 = 1, U_{k+1}(p) = p^2 (1 - p^2) U_k'(p) / 2 + (1/8) integral_0^p (1 - 5 t^2) U_k(t) dt (DLMF 10.41.10)
-    polynomial, total = [Fraction(1)], [0.0] * (3 * TERMS + 1)  # coefficients, lowest power first
+    polynomial, total = {0: Fraction(1)}, Counter()  # power -> coefficient
     for k in range(1, TERMS + 1):
-        following = [Fraction(0)] * (len(polynomial) + 3)
-        for power, c in enumerate(polynomial):
+        following = Counter()
+        for power, c in polynomial.items():
             following[power + 1] += c * power / 2 + c / (8 * (power + 1))
             following[power + 3] -= c * power / 2 + 5 * c / (8 * (power + 3))
         polynomial = following
-        for power, c in enumerate(polynomial):
+        for power, c in polynomial.items():
             total[power] += float(c) / v**k
-    terms = [(power, coefficient) for power, coefficient in enumerate(total) if coefficient]
     with torch.inference_mode(False):  # cached for training too
-        return torch.tensor(terms, dtype=dtype, device=device).T.contiguous()
+        return torch.tensor(sorted(total.items()), dtype=dtype, device=device).T.contiguous()

@@ -5,12 +5,10 @@ from models.layers import full_precision, pairwise_products, pairwise_sigmoid_lo
 
 @full_precision
 def closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text):
-    """The expected squared distance of a draw from each Gaussian, for all pairs.
+    """The expected squared distance of a draw from each Gaussian, for all pairs: (N, D) and (M, D) -> (N, M), >= 0.
 
     d(i, j) = ||mean_i - mean_j||^2 + sum_d (exp log_var_i + exp log_var_j): a matmul plus row and column sums, where
     the (B, B, D) tensor of the definition would take 8.6 GB at B = 2048, D = 512.
-    Args: those of images (N, D), of texts (M, D).
-    Returns: (N, M), never negative.
     Source: Chun, "Improved probabilistic image-text representations", arXiv 2305.18171, eq. 1.
     """
     norms = mean_image.square().sum(dim=-1)[:, None] + mean_text.square().sum(dim=-1)  # (N, M)
@@ -20,10 +18,8 @@ def closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_t
 
 @full_precision
 def matching_loss(mean_image, log_var_image, mean_text, log_var_text, shift, negative_scale):
-    """2 mean_ij BCE(sigmoid(-negative_scale d(i, j) + shift), [i = j]).
+    """2 mean_ij BCE(sigmoid(-negative_scale d(i, j) + shift), [i = j]), of B true pairs: (B, D) each, scalars -> ().
 
-    Args: means and log variances (B, D), rows in the same order; shift, negative_scale: scalars.
-    Returns: ().
     Source: arXiv 2305.18171, eq. 2, twice, as in the paper's code.
     """
     distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)

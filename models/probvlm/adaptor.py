@@ -10,11 +10,11 @@ from models.probvlm.loss import mean_variance, positive, probvlm_loss
 class BayesCap(nn.Module):
     """The network of one modality: a residual trunk, and heads for the three parameters of a generalised Gaussian."""
 
-    def __init__(self, embed_dim, hidden=HIDDEN):
+    def __init__(self, embed_dim):
         super().__init__()
-        layers = [nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+        layers = [nn.Linear(embed_dim, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
         layers += [nn.Dropout(0.0)]  # drops nothing; it keeps the indices of the paper's checkpoints
-        self.mod = nn.Sequential(*layers, nn.Linear(hidden, embed_dim))
+        self.mod = nn.Sequential(*layers, nn.Linear(HIDDEN, embed_dim))
         self.block_mu, self.block_alpha, self.block_beta = (
             nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)) for _ in range(3)
         )
@@ -28,10 +28,8 @@ class BayesCap(nn.Module):
 class ProbVLMAdaptor(Adaptor):
     """mean, 1/alpha and beta from a BayesCap a modality, beside the z that they reconstruct, (N, D) each.
 
-    uncertainty = 1 / mean_d var. The inverse is what published evaluations call ProbVLM's uncertainty: its authors
-    invert the text's alone and rank images by mean_d var itself; the AsymVLM paper's repository inverts both, and so
-    does this, for comparison with its tables. With `adaptor.inverted = False` it is the variance, which reverses every
-    ranking.
+    uncertainty = 1 / mean_d var, inverted as in the AsymVLM paper's repository (its authors invert the text's alone);
+    with `adaptor.inverted = False` it is the variance, which reverses every ranking.
     """
 
     recipes = {"paper": Recipe("adamw", lr=1e-4, weight_decay=5e-4), "small": SMALL}

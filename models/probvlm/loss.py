@@ -25,12 +25,10 @@ def positive(x):
 
 @full_precision
 def probvlm_loss(mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text):
-    """fit(image, z_image) + fit(text, z_text) + 1e-4 (fit(image, z_text) + fit(text, z_image)).
+    """fit(image, z_image) + fit(text, z_text) + 1e-4 (fit(image, z_text) + fit(text, z_image)), (B, D) each -> ().
 
     fit(mean, t) = mean_bd |mean - t| + 0.05 mean_bd [ clamp(|mean - t| a b, 1e-4, 1e3) - log a + lgamma(1/b) - log b ],
     with a = 1/alpha + 1e-4 and b = beta + 1e-4.
-    Args: all (B, D), rows in the same order.
-    Returns: ().
     Source: Upadhyay et al., "ProbVLM", arXiv 2307.00398, sec. 3, in the form of the authors' code, whose residual is
     multiplied by beta where the density raises it to that power.
     """
@@ -56,7 +54,7 @@ def mean_variance(inv_alpha, beta):
     """mean_d alpha^2 Gamma(3/b) / Gamma(1/b), the variance of a generalised Gaussian, averaged over the coordinates.
 
     alpha = 1 / (inv_alpha + 1e-5), clipped to [1e-4, 5]; b = beta + 0.1, clipped to [0.1, 5].
-    Args: inv_alpha, beta (N, D), >= 0.
+    Args: inv_alpha (N, D), beta (N, D), both >= 0.
     Returns: (N,), from 1e-9 to 6e26: the ratio of the Gammas is taken in logarithms.
     Source: arXiv 2307.00398, sec. 3; the clips are the authors' code's.
     """

@@ -8,10 +8,8 @@ VIB_BETA = 1e-5  # weight of the information bottleneck, as in the paper's code
 
 @full_precision
 def pairwise_logits(mean_image, log_var_image, mean_text, log_var_text):
-    """scale (mean_i . mean_j - sum_d (exp log_var_i + exp log_var_j) / 2) + bias, for all pairs.
+    """scale (mean_i . mean_j - sum_d (exp log_var_i + exp log_var_j) / 2) + bias, (N, D) and (M, D) -> (N, M).
 
-    Args: those of images (N, D), of texts (M, D).
-    Returns: (N, M), a matmul plus row and column sums.
     Source: Chun et al., "Probabilistic language-image pre-training", arXiv 2410.18857, the logit of the PPCL.
     """
     variances = total_variance(log_var_image)[:, None] + total_variance(log_var_text)  # (N, M)
@@ -27,13 +25,8 @@ def information_bottleneck(mean, log_var):
     return -(1 + log_var / 2 - mean.square() - (log_var / 2).exp()).mean() / 2
 
 
-@full_precision
 def prolip_loss(mean_image, log_var_image, mean_text, log_var_text):
-    """sum_ij -log sigmoid(+-logit_ij) / B, + where i = j, plus VIB_BETA times the VIB of each modality.
-
-    Args: all (B, D), rows in the same order.
-    Returns: ().
-    """
+    """sum_ij -log sigmoid(+-logit_ij) / B, + where i = j, plus VIB_BETA times each modality's VIB; (B, D) -> ()."""
     logits = pairwise_logits(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)
     bottleneck = information_bottleneck(mean_image, log_var_image) + information_bottleneck(mean_text, log_var_text)
     return pairwise_sigmoid_loss(logits) / len(logits) + VIB_BETA * bottleneck
