@@ -55,7 +55,7 @@ def parse(argv):
     names, choices = f"{', '.join(METHODS)}, or {', '.join(GROUPS)}", [*METHODS, *GROUPS]
     add("--method", nargs="+", default=["asymvlm-psd"], choices=choices, metavar="METHOD", help=names)
     add("--seed", nargs="+", type=seed_number, default=[0])
-    add("--recipe", default="paper", help="paper (made for COCO) or small (caches under some 100,000 captions)")
+    add("--recipe", default="paper", help="paper (made for COCO), small (caches under some 100,000 captions) or demo")
     add("--epochs", type=positive)
     add("--batch-size", type=positive)
     add("--optimizer", choices=sorted(OPTIMIZERS))
@@ -83,6 +83,7 @@ def train(run, cache, ladder, precision, shuffle_buffer):
     """
     seed_everything(run.config["seed"])
     adaptor = METHODS[run.method](cache.embed_dim).to(cache.device)
+    adaptor.start_at(run.recipe.start_variance)
     steps = -(-len(cache.text) // run.recipe.batch_size)  # an epoch; the last batch may be smaller
     optimizer, schedule = make_optimizer(adaptor, run.recipe, steps * run.recipe.epochs)
     shuffling = torch.Generator().manual_seed(run.config["seed"])

@@ -1,6 +1,7 @@
 """The contract: what a method gives, so that train.py, eval.py and a researcher need not know which one it is."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -18,10 +19,17 @@ class Recipe:
     epochs: int = 200  # passes over the captions
     momentum: float = 0.9  # of SGD
     min_lr: float = 1e-6
+    start_variance: float | None = None  # before the first step, all dimensions together; None: as the layers give it
 
 
-# For caches under some 100,000 captions, where the paper's recipe (289 steps an epoch on COCO) starves.
+# For caches under some 100,000 captions, where the paper's recipe (289 steps an epoch on COCO) starves; and for a look.
 SMALL = Recipe("adamw", lr=1e-3, weight_decay=0.05, batch_size=1024, epochs=10)
+DEMO = replace(SMALL, batch_size=256, epochs=1)
+
+
+def recipes_of(paper, **small):
+    """The recipes of a method: the paper repository's, and SMALL and DEMO with some fields changed, by name."""
+    return {"paper": paper, "small": replace(SMALL, **small), "demo": replace(DEMO, **small)}
 
 
 class Adaptor(nn.Module):
@@ -61,6 +69,11 @@ class Adaptor(nn.Module):
     def score(self, image, text):
         """How well N images match M texts, (N, M), larger = better, from what the encoders returned."""
         return cosine_similarity(image[0], text[0])
+
+    def start_at(self, variance):
+        """Let every distribution start with this variance, summed over the dimensions; None: leave it as it is."""
+        if variance is not None:
+            raise NotImplementedError(f"{type(self).__name__} has no start_variance")
 
     # What follows is the same for every method.
 
@@ -103,6 +116,10 @@ class GaussianAdaptor(Adaptor):
     def encode_text(self, z):
         mean = unit(z)
         return mean, self.text_head["log_var"](mean)
+
+    def start_at(self, variance):
+        for head in (self.image_head, self.text_head) if variance is not None else ():
+            nn.init.constant_(head["log_var"][-1].bias, math.log(variance / self.embed_dim))
 
     def describe_text(self, mean, log_var):
         return mean, total_variance(log_var) / self.embed_dim

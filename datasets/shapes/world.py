@@ -53,8 +53,9 @@ WORDS = _WORDS["words"] | {"cell": {int(cell): phrases for cell, phrases in _WOR
 HYPERNYMS = {
     name: {phrase: tuple(values) for phrase, values in table.items()} for name, table in _WORDS["hypernyms"].items()
 }
-FULL = 0.3  # share of captions that describe everything
+FULL = 0.4  # share of captions that describe everything
 NATS = math.log(1000)  # information of a caption that describes one picture of 1,000
+MOST_WORDS = 51  # which the built-in CLIP's 64 tokens hold
 VAGUENESS, EMPTY = 0.3, 0.2  # how often a hypernym is the word; an object is mentioned of which nothing is said
 FRAMES, VAGUE, LADDER = _WORDS["frames"], _WORDS["vague captions"], tuple(_WORDS["ladder"])
 
@@ -265,7 +266,8 @@ def _compose(said, rng):
         tail = rng.choice((" on {} background", " against {} background", " in front of {} backdrop"))
         tail = tail.format(_article(words))
     phrases = [_noun_phrase({name: words for name, (words, _) in thing.items()}, rng) for thing in things]
-    text = _pick(rng, FRAMES).format(_enumerate(phrases) + tail)
+    text, frame = _enumerate(phrases) + tail, _pick(rng, FRAMES)
+    text = frame.format(text) if len(text.split()) + len(frame.split()) <= MOST_WORDS else text
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:] + "."
     mentions = tuple({name: thing[name][1] for name in WORDS if name in thing} for thing in things)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.asymvlm.distributions import concentration, power_spherical_log_prob, von_mises_fisher_log_prob
-from models.base import SMALL, Adaptor, Recipe
+from models.base import Adaptor, Recipe, recipes_of
 from models.layers import mlp, unit
 
 TEMPERATURE = 1.0  # initial value, as in the paper's code
@@ -16,7 +16,7 @@ class AsymVLM(Adaptor):
     eta = MLP(z), kappa = ||eta||, mu = eta / kappa; mean = mu, uncertainty = 1 / kappa.
     """
 
-    recipes = {"paper": Recipe("sgd", lr=1e-2, weight_decay=5e-4), "small": SMALL}
+    recipes = recipes_of(Recipe("sgd", lr=1e-2, weight_decay=5e-4))
     log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M)
 
     def __init__(self, embed_dim=512):

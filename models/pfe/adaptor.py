@@ -1,6 +1,6 @@
 """PFE: raw CLIP embeddings in, the same with a variance of each coordinate out (arXiv 1904.09658, sec. 3)."""
 
-from models.base import SMALL, Adaptor, Recipe
+from models.base import Adaptor, Recipe, recipes_of
 from models.layers import mlp
 from models.pfe.loss import mutual_likelihood_loss, variance
 
@@ -8,7 +8,7 @@ from models.pfe.loss import mutual_likelihood_loss, variance
 class PFEAdaptor(Adaptor):
     """mean = z, raw; var = softplus(MLP(z)), (N, D) each; uncertainty = mean_d var. Retrieval is the frozen CLIP's."""
 
-    recipes = {"paper": Recipe("sgd", lr=1e-3, weight_decay=5e-4), "small": SMALL}
+    recipes = recipes_of(Recipe("sgd", lr=1e-3, weight_decay=5e-4))
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.base import SMALL, Adaptor, Recipe
+from models.base import Adaptor, Recipe, recipes_of
 from models.layers import HIDDEN, at_least_float32
 from models.probvlm.loss import mean_variance, positive, probvlm_loss
 
@@ -32,7 +32,7 @@ class ProbVLMAdaptor(Adaptor):
     with `adaptor.inverted = False` it is the variance, which reverses every ranking.
     """
 
-    recipes = {"paper": Recipe("adamw", lr=1e-4, weight_decay=5e-4), "small": SMALL}
+    recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4))
     inverted = True
 
     def __init__(self, embed_dim=512):
