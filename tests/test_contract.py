@@ -1,5 +1,7 @@
 """What models/base.py promises, for every entry of METHODS."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,7 +52,26 @@ def test_recipes_are_the_papers_and_the_small_one(method):
         2048,
         200,
     )
-    assert METHODS[method].recipes["small"] == SMALL
+    small, demo = (METHODS[method].recipes[name] for name in ("small", "demo"))
+    assert replace(demo, epochs=small.epochs, batch_size=small.batch_size) == small
+    assert (small.epochs, small.batch_size) == (SMALL.epochs, SMALL.batch_size)  # the same budget for all
+
+
+@EVERY
+def test_a_recipe_starts_the_variances_where_the_method_has_any(method):
+    adaptor, z = make(method, 64), embeddings(200, 64)
+    before = [part.clone() for part in adaptor.encode(z, z)]
+    adaptor.start_at(None)
+    assert all(torch.equal(a, b) for a, b in zip(adaptor.encode(z, z), before, strict=True))
+    if METHODS[method].recipes["small"].start_variance is None:
+        with pytest.raises(NotImplementedError, match="start_variance"):
+            adaptor.start_at(1.0)
+        return
+    adaptor.start_at(2.0)
+    for mean, uncertainty in (adaptor.adapt_image(z), adaptor.adapt_text(z)):
+        assert torch.equal(mean, before[0])
+        total = 64 * uncertainty  # all dimensions together
+        assert ((total > 1.5) & (total < 2.6)).all()
 
 
 @EVERY
