@@ -21,7 +21,7 @@ from utils.cli import Parser, UserError, folder_name, positive, run_script, seed
 from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
-from utils.evaluation.bootstrap import LEAST, LEVEL, RESAMPLES
+from utils.evaluation.bootstrap import CONFIDENCE, LEAST, RESAMPLES
 from utils.evaluation.results import evaluate, load_results, save_texts
 from utils.evaluation.scorers import BASELINES, every_scorer
 from utils.report import results_page
@@ -142,7 +142,7 @@ def compare(args, folder):
     """Print how two methods differ over the same queries, from results written before."""
     runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
     title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {args.seeds}: "
-    title += f"{args.resamples} paired resamples of the images and, each by itself, of the seeds; {LEVEL:.0%} intervals"
+    title += f"{args.resamples} paired resamples of the images and, each by itself, of the seeds; {CONFIDENCE:.0%} intervals"
     text = f"{title}\n\n{questions.compare_runs(runs, args.uncer_levels, args.resamples)}\n"
     save_texts({f"{'-against-'.join(args.compare)}.txt": text}, folder)
     print(text, end="")

@@ -1,5 +1,6 @@
 """Every figure of an evaluation, one row each: result files, tables, intervals and comparisons follow from them."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,6 @@ import numpy as np
 from utils.evaluation import bootstrap, metrics
 
 DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
-TITLES = DIRECTIONS.items()
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,14 @@ class Figure:
     """A number, and what it is a function of.
 
     Args:
-        name: its column. more_is_better: None if neither is better; then it has no interval.
+        name: its column.
+        more_is_better: None if neither is better; then it has no interval.
         fields: of a view (`views_of`), what function takes; where one is missing, the figure is left out.
         function: (*fields) -> float, or None where undefined.
         resampled: (counts, *fields) -> (resamples,), the same of all resamples at once; None: function of each.
-        column: whether tables show it. queries: with fewer of them it is left out.
+        entry: which figure of a dict, where both functions give several; they are called once for all of them.
+        column: whether tables show it.
+        queries: with fewer of them it is left out.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Figure:
     fields: tuple
     function: Callable
     resampled: Callable | None = None
+    entry: str | None = None
     column: bool = True
     queries: int = 1
 
@@ -36,18 +40,33 @@ class Figure:
         """Whether a view, {field: array}, has what it needs."""
         return all(field in view for field in self.fields) and len(view[self.fields[0]]) >= self.queries
 
-    def of_resamples(self, view, counts):
-        """Its values (resamples,), nan where undefined. Args: counts: as `bootstrap.resample` gives them."""
-        values = [view[field] for field in self.fields]
+    def value(self, call):
+        """The number itself, or None; `call` is that of a view (`once_each`)."""
+        return self._entry(call(self.function, self.fields))
+
+    def draws(self, call):
+        """Its values (resamples,), nan where undefined; `call` is that of a view and `counts` (`once_each`)."""
         if self.resampled:
-            return self.resampled(counts, *values)
-        drawn = ([np.repeat(v, count) if np.ndim(v) else v for v in values] for count in counts)
-        return np.array([self.function(*values) for values in drawn], dtype=np.float64)
+            return self._entry(call(self.resampled, self.fields))
+        function = lambda *values: self._entry(self.function(*values))  # noqa: E731
+        return call(partial(bootstrap.one_by_one, function), self.fields)
+
+    def _entry(self, result):
+        return result[self.entry] if self.entry else result
 
 
-def recall(name, field, k, **options):
-    """The row of a recall at k. Args: field: of ranks."""
-    return Figure(name, True, (field,), partial(metrics.recall_at, k=k), **options)
+def once_each(view, *first):
+    """A function (function, fields) that calls a function of a view's fields, and the same one only once.
+
+    Args: view: {field: array}. first: arguments before the fields.
+    """
+    return functools.cache(lambda function, fields: function(*first, *(view[field] for field in fields)))
+
+
+def recall(name, field, k, column=True):
+    """The row of a recall at k of a field of ranks."""
+    functions = (partial(module.recall_at, k=k) for module in (metrics, bootstrap))
+    return Figure(name, True, (field,), *functions, column=column)
 
 
 def mean(values):
@@ -65,9 +84,13 @@ def by_level(correct, uncertainty, levels):
     return metrics.level_statistics(metrics.recall_by_level(correct, uncertainty, levels))
 
 
-def entry(function, name):
-    """The function that gives one entry of the dict that another gives."""
-    return lambda *values, **options: function(*values, **options)[name]
+def by_modality(name, more_is_better, function, entry=None):
+    """The rows of a figure that says how well the uncertainty of text or image predicts the errors of a direction."""
+    return tuple(
+        Figure(f"{d} {name} by {modality}", more_is_better, (f"{d}_correct", f"{d}_{field}"), function, entry=entry)
+        for d in DIRECTIONS
+        for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty"))
+    )
 
 
 RANKED = ("correct", "uncertainty")
@@ -75,12 +98,14 @@ LEVELED = (*RANKED, "levels")
 DESCRIBED = ("uncertainty", "relevant")  # relevant: exact ambiguity, how many images a caption describes
 GIVEN = (*DESCRIBED, "words")
 RETRIEVAL = (
-    *(recall(f"R@{k}", "rank", k, column=k == 1) for k in (1, 5, 10)),
-    Figure("AURC", False, RANKED, entry(metrics.aurc, "AURC"), entry(bootstrap.aurc, "AURC")),
-    Figure("E-AURC", False, RANKED, entry(metrics.aurc, "E-AURC"), entry(bootstrap.aurc, "E-AURC")),
-    Figure("S", False, LEVELED, entry(by_level, "S"), entry(bootstrap.by_level, "S")),
-    Figure("R2", True, LEVELED, entry(by_level, "R2"), entry(bootstrap.by_level, "R2")),
-    Figure("-S*R2", True, LEVELED, entry(by_level, "-S*R2"), entry(bootstrap.by_level, "-S*R2")),
+    recall("R@1", "rank", 1),
+    recall("R@5", "rank", 5, column=False),
+    recall("R@10", "rank", 10, column=False),
+    Figure("AURC", False, RANKED, metrics.aurc, bootstrap.aurc, "AURC"),
+    Figure("E-AURC", False, RANKED, metrics.aurc, bootstrap.aurc, "E-AURC"),
+    Figure("S", False, LEVELED, by_level, bootstrap.by_level, "S"),
+    Figure("R2", True, LEVELED, by_level, bootstrap.by_level, "R2"),
+    Figure("-S*R2", True, LEVELED, by_level, bootstrap.by_level, "-S*R2"),
     Figure("ties", None, ("uncertainty",), metrics.share_of_ties, column=False),
 )
 AMBIGUITY = (
@@ -99,17 +124,9 @@ RELEVANCE = (
     Figure("R-Precision", True, ("r_precision",), mean, bootstrap.mean),
 )
 SWEEP = tuple(  # S is easily had at 10 levels
-    Figure(f"{name}@{k}", name != "S", RANKED, entry(partial(by_level, levels=k), name), queries=k)
+    Figure(f"{name}@{k}", name != "S", RANKED, partial(by_level, levels=k), entry=name, queries=k)
     for name in ("S", "-S*R2")
     for k in (5, 10, 20, 50)
-)
-AURC, AUROC = (  # which modality's uncertainty predicts the errors
-    tuple(
-        Figure(f"{d} {name} by {modality}", name == "AUROC", (f"{d}_correct", f"{d}_{field}"), function)
-        for d in DIRECTIONS
-        for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty"))
-    )
-    for name, function in (("AURC", entry(metrics.aurc, "AURC")), ("AUROC", metrics.auroc))
 )
 HIERARCHY = (
     Figure("falling", True, ("uncertainty", "chains"), metrics.share_falling),
@@ -119,7 +136,16 @@ HIERARCHY = (
 
 @dataclass(frozen=True)
 class Section:
-    """Figures of a view, under one key of the metrics and in one table, of the comparison or else of the details."""
+    """Figures of one view, under one key and in one table.
+
+    Args:
+        key: of the metrics in a .json.
+        title: of its table.
+        view: what its figures are functions of (`views_of`).
+        figures: its columns.
+        compared: whether its table is in the comparison; else it is in the details.
+        resampled: whether its figures have intervals.
+    """
 
     key: str
     title: str
@@ -130,21 +156,41 @@ class Section:
 
     def measure(self, view):
         """Those of its figures that are known: {name: float or None}."""
-        return {f.name: f.function(*(view[field] for field in f.fields)) for f in self.figures if f.is_known(view)}
+        call = once_each(view)
+        return {figure.name: figure.value(call) for figure in self.figures if figure.is_known(view)}
+
+    def resample(self, view, resamples):
+        """Those of its figures that have intervals: {name: (resamples,)}, nan where undefined."""
+        figures = [figure for figure in self.figures if figure.is_known(view) and figure.more_is_better is not None]
+        if not (self.resampled and figures and resamples):
+            return {}
+        counts = bootstrap.resample(view["image"], resamples)
+        call = once_each(view, counts)
+        return {figure.name: figure.draws(call) for figure in figures}
 
 
 FOLDS = Section("recall_folds", "recall, mean over the folds", "folds", RECALL)
+
+
 SECTIONS = (
-    *(Section(d, title, d, RETRIEVAL, True, True) for d, title in TITLES),
-    Section("ambiguity", "exact ambiguity", "known t2i", AMBIGUITY, True, True),
+    *(Section(d, title, d, RETRIEVAL, compared=True, resampled=True) for d, title in DIRECTIONS.items()),
+    Section("ambiguity", "exact ambiguity", "known t2i", AMBIGUITY, compared=True, resampled=True),
     Section("recall", "recall", "both", RECALL),
     FOLDS,
-    *(Section(f"relevance_{d}", f"{t}, all right answers", f"known {d}", RELEVANCE, False, True) for d, t in TITLES),
-    *(Section(f"cxc_{d}", f"{t}, all right answers of CxC", f"cxc {d}", ALL_RIGHT, False, True) for d, t in TITLES),
-    *(Section(f"sweep_{d}", f"{t}, 5 to 50 levels", d, SWEEP) for d, t in TITLES),
-    *(Section(f"image_{d}", f"{t}, by the image's uncertainty", f"image {d}", RETRIEVAL) for d, t in TITLES),
-    Section("asymmetry", "asymmetry: AURC by whose uncertainty", "both", AURC),
-    Section("asymmetry", "asymmetry: AUROC by whose uncertainty", "both", AUROC),
+    *(
+        Section(f"{key}_{d}", f"{title}, {kind}", f"{view} {d}".strip(), figures, resampled=resampled)
+        for key, kind, view, figures, resampled in (
+            ("relevance", "all right answers", "known", RELEVANCE, True),
+            ("cxc", "all right answers of CxC", "cxc", ALL_RIGHT, True),
+            ("sweep", "5 to 50 levels", "", SWEEP, False),
+            ("image", "by the image's uncertainty", "image", RETRIEVAL, False),
+        )
+        for d, title in DIRECTIONS.items()
+    ),
+    Section(
+        "asymmetry", "asymmetry: AURC by whose uncertainty", "both", by_modality("AURC", False, metrics.aurc, "AURC")
+    ),
+    Section("asymmetry", "asymmetry: AUROC by whose uncertainty", "both", by_modality("AUROC", True, metrics.auroc)),
 )
 
 
@@ -156,7 +202,9 @@ def hierarchy(stem):
 def views_of(answers, levels):
     """What figures are functions of.
 
-    Args: answers: {"t2i", "i2t"}, as `scorers.answer` gives them. levels: K.
+    Args:
+        answers: {"t2i", "i2t"}, as `scorers.answer` gives them.
+        levels: K.
     Returns: {view: {field: array, "levels": K}}. Views: "t2i", "i2t"; "known t2i", ..., if their right answers were
         looked into; "cxc t2i", ..., the same of CxC; "image t2i", ..., whose uncertainty is the image's;
         "both": fields <direction>_<field>.
@@ -182,21 +230,16 @@ def only_judged(fields):
 
 
 def measure(answers, levels):
-    """All figures. Args: as for `views_of`. Returns: {section key: {figure name: float or None}}."""
-    views, found = views_of(answers, levels), {}
+    """All figures: {section key: {figure name: float or None}}; takes what `views_of` takes."""
+    views, measured = views_of(answers, levels), {}
     for section in SECTIONS:
         if values := section.measure(views.get(section.view, {})):
-            found.setdefault(section.key, {}).update(values)
-    return found
+            measured.setdefault(section.key, {}).update(values)
+    return measured
 
 
 def measure_resamples(answers, levels, resamples):
     """The figures of resampled queries: {section key: {figure name: (resamples,)}}, nan: undefined; {} for none."""
-    views, found = views_of(answers, levels), {}
-    for section in SECTIONS:
-        view = views.get(section.view, {})
-        figures = [figure for figure in section.figures if figure.is_known(view) and figure.more_is_better is not None]
-        if section.resampled and figures and resamples:
-            counts = bootstrap.resample(view["image"], resamples)
-            found[section.key] = {figure.name: figure.of_resamples(view, counts) for figure in figures}
-    return found
+    views = views_of(answers, levels)
+    draws = {section.key: section.resample(views.get(section.view, {}), resamples) for section in SECTIONS}
+    return {key: values for key, values in draws.items() if values}
