@@ -53,9 +53,11 @@ def over_seeds(draws, side=0):
 
 
 def one_by_one(function, counts, *values):
-    """Any function of arrays (Q,), of the drawn queries of one resample after another: (resamples,)."""
-    drawn = ([np.repeat(v, count) if np.ndim(v) else v for v in values] for count in counts)
-    return np.array([function(*values) for values in drawn], dtype=np.float64)
+    """Any function, of the drawn queries of one resample after another: (resamples,), or a dict of them."""
+    drawn = [function(*(np.repeat(v, count) if np.ndim(v) else v for v in values)) for count in counts]
+    if not isinstance(drawn[0], dict):
+        return np.array(drawn, dtype=np.float64)
+    return {name: np.array([result[name] for result in drawn], dtype=np.float64) for name in drawn[0]}
 
 
 def mean(counts, values):

@@ -21,7 +21,7 @@ class Figure:
         more_is_better: None if neither is better; then it has no interval.
         fields: of a view (`views_of`), what function takes; where one is missing, the figure is left out.
         function: (*fields) -> float, or None where undefined.
-        resampled: (counts, *fields) -> (resamples,), the same of all resamples at once; None: function of each.
+        resampled: (counts, *fields) -> (resamples,), the same of all resamples at once; without it, one by one.
         entry: which figure of a dict, where both functions give several; they are called once for all of them.
         column: whether tables show it.
         queries: with fewer of them it is left out.
@@ -40,26 +40,14 @@ class Figure:
         """Whether a view, {field: array}, has what it needs."""
         return all(field in view for field in self.fields) and len(view[self.fields[0]]) >= self.queries
 
-    def value(self, call):
-        """The number itself, or None; `call` is that of a view (`once_each`)."""
-        return self._entry(call(self.function, self.fields))
-
-    def draws(self, call):
-        """Its values (resamples,), nan where undefined; `call` is that of a view and `counts` (`once_each`)."""
-        if self.resampled:
-            return self._entry(call(self.resampled, self.fields))
-        function = lambda *values: self._entry(self.function(*values))  # noqa: E731
-        return call(partial(bootstrap.one_by_one, function), self.fields)
-
-    def _entry(self, result):
+    def of(self, call, function):
+        """What one of its two functions gives, `call` being that of a view (`once_each`)."""
+        result = call(function, self.fields)
         return result[self.entry] if self.entry else result
 
 
 def once_each(view, *first):
-    """A function (function, fields) that calls a function of a view's fields, and the same one only once.
-
-    Args: view: {field: array}. first: arguments before the fields.
-    """
+    """A function `call(function, fields)` of fields of a view, after first arguments; it calls each function once."""
     return functools.cache(lambda function, fields: function(*first, *(view[field] for field in fields)))
 
 
@@ -157,16 +145,15 @@ class Section:
     def measure(self, view):
         """Those of its figures that are known: {name: float or None}."""
         call = once_each(view)
-        return {figure.name: figure.value(call) for figure in self.figures if figure.is_known(view)}
+        return {f.name: f.of(call, f.function) for f in self.figures if f.is_known(view)}
 
     def resample(self, view, resamples):
         """Those of its figures that have intervals: {name: (resamples,)}, nan where undefined."""
-        figures = [figure for figure in self.figures if figure.is_known(view) and figure.more_is_better is not None]
+        figures = [f for f in self.figures if f.is_known(view) and f.more_is_better is not None]
         if not (self.resampled and figures and resamples):
             return {}
-        counts = bootstrap.resample(view["image"], resamples)
-        call = once_each(view, counts)
-        return {figure.name: figure.draws(call) for figure in figures}
+        call = once_each(view, bootstrap.resample(view["image"], resamples))
+        return {f.name: f.of(call, f.resampled or partial(bootstrap.one_by_one, f.function)) for f in figures}
 
 
 FOLDS = Section("recall_folds", "recall, mean over the folds", "folds", RECALL)

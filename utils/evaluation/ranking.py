@@ -112,10 +112,11 @@ def rank_relevant(score, relevance, answers):
     everything, ranks = torch.arange(answers), []
     for queries in torch.arange(len(count)).split(TILE):
         order = score(queries, everything).argsort(dim=1, descending=True, stable=True)  # (q, N), best first
-        is_right = torch.zeros(order.shape, dtype=torch.bool)
+        is_right = np.zeros(order.shape, dtype=bool)
         for row, query in zip(is_right, queries.tolist(), strict=True):
             row[relevance[query]] = True
-        ranks.append(is_right.to(order.device).gather(1, order).nonzero()[:, 1].cpu().numpy() + 1)
+        is_right = torch.from_numpy(is_right).to(order.device).gather(1, order).cpu().numpy()
+        ranks.append(is_right.nonzero()[1] + 1)
     rank, query = np.concatenate(ranks), np.repeat(np.arange(len(count)), count)  # of every right answer, best first
     first = np.cumsum(count) - count  # where a query's right answers begin
     precision, is_high = (np.arange(1, len(rank) + 1) - first[query]) / rank, rank <= count[query]
