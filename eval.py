@@ -90,21 +90,14 @@ def parse(argv):
     args.method = expand_groups(args.method)
     args.seed = list(dict.fromkeys(args.seed))
     unknown = next((method for method in args.compare if method not in (*METHODS, *BASELINES)), None)
-    asked = [
-        question for question in (args.compare, args.prompts, args.most_uncertain or args.least_uncertain) if question
-    ]
+    asks = bool(args.prompts) + bool(args.most_uncertain or args.least_uncertain)
+    several = bool(args.compare) + asks > 1
     asking = "--prompts, --most-uncertain and --least-uncertain"
     for is_wrong, message in (
         (torchrun_rank()[1] > 1, "eval.py runs alone; call it without torchrun"),
         (unknown, f"--compare {unknown}: choose from {names}, {baselines}"),
-        (
-            len(asked) > 1,
-            "--compare, --prompts and the lists of captions are questions of their own; ask one at a time",
-        ),
-        (
-            args.json and asked in ([], [args.compare]),
-            f"--json: goes with {asking}; results/ holds the JSON of an evaluation",
-        ),
+        (several, "--compare, --prompts and the lists of captions are questions of their own; ask one at a time"),
+        (args.json and not asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
         (args.compare and args.resamples < LEAST, f"--resamples {args.resamples}: a comparison needs {LEAST} at least"),
         (len(set(args.compare)) == 1, f"--compare {' '.join(args.compare)}: give two different methods"),
     ):
