@@ -14,27 +14,16 @@ DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, and what it is a function of.
+    """A number, and what it is a function of."""
 
-    Args:
-        name: its column.
-        more_is_better: None if neither is better; then it has no interval.
-        fields: of a view (`views_of`), what function takes; where one is missing, the figure is left out.
-        function: (*fields) -> float, or None where undefined.
-        resampled: (counts, *fields) -> (resamples,), the same of all resamples at once; without it, one by one.
-        entry: which figure of a dict, where both functions give several; they are called once for all of them.
-        column: whether tables show it.
-        queries: with fewer of them it is left out.
-    """
-
-    name: str
-    more_is_better: bool | None
-    fields: tuple
-    function: Callable
-    resampled: Callable | None = None
-    entry: str | None = None
-    column: bool = True
-    queries: int = 1
+    name: str  # its column
+    more_is_better: bool | None  # None: neither is, and it has no interval
+    fields: tuple  # of a view (`views_of`), what function takes; where one is missing, the figure is left out
+    function: Callable  # (*fields) -> float, or None where undefined
+    resampled: Callable | None = None  # (counts, *fields) -> (resamples,), of all resamples at once; None: one by one
+    entry: str | None = None  # which figure of a dict, where the functions give several; they are called once for all
+    column: bool = True  # whether tables show it
+    queries: int = 1  # with fewer of them it is left out
 
     def is_known(self, view):
         """Whether a view, {field: array}, has what it needs."""
@@ -124,23 +113,14 @@ HIERARCHY = (
 
 @dataclass(frozen=True)
 class Section:
-    """Figures of one view, under one key and in one table.
+    """Figures of one view, under one key and in one table."""
 
-    Args:
-        key: of the metrics in a .json.
-        title: of its table.
-        view: what its figures are functions of (`views_of`).
-        figures: its columns.
-        compared: whether its table is in the comparison; else it is in the details.
-        resampled: whether its figures have intervals.
-    """
-
-    key: str
-    title: str
-    view: str
+    key: str  # of the metrics in a .json
+    title: str  # of the table
+    view: str  # what its figures are functions of (`views_of`)
     figures: tuple
-    compared: bool = False
-    resampled: bool = False
+    compared: bool = False  # whether its table is in the comparison; else it is in the details
+    resampled: bool = False  # whether its figures have intervals
 
     def measure(self, view):
         """Those of its figures that are known: {name: float or None}."""
@@ -198,8 +178,8 @@ def views_of(answers, levels):
     """
     views = {}
     for d, fields in answers.items():
-        nearest = fields.get("query", np.arange(len(fields["rank"])))
-        fields = {"image": nearest} | fields  # the caption's, or the image asked: what is resampled
+        asked = fields.get("query", np.arange(len(fields["rank"])))
+        fields = {"image": asked} | fields  # the caption's, or the image asked: what is resampled
         cxc = {field.removeprefix("cxc_"): values for field, values in fields.items() if field.startswith("cxc_")}
         views[d] = fields | {"correct": fields["rank"] == 1, "levels": levels}
         views[f"known {d}"] = only_judged(fields)

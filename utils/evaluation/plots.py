@@ -116,8 +116,7 @@ def _ladder(results):
 def _depth(results, stem):
     """Mean percentile of uncertainty by depth in caption chains."""
     rows = {name: [_steps(run.content["depth"][stem]) for run in runs] for name, runs in results.items()}
-    labels = ("depth in the chain (1 = most general)", "percentile of uncertainty")
-    return _lines({"": rows}, *labels, size=(3.8, 2.9))[0]
+    return _lines({"": rows}, "depth in the chain (1 = most general)", "percentile of uncertainty", (3.8, 2.9))[0]
 
 
 def _against(results, field, label, logarithmic=False):

@@ -45,15 +45,13 @@ def describe_prompts(adaptor, cache, texts, z):
     uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
     similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
-    return [
-        {
-            "prompt": texts[row],
-            "uncertainty": float(uncertainty[row]),
-            "percentile": float(np.mean(captions < uncertainty[row]) * 100),
-            "closest": [_image_name(cache, image) for image in closest[row]],
-        }
-        for row in np.argsort(-uncertainty, kind="stable").tolist()
-    ]
+    answers = []
+    for row in np.argsort(-uncertainty, kind="stable").tolist():
+        answer = {"prompt": texts[row], "uncertainty": float(uncertainty[row])}
+        answer["percentile"] = float(np.mean(captions < uncertainty[row]) * 100)
+        answer["closest"] = [_image_name(cache, image) for image in closest[row]]
+        answers.append(answer)
+    return answers
 
 
 @torch.inference_mode()
@@ -71,16 +69,11 @@ def describe_captions(adaptor, cache, most, least):
         images_of.setdefault(caption, {})[image] = None
     uncertainty_of = dict(zip(reversed(cache.captions), uncertainty[::-1].tolist(), strict=True))  # of the first one
     order = sorted(images_of, key=uncertainty_of.get, reverse=True)
-    listed = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
-    return [
-        {
-            "caption": caption,
-            "uncertainty": uncertainty_of[caption],
-            "images": len(images_of[caption]),
-            "image": _image_name(cache, next(iter(images_of[caption]))),
-        }
-        for caption in listed
-    ]
+    answers = []
+    for caption in dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]]):  # each once, in this order
+        first, images = _image_name(cache, next(iter(images_of[caption]))), len(images_of[caption])
+        answers.append({"caption": caption, "uncertainty": uncertainty_of[caption], "images": images, "image": first})
+    return answers
 
 
 def _image_name(cache, image):

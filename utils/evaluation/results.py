@@ -19,31 +19,22 @@ FIELDS = ("query", "rank", "top1", "uncertainty")  # of every query
 class Results:
     """The results of one method and seed.
 
-    Args:
-        answers: {"t2i", "i2t"}, as `answer` gives them.
-        content: of the .json: "t2i", "i2t", recall by level; "by_image", the same by the image's uncertainty;
-            "metrics", as `measure` gives them; "ladder", "depth", "intervals", "config".
-        draws: as `measure_resamples` gives them.
+    The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty;
+    "metrics", as `measure` gives them; "ladder", "depth", "intervals", "config".
     """
 
-    answers: dict
+    answers: dict  # {"t2i", "i2t"}, as `answer` gives them
     content: dict
-    draws: dict = field(default_factory=dict)
+    draws: dict = field(default_factory=dict)  # as `measure_resamples` gives them
 
     @classmethod
     def of(cls, answers, levels):
         """The results that follow from answers alone."""
-        content = {"metrics": measure(answers, levels), "by_image": {}}
-        for by, recall in (("uncertainty", content), ("image_uncertainty", content["by_image"])):
-            for direction, fields in answers.items():
-                if by in fields:
-                    recall[direction] = recall_by_level(fields["rank"] == 1, fields[by], levels)
-        return cls(answers, content)
-
-    @property
-    def metrics(self):
-        """{section key: {figure name: float or None}}."""
-        return self.content["metrics"]
+        by_text, by_image = (
+            {d: recall_by_level(a["rank"] == 1, a[by], levels) for d, a in answers.items() if by in a}
+            for by in ("uncertainty", "image_uncertainty")
+        )
+        return cls(answers, {"metrics": measure(answers, levels), "by_image": by_image} | by_text)
 
     @property
     def is_uncertain(self):
@@ -57,12 +48,7 @@ class Results:
         return self
 
     def save(self, folder, config):
-        """Write the two files.
-
-        Args:
-            folder: results/<name>/.
-            config: how they were made, with "method" and "seed".
-        """
+        """Write the two files to results/<name>/; config says how they were made, "method" and "seed" among it."""
         path = result_path(folder, config["method"], config["seed"])
         save_json(self.content | {"config": config}, path.with_suffix(".json"), indent=1)
         arrays = {f"{d}_{name}": values for d, fields in self.answers.items() for name, values in fields.items()}
@@ -71,7 +57,7 @@ class Results:
 
     @classmethod
     def load(cls, path, split):
-        """Read what `save` wrote, to a path without suffix.
+        """Read what `save` wrote, at a path without suffix.
 
         Raises: UserError if it is something else, or of another split.
         """
@@ -120,13 +106,13 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
     """
     results = Results.of(answer(scorer, cache), levels)
     if folds > 1:
-        results.metrics[FOLDS.key] = recall_in_folds(scorer, cache, folds)
+        results.content["metrics"][FOLDS.key] = recall_in_folds(scorer, cache, folds)
     if ladder is not None and scorer.on_ladder:
         values = scorer.text_uncertainty(*ladder[:2]).tolist()
         results.content["ladder"] = [{"prompt": p, "uncertainty": u} for p, u in zip(ladder[0], values, strict=True)]
     for stem, (texts, z, rows) in (chains or {}).items() if results.is_uncertain else ():
         uncertainty, section = scorer.text_uncertainty(texts, z), hierarchy(stem)
-        results.metrics[section.key] = section.measure({"uncertainty": uncertainty, "chains": rows})
+        results.content["metrics"][section.key] = section.measure({"uncertainty": uncertainty, "chains": rows})
         results.content.setdefault("depth", {})[stem] = uncertainty_by_depth(uncertainty, rows)
     return results
 

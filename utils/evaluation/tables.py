@@ -23,7 +23,7 @@ def tables_of(results, sections=COMPARED):
     """{Section: table}, without figures that no row has."""
     tables = {}
     for section in sections:
-        rows = {name: runs for name, runs in results.items() if section.key in runs[0].metrics}
+        rows = {name: runs for name, runs in results.items() if section.key in runs[0].content["metrics"]}
         for figure in section.figures:
             cells = {name: _over_seeds(runs, section, figure) for name, runs in rows.items()}
             if figure.column and any(map(_is_defined, cells.values())):
@@ -32,7 +32,7 @@ def tables_of(results, sections=COMPARED):
 
 
 def _over_seeds(runs, section, figure):
-    values = [run.metrics[section.key].get(figure.name, np.nan) for run in runs]
+    values = [run.content["metrics"][section.key].get(figure.name, np.nan) for run in runs]
     if None in values:
         return None, None
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
