@@ -35,9 +35,8 @@ def rank_queries(score, image_of_caption, images, uncertainty=None):
     image_of_caption = torch.as_tensor(np.asarray(image_of_caption), dtype=torch.int64)
     tile_of_caption = image_of_caption // TILE
     rows_of = torch.arange(images).split(TILE)
-    columns_of = torch.argsort(tile_of_caption, stable=True).split(
-        tile_of_caption.bincount(minlength=len(rows_of)).tolist()
-    )
+    sizes = tile_of_caption.bincount(minlength=len(rows_of)).tolist()
+    columns_of = torch.argsort(tile_of_caption, stable=True).split(sizes)
     t2i, i2t, sides = _Race(len(image_of_caption)), _Race(images), range(len(rows_of))
     for a, b in [(k, k) for k in sides] + [(a, b) for b in sides for a in sides if a != b]:
         rows, columns = rows_of[a], columns_of[b]
