@@ -136,13 +136,14 @@ def answer(scorer, cache):
         i2t["image_uncertainty"] = image_uncertainty[i2t["query"]]
     t2i["image"] = image_of_caption
     score_of = {"t2i": lambda captions, images: scorer.score(images, captions).T, "i2t": scorer.score}
-    for number, (name, right) in enumerate(cache.judgements.items()):
+    for number, (name, right_of) in enumerate(cache.judgements.items()):
         for direction, gallery in (("t2i", cache.image), ("i2t", cache.text)):
-            fields, score = answers[direction], score_of[direction]
-            judged = [row for row, query in enumerate(fields["query"]) if len(right[direction][query])]
+            fields, right, score = answers[direction], right_of[direction], score_of[direction]
+            judged = [row for row, query in enumerate(fields["query"]) if len(right[query])]
             asked = torch.from_numpy(fields["query"][judged])
-            relevance = [right[direction][query] for query in asked]
-            for field, values in rank_relevant(lambda q, rows: score(asked[q], rows), relevance, len(gallery)).items():  # noqa: B023
+            relevance = [right[query] for query in asked]
+            score_asked = lambda q, rows, score=score, asked=asked: score(asked[q], rows)  # noqa: E731
+            for field, values in rank_relevant(score_asked, relevance, len(gallery)).items():
                 everyone = fields[f"{name}_{field}" if number else field] = np.zeros(len(fields["query"]), values.dtype)
                 everyone[judged] = values
     return answers
