@@ -130,7 +130,8 @@ def differences(results):
                     p = f"{p_value(difference):.3f}" if p_title else ""
                     row = [f"{a - b:+.3f}", f"[{limits[0]:+.3f}, {limits[1]:+.3f}]", p]
                 rows.append([figure.name, number(a), number(b), *row])
-        parts += [text_table([section.title, *results, "difference", "interval", p_title], rows)] if rows else []
+        if rows:
+            parts.append(text_table([section.title, *results, "difference", "interval", p_title], rows))
     return "\n\n".join(parts)
 
 
