@@ -7,6 +7,7 @@ python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
 python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
 """
 
+import itertools
 import json
 import logging
 import sys
@@ -17,11 +18,11 @@ from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
 from models import GROUPS, METHODS, expand_groups
 from utils.checkpoint import check_fits, checkpoint_path, load_adaptor
-from utils.cli import Parser, UserError, folder_name, positive, run_script, seed_number, torchrun_rank, whole_number
+from utils.cli import Parser, folder_name, need, positive, run_script, seed_number, torchrun_rank, whole_number
 from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
-from utils.evaluation.bootstrap import LEAST, LEVEL, RESAMPLES
+from utils.evaluation.bootstrap import CONFIDENCE, LEAST, RESAMPLES
 from utils.evaluation.results import evaluate, load_results, save_texts
 from utils.evaluation.scorers import BASELINES, every_scorer
 from utils.report import results_page
@@ -29,27 +30,34 @@ from utils.report import results_page
 
 def main(argv=None):
     args = parse(argv)
-    folder = Path("results") / args.dataset
+    folder, split = Path("results") / args.dataset, f"{args.dataset}/{args.split}"
+    seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
     if args.compare:
-        return compare(args, folder)
+        runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
+        heading = f"{split}, {' against '.join(args.compare)}, {seeds}"
+        return compare(runs, heading, args.uncer_levels, args.resamples, folder)
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split).to(device)
-    if args.asks:
-        return ask(args, cache, load_adaptors(args, cache, device))
-    check_counts(args, cache)
-    adaptors = load_adaptors(args, cache, device)
+    if args.prompts or args.most_uncertain or args.least_uncertain:
+        adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
+        answers = ask(adaptors, cache, args.dataset, args.prompts, args.most_uncertain, args.least_uncertain)
+        return print(json.dumps(answers, indent=1) if args.json else tables.rows_as_tables(answers))
+    check_counts(cache, args.uncer_levels, args.folds)
+    adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
     config["cache"] = cache.digest
     results = {}
     for scorer in every_scorer(cache, adaptors):
-        found = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains)
-        if found.is_uncertain:
-            found.bootstrap(args.uncer_levels, args.resamples)
-            found.save(folder, config | {"method": scorer.name, "seed": scorer.seed, "checkpoint": scorer.checkpoint})
-        results.setdefault(scorer.name, []).append(found)
-    report(results, args, cache, folder)
+        run = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains)
+        if run.is_uncertain:
+            run.bootstrap(args.uncer_levels, args.resamples)
+            run.save(folder, config | {"method": scorer.name, "seed": scorer.seed, "checkpoint": scorer.checkpoint})
+        results.setdefault(scorer.name, []).append(run)
+    title = f"{split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}"
+    flags = ("dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples")
+    report(results, title, {flag: getattr(args, flag) for flag in flags}, folder, plots=not args.no_plots)
 
 
 def parse(argv):
@@ -81,16 +89,15 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.method = expand_groups(args.method)
     args.seed = list(dict.fromkeys(args.seed))
-    args.seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"  # in titles
-    args.asks = args.prompts or args.most_uncertain or args.least_uncertain
     unknown = next((method for method in args.compare if method not in (*METHODS, *BASELINES)), None)
-    several = bool(args.compare) + bool(args.prompts) + bool(args.most_uncertain or args.least_uncertain) > 1
+    asks = bool(args.prompts) + bool(args.most_uncertain or args.least_uncertain)
+    several = bool(args.compare) + asks > 1
     asking = "--prompts, --most-uncertain and --least-uncertain"
     for is_wrong, message in (
         (torchrun_rank()[1] > 1, "eval.py runs alone; call it without torchrun"),
         (unknown, f"--compare {unknown}: choose from {names}, {baselines}"),
         (several, "--compare, --prompts and the lists of captions are questions of their own; ask one at a time"),
-        (args.json and not args.asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
+        (args.json and not asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
         (args.compare and args.resamples < LEAST, f"--resamples {args.resamples}: a comparison needs {LEAST} at least"),
         (len(set(args.compare)) == 1, f"--compare {' '.join(args.compare)}: give two different methods"),
     ):
@@ -99,66 +106,61 @@ def parse(argv):
     return args
 
 
-def check_counts(args, cache):
+def check_counts(cache, levels, folds):
     """Raise a UserError if there are more levels or folds than queries to fill them."""
     queries = len(cache.image_of_caption.unique())  # images that have a caption: there are no fewer captions
-    for flag, count, what in (("uncer_levels", args.uncer_levels, "levels"), ("folds", args.folds, "folds")):
-        if count > queries:
-            there = f"there are only {queries} image queries in {cache.folder}"
-            raise UserError(f"--{flag} {count}: {there}; choose fewer {what}")
+    for flag, count, what in (("uncer_levels", levels, "levels"), ("folds", folds, "folds")):
+        there = f"there are only {queries} image queries in {cache.folder}"
+        need(count <= queries, f"--{flag} {count}: {there}; choose fewer {what}")
 
 
-def load_adaptors(args, cache, device):
-    """{(method, seed): Adaptor}. Raises: UserError if one is missing or does not fit the cache."""
+def load_adaptors(dataset, methods, seeds, cache, other_clip):
+    """The trained adaptors of a data set: {(method, seed): Adaptor}.
+
+    Raises: UserError if one is missing or does not fit the cache.
+    """
     adaptors = {}
-    for method, seed in [(method, seed) for method in args.method for seed in args.seed]:
-        path = checkpoint_path(args.dataset, seed, method)
-        if not path.exists():
-            command = f"python train.py --dataset {args.dataset} --method {method} --seed {seed}"
-            raise UserError(f"{path}: no such checkpoint; make it with {command}")
-        adaptor = adaptors[method, seed] = load_adaptor(path, device, method)
-        check_fits(adaptor, path, cache, args.other_clip)
+    for method, seed in itertools.product(methods, seeds):
+        path = checkpoint_path(dataset, seed, method)
+        command = f"python train.py --dataset {dataset} --method {method} --seed {seed}"
+        need(path.exists(), f"{path}: no such checkpoint; make it with {command}")
+        adaptor = adaptors[method, seed] = load_adaptor(path, cache.device, method)
+        check_fits(adaptor, path, cache, other_clip)
     return adaptors
 
 
-def report(results, args, cache, folder):
-    """Write the tables and plots of results/<name>/ and print the short ones."""
-    title = f"{args.dataset}/{args.split}: {len(cache.image)} images, {len(cache.text)} captions; {args.seeds}"
-    texts, plots = tables.write_all(results, title), {}
-    if not args.no_plots:
+def report(results, title, flags, folder, plots):
+    """Write tables and plots of {row name: [Results, one a seed]}, made with these flags; print the short ones."""
+    texts, pictures = tables.write_all(results, title), {}
+    if plots:
         from utils.evaluation.plots import draw_all  # matplotlib takes a second to import
 
-        plots = draw_all(results, folder)
-    flags = {"dataset": [args.dataset], "method": args.method, "seed": args.seed, "split": [args.split]}
-    flags |= {key: [getattr(args, key)] for key in ("uncer_levels", "folds", "resamples")}
-    command = " ".join(["python eval.py", *(f"--{key} {' '.join(map(str, values))}" for key, values in flags.items())])
-    save_texts(texts | {"README.md": results_page(title, command, texts, plots)}, folder)
+        pictures = draw_all(results, folder)
+    words = (f"--{flag} {' '.join(map(str, v)) if isinstance(v, list) else v}" for flag, v in flags.items())
+    page = results_page(title, f"python eval.py {' '.join(words)}", texts, pictures)
+    save_texts(texts | {"README.md": page}, folder)
     what = "a .json and .npz for every method and seed, tables and plots; README.md there shows them together"
     logging.info("written to %s: %s\n", folder, what)
     print(texts["report.txt"], end="")
 
 
-def compare(args, folder):
-    """Print how two methods differ over the same queries, from results written before."""
-    runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
-    title = f"{args.dataset}/{args.split}, {' against '.join(args.compare)}, {args.seeds}: "
-    title += f"{args.resamples} paired resamples of the images and, each by itself, of the seeds; {LEVEL:.0%} intervals"
-    text = f"{title}\n\n{questions.compare_runs(runs, args.uncer_levels, args.resamples)}\n"
-    save_texts({f"{'-against-'.join(args.compare)}.txt": text}, folder)
+def compare(runs, heading, levels, resamples, folder):
+    """Print and write how two methods, {method: [Results, one a seed]}, differ over the same queries."""
+    text = f"{heading}: {resamples} paired resamples of the images and, each by itself, of the seeds; "
+    text += f"{CONFIDENCE:.0%} intervals\n\n{questions.paired_bootstrap(runs, levels, resamples)}\n"
+    save_texts({f"{'-against-'.join(runs)}.txt": text}, folder)
     print(text, end="")
 
 
-def ask(args, cache, adaptors):
-    """Print how uncertain prompts are among the captions of the split, or the most and least uncertain captions."""
-    if args.prompts:
-        texts = questions.prompts_from(args.prompts)
-        made_by = clip_id(args.dataset)
-        z = to_dtype(encode_texts(made_by.load(cache.device), texts), made_by.dtype, texts)
+def ask(adaptors, cache, dataset, prompts, most, least):
+    """How uncertain prompts are, or else the most and least uncertain captions: {method, seed: [dict, one a text]}."""
+    if prompts:
+        texts, clip = questions.prompts_from(prompts), clip_id(dataset)
+        z = to_dtype(encode_texts(clip.load(cache.device), texts), clip.dtype, texts)
         describe = partial(questions.describe_prompts, texts=texts, z=z)
     else:
-        describe = partial(questions.describe_captions, most=args.most_uncertain, least=args.least_uncertain)
-    found = {f"{method}, seed {seed}": describe(adaptor, cache) for (method, seed), adaptor in adaptors.items()}
-    print(json.dumps(found, indent=1) if args.json else tables.rows_as_tables(found))
+        describe = partial(questions.describe_captions, most=most, least=least)
+    return {f"{method}, seed {seed}": describe(adaptor, cache) for (method, seed), adaptor in adaptors.items()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import doctest
 import itertools
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +11,17 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from utils.evaluation import bootstrap, ranking
-from utils.evaluation.bootstrap import interval, over_seeds, p_value, resample
-from utils.evaluation.figures import RECALL, RELEVANCE, SECTIONS, Section, hierarchy, measure, measure_resamples
+from utils.evaluation.bootstrap import interval, one_by_one, over_seeds, p_value, resample
+from utils.evaluation.figures import (
+    RECALL,
+    RELEVANCE,
+    SECTIONS,
+    Section,
+    hierarchy,
+    measure,
+    measure_resamples,
+    once_each,
+)
 from utils.evaluation.metrics import auroc, recall_by_level, share_of_ties, uncertainty_by_depth
 from utils.evaluation.ranking import rank_relevant
 
@@ -48,11 +57,11 @@ def slow_relevant(similarity, relevance):
     return ranks, precisions
 
 
-@pytest.mark.parametrize("block", [1, 7, 128])
+@pytest.mark.parametrize("tile", [1, 7, 128])
 @pytest.mark.parametrize("ties", [False, True])
-def test_right_answers_equal_a_plain_loop(block, ties, monkeypatch):
-    monkeypatch.setattr(ranking, "RELEVANT_BLOCK", block)
-    rng = np.random.default_rng(block)
+def test_right_answers_equal_a_plain_loop(tile, ties, monkeypatch):
+    monkeypatch.setattr(ranking, "TILE", tile)
+    rng = np.random.default_rng(tile)
     similarity = (
         rng.integers(0, 5, (23, 17)).astype(np.float32) if ties else rng.normal(size=(23, 17)).astype(np.float32)
     )
@@ -200,10 +209,12 @@ def test_what_a_figure_gives_for_all_resamples_at_once_is_what_its_function_give
     answers, counts = random_answers(queries=60, ties=ties), resample(np.arange(60) // 7, 20)
     view = answers | {"correct": answers["rank"] == 1, "levels": 7}
     fast = {figure for section in SECTIONS for figure in section.figures if figure.resampled and figure.is_known(view)}
-    assert len(fast) == 9
+    assert len(fast) == 16
     for figure in fast:
-        each = replace(figure, resampled=None).of_resamples(view, counts)
-        np.testing.assert_allclose(figure.of_resamples(view, counts), each, atol=1e-12, err_msg=figure.name)
+        each = figure.of(once_each(view, counts), partial(one_by_one, figure.function))
+        np.testing.assert_allclose(
+            figure.of(once_each(view, counts), figure.resampled), each, atol=1e-12, err_msg=figure.name
+        )
 
 
 def test_what_is_undefined_in_a_resample_has_no_interval():

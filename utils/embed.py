@@ -21,14 +21,10 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "pillow")  # what the emb
 
 
 class Unit(Protocol):
-    """What is encoded at once and kept when a run is stopped. `embed_units` needs this of it, and knows no data set.
+    """What is encoded at once and kept when a run is stopped. `embed_units` needs this of it, and knows no data set."""
 
-    texts: those to embed; None where there are none; empty where they come with the pictures, as in a tar.
-    pictures: how many there are; None where only reading them tells.
-    """
-
-    texts: list | None
-    pictures: int | None
+    texts: list | None  # those to embed; None: there are none; empty: they come with the pictures, as in a tar
+    pictures: int | None  # how many there are; None: only reading them tells
 
     def streams(self, size):
         """Functions of the CLIP's transform that yield `Samples`, at most `size` of them at a time: a list."""

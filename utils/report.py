@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from utils.files import written_aside
+
 
 def insert_files(document):
     """A markdown text with its <!-- FILE --> sections renewed, a .txt as code; without its file a section stays."""
@@ -25,9 +27,12 @@ def insert_files(document):
 
 
 def results_page(title, command, texts, plots):
-    """The README.md of a results folder: its tables and plots together, and the command that makes them.
+    """The README.md of a results folder: its tables and plots in one page, and the command that makes them.
 
-    Args: texts: {file name: content}. plots: {file name of a PNG: caption}.
+    Args:
+        title, command: one line each.
+        texts: {file name: content}, as `tables.write_all` gives them.
+        plots: {file name of a PNG: caption}, as `plots.draw_all` gives them.
     Returns: markdown.
     """
     pictures = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in plots.items())
@@ -38,4 +43,6 @@ def results_page(title, command, texts, plots):
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        Path(name).write_text(insert_files(Path(name).read_text(encoding="utf-8")), encoding="utf-8")
+        renewed = insert_files(Path(name).read_text(encoding="utf-8"))
+        with written_aside(name) as document:
+            document.write(renewed.encode())

@@ -17,7 +17,9 @@ def variance(x):
 def mutual_likelihood_loss(mean_image, var_image, mean_text, var_text):
     """mean_b sum_d [ (mean_image - mean_text)^2 / (var_image + var_text) + log(var_image + var_text) ].
 
-    That is twice the negative mutual likelihood score, less the constant D log 2 pi: (B, D) each, variances > 0 -> ().
+    That is twice the negative mutual likelihood score, less the constant D log 2 pi, of B true pairs.
+    Args: all (B, D), variances > 0.
+    Returns: ().
     Source: Shi & Jain, "Probabilistic face embeddings", arXiv 1904.09658, eq. 3.
     """
     var = var_image + var_text  # (B, D)

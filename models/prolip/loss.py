@@ -25,6 +25,7 @@ def information_bottleneck(mean, log_var):
     return -(1 + log_var / 2 - mean.square() - (log_var / 2).exp()).mean() / 2
 
 
+@full_precision  # once, here: gradients of what the terms share are then summed in float32, too
 def prolip_loss(mean_image, log_var_image, mean_text, log_var_text):
     """sum_ij -log sigmoid(+-logit_ij) / B, + where i = j, plus VIB_BETA times each modality's VIB; (B, D) -> ()."""
     logits = pairwise_logits(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)

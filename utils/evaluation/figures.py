@@ -1,5 +1,6 @@
 """Every figure of an evaluation, one row each: result files, tables, intervals and comparisons follow from them."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,45 +10,40 @@ import numpy as np
 from utils.evaluation import bootstrap, metrics
 
 DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
-TITLES = DIRECTIONS.items()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, and what it is a function of.
+    """A number, and what it is a function of."""
 
-    Args:
-        name: its column. more_is_better: None if neither is better; then it has no interval.
-        fields: of a view (`views_of`), what function takes; where one is missing, the figure is left out.
-        function: (*fields) -> float, or None where undefined.
-        resampled: (counts, *fields) -> (resamples,), the same of all resamples at once; None: function of each.
-        column: whether tables show it. queries: with fewer of them it is left out.
-    """
-
-    name: str
-    more_is_better: bool | None
-    fields: tuple
-    function: Callable
-    resampled: Callable | None = None
-    column: bool = True
-    queries: int = 1
+    name: str  # its column
+    more_is_better: bool | None  # None: neither is, and it has no interval
+    fields: tuple  # of a view (`views_of`), what function takes; where one is missing, the figure is left out
+    function: Callable  # (*fields) -> float, or None where undefined
+    resampled: Callable | None = None  # (counts, *fields) -> (resamples,), of all resamples at once; None: one by one
+    entry: str | None = None  # which figure of a dict, where the functions give several; they are called once for all
+    column: bool = True  # whether tables show it
+    queries: int = 1  # with fewer of them it is left out
 
     def is_known(self, view):
         """Whether a view, {field: array}, has what it needs."""
         return all(field in view for field in self.fields) and len(view[self.fields[0]]) >= self.queries
 
-    def of_resamples(self, view, counts):
-        """Its values (resamples,), nan where undefined. Args: counts: as `bootstrap.resample` gives them."""
-        values = [view[field] for field in self.fields]
-        if self.resampled:
-            return self.resampled(counts, *values)
-        drawn = ([np.repeat(v, count) if np.ndim(v) else v for v in values] for count in counts)
-        return np.array([self.function(*values) for values in drawn], dtype=np.float64)
+    def of(self, call, function):
+        """What one of its two functions gives, `call` being that of a view (`once_each`)."""
+        result = call(function, self.fields)
+        return result[self.entry] if self.entry else result
 
 
-def recall(name, field, k, **options):
-    """The row of a recall at k. Args: field: of ranks."""
-    return Figure(name, True, (field,), partial(metrics.recall_at, k=k), **options)
+def once_each(view, *first):
+    """A function `call(function, fields)` of fields of a view, after first arguments; it calls each function once."""
+    return functools.cache(lambda function, fields: function(*first, *(view[field] for field in fields)))
+
+
+def recall(name, field, k, column=True):
+    """The row of a recall at k of a field of ranks."""
+    functions = (partial(module.recall_at, k=k) for module in (metrics, bootstrap))
+    return Figure(name, True, (field,), *functions, column=column)
 
 
 def mean(values):
@@ -65,9 +61,13 @@ def by_level(correct, uncertainty, levels):
     return metrics.level_statistics(metrics.recall_by_level(correct, uncertainty, levels))
 
 
-def entry(function, name):
-    """The function that gives one entry of the dict that another gives."""
-    return lambda *values, **options: function(*values, **options)[name]
+def by_modality(name, more_is_better, function, entry=None):
+    """The rows of a figure that says how well the uncertainty of text or image predicts the errors of a direction."""
+    return tuple(
+        Figure(f"{d} {name} by {modality}", more_is_better, (f"{d}_correct", f"{d}_{field}"), function, entry=entry)
+        for d in DIRECTIONS
+        for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty"))
+    )
 
 
 RANKED = ("correct", "uncertainty")
@@ -75,12 +75,14 @@ LEVELED = (*RANKED, "levels")
 DESCRIBED = ("uncertainty", "relevant")  # relevant: exact ambiguity, how many images a caption describes
 GIVEN = (*DESCRIBED, "words")
 RETRIEVAL = (
-    *(recall(f"R@{k}", "rank", k, column=k == 1) for k in (1, 5, 10)),
-    Figure("AURC", False, RANKED, entry(metrics.aurc, "AURC"), entry(bootstrap.aurc, "AURC")),
-    Figure("E-AURC", False, RANKED, entry(metrics.aurc, "E-AURC"), entry(bootstrap.aurc, "E-AURC")),
-    Figure("S", False, LEVELED, entry(by_level, "S"), entry(bootstrap.by_level, "S")),
-    Figure("R2", True, LEVELED, entry(by_level, "R2"), entry(bootstrap.by_level, "R2")),
-    Figure("-S*R2", True, LEVELED, entry(by_level, "-S*R2"), entry(bootstrap.by_level, "-S*R2")),
+    recall("R@1", "rank", 1),
+    recall("R@5", "rank", 5, column=False),
+    recall("R@10", "rank", 10, column=False),
+    Figure("AURC", False, RANKED, metrics.aurc, bootstrap.aurc, "AURC"),
+    Figure("E-AURC", False, RANKED, metrics.aurc, bootstrap.aurc, "E-AURC"),
+    Figure("S", False, LEVELED, by_level, bootstrap.by_level, "S"),
+    Figure("R2", True, LEVELED, by_level, bootstrap.by_level, "R2"),
+    Figure("-S*R2", True, LEVELED, by_level, bootstrap.by_level, "-S*R2"),
     Figure("ties", None, ("uncertainty",), metrics.share_of_ties, column=False),
 )
 AMBIGUITY = (
@@ -99,17 +101,9 @@ RELEVANCE = (
     Figure("R-Precision", True, ("r_precision",), mean, bootstrap.mean),
 )
 SWEEP = tuple(  # S is easily had at 10 levels
-    Figure(f"{name}@{k}", name != "S", RANKED, entry(partial(by_level, levels=k), name), queries=k)
+    Figure(f"{name}@{k}", name != "S", RANKED, partial(by_level, levels=k), entry=name, queries=k)
     for name in ("S", "-S*R2")
     for k in (5, 10, 20, 50)
-)
-AURC, AUROC = (  # which modality's uncertainty predicts the errors
-    tuple(
-        Figure(f"{d} {name} by {modality}", name == "AUROC", (f"{d}_correct", f"{d}_{field}"), function)
-        for d in DIRECTIONS
-        for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty"))
-    )
-    for name, function in (("AURC", entry(metrics.aurc, "AURC")), ("AUROC", metrics.auroc))
 )
 HIERARCHY = (
     Figure("falling", True, ("uncertainty", "chains"), metrics.share_falling),
@@ -119,32 +113,51 @@ HIERARCHY = (
 
 @dataclass(frozen=True)
 class Section:
-    """Figures of a view, under one key of the metrics and in one table, of the comparison or else of the details."""
+    """Figures of one view, under one key and in one table."""
 
-    key: str
-    title: str
-    view: str
+    key: str  # of the metrics in a .json
+    title: str  # of the table
+    view: str  # what its figures are functions of (`views_of`)
     figures: tuple
-    compared: bool = False
-    resampled: bool = False
+    compared: bool = False  # whether its table is in the comparison; else it is in the details
+    resampled: bool = False  # whether its figures have intervals
 
     def measure(self, view):
         """Those of its figures that are known: {name: float or None}."""
-        return {f.name: f.function(*(view[field] for field in f.fields)) for f in self.figures if f.is_known(view)}
+        call = once_each(view)
+        return {f.name: f.of(call, f.function) for f in self.figures if f.is_known(view)}
+
+    def resample(self, view, resamples):
+        """Those of its figures that have intervals: {name: (resamples,)}, nan where undefined."""
+        figures = [f for f in self.figures if f.is_known(view) and f.more_is_better is not None]
+        if not (self.resampled and figures and resamples):
+            return {}
+        call = once_each(view, bootstrap.resample(view["image"], resamples))
+        return {f.name: f.of(call, f.resampled or partial(bootstrap.one_by_one, f.function)) for f in figures}
 
 
 FOLDS = Section("recall_folds", "recall, mean over the folds", "folds", RECALL)
+
+
 SECTIONS = (
-    *(Section(d, title, d, RETRIEVAL, True, True) for d, title in TITLES),
-    Section("ambiguity", "exact ambiguity", "known t2i", AMBIGUITY, True, True),
+    *(Section(d, title, d, RETRIEVAL, compared=True, resampled=True) for d, title in DIRECTIONS.items()),
+    Section("ambiguity", "exact ambiguity", "known t2i", AMBIGUITY, compared=True, resampled=True),
     Section("recall", "recall", "both", RECALL),
     FOLDS,
-    *(Section(f"relevance_{d}", f"{t}, all right answers", f"known {d}", RELEVANCE, False, True) for d, t in TITLES),
-    *(Section(f"cxc_{d}", f"{t}, all right answers of CxC", f"cxc {d}", ALL_RIGHT, False, True) for d, t in TITLES),
-    *(Section(f"sweep_{d}", f"{t}, 5 to 50 levels", d, SWEEP) for d, t in TITLES),
-    *(Section(f"image_{d}", f"{t}, by the image's uncertainty", f"image {d}", RETRIEVAL) for d, t in TITLES),
-    Section("asymmetry", "asymmetry: AURC by whose uncertainty", "both", AURC),
-    Section("asymmetry", "asymmetry: AUROC by whose uncertainty", "both", AUROC),
+    *(
+        Section(f"{key}_{d}", f"{title}, {kind}", f"{view} {d}".strip(), figures, resampled=resampled)
+        for key, kind, view, figures, resampled in (
+            ("relevance", "all right answers", "known", RELEVANCE, True),
+            ("cxc", "all right answers of CxC", "cxc", ALL_RIGHT, True),
+            ("sweep", "5 to 50 levels", "", SWEEP, False),
+            ("image", "by the image's uncertainty", "image", RETRIEVAL, False),
+        )
+        for d, title in DIRECTIONS.items()
+    ),
+    Section(
+        "asymmetry", "asymmetry: AURC by whose uncertainty", "both", by_modality("AURC", False, metrics.aurc, "AURC")
+    ),
+    Section("asymmetry", "asymmetry: AUROC by whose uncertainty", "both", by_modality("AUROC", True, metrics.auroc)),
 )
 
 
@@ -156,15 +169,17 @@ def hierarchy(stem):
 def views_of(answers, levels):
     """What figures are functions of.
 
-    Args: answers: {"t2i", "i2t"}, as `scorers.answer` gives them. levels: K.
+    Args:
+        answers: {"t2i", "i2t"}, as `scorers.answer` gives them.
+        levels: K.
     Returns: {view: {field: array, "levels": K}}. Views: "t2i", "i2t"; "known t2i", ..., if their right answers were
         looked into; "cxc t2i", ..., the same of CxC; "image t2i", ..., whose uncertainty is the image's;
         "both": fields <direction>_<field>.
     """
     views = {}
     for d, fields in answers.items():
-        nearest = fields.get("query", np.arange(len(fields["rank"])))
-        fields = {"image": nearest} | fields  # the caption's, or the image asked: what is resampled
+        asked = fields.get("query", np.arange(len(fields["rank"])))
+        fields = {"image": asked} | fields  # the caption's, or the image asked: what is resampled
         cxc = {field.removeprefix("cxc_"): values for field, values in fields.items() if field.startswith("cxc_")}
         views[d] = fields | {"correct": fields["rank"] == 1, "levels": levels}
         views[f"known {d}"] = only_judged(fields)
@@ -182,21 +197,16 @@ def only_judged(fields):
 
 
 def measure(answers, levels):
-    """All figures. Args: as for `views_of`. Returns: {section key: {figure name: float or None}}."""
-    views, found = views_of(answers, levels), {}
+    """All figures: {section key: {figure name: float or None}}; takes what `views_of` takes."""
+    views, measured = views_of(answers, levels), {}
     for section in SECTIONS:
         if values := section.measure(views.get(section.view, {})):
-            found.setdefault(section.key, {}).update(values)
-    return found
+            measured.setdefault(section.key, {}).update(values)
+    return measured
 
 
 def measure_resamples(answers, levels, resamples):
     """The figures of resampled queries: {section key: {figure name: (resamples,)}}, nan: undefined; {} for none."""
-    views, found = views_of(answers, levels), {}
-    for section in SECTIONS:
-        view = views.get(section.view, {})
-        figures = [figure for figure in section.figures if figure.is_known(view) and figure.more_is_better is not None]
-        if section.resampled and figures and resamples:
-            counts = bootstrap.resample(view["image"], resamples)
-            found[section.key] = {figure.name: figure.of_resamples(view, counts) for figure in figures}
-    return found
+    views = views_of(answers, levels)
+    draws = {section.key: section.resample(views.get(section.view, {}), resamples) for section in SECTIONS}
+    return {key: values for key, values in draws.items() if values}

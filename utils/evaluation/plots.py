@@ -39,7 +39,9 @@ CAPTIONS = {
 def draw_all(results, folder):
     """Draw every picture that the results allow, and remove those from before.
 
-    Args: results: {row name: [Results, one a seed]}. folder: where the files go.
+    Args:
+        results: {row name: [Results, one a seed]}.
+        folder: where the files go.
     Returns: {file name of the PNG: caption}.
     """
     results = {name: runs for name, runs in results.items() if runs[0].is_uncertain}
@@ -66,15 +68,12 @@ def draw_all(results, folder):
 
 
 def _levels(results, modality, recall_of):
-    """Recall against the level of uncertainty. Args: recall_of: run -> {direction: recall by level}."""
+    """Recall against the level of uncertainty, `recall_of(run)` being {direction: recall by level}."""
     rows = {name: [recall_of(run) for run in runs] for name, runs in results.items() if recall_of(runs[0])}
     if not rows:
         return None
     panels = {t: {name: [_steps(run[d]) for run in runs] for name, runs in rows.items()} for d, t in DIRECTIONS.items()}
-    figure, axes = _lines(panels, f"level of {modality} uncertainty (1 = most certain)", "R@1")
-    for axis in axes:
-        axis.set_ylim(bottom=0)
-    return figure
+    return _lines(panels, f"level of {modality} uncertainty (1 = most certain)", "R@1", ylim=(0, None))[0]
 
 
 def _risk_coverage(results):
@@ -85,10 +84,8 @@ def _risk_coverage(results):
         rows = {name: [_curve(a["rank"] == 1, a["uncertainty"]) for a in runs] for name, runs in answers.items()}
         correct = next(iter(answers.values()))[0]["rank"] == 1
         panels[title] = rows | {BEST: [_curve(correct, ~correct)]}
-    figure, axes = _lines(panels, "coverage: share of queries kept", "risk: 1 - R@1 among those kept", marker="")
-    for axis in axes:
-        axis.set_ylim(0, 1)
-    return figure
+    labels = ("coverage: share of queries kept", "risk: 1 - R@1 among those kept")
+    return _lines(panels, *labels, ylim=(0, 1), marker="")[0]
 
 
 def _curve(correct, uncertainty):
@@ -100,18 +97,17 @@ def _curve(correct, uncertainty):
 
 def _ladder(results):
     """Uncertainty of every prompt of the ladder relative to the first one."""
-    known = {name: runs for name, runs in results.items() if "ladder" in runs[0].content}
-    ladders = {name: [run.content["ladder"] for run in runs] for name, runs in known.items()}
-    if not ladders:
+    rows, prompts = {}, []
+    for name, runs in results.items():
+        if "ladder" in runs[0].content:
+            prompts = [rung["prompt"] for rung in runs[0].content["ladder"]]
+            values = np.array([[rung["uncertainty"] for rung in run.content["ladder"]] for run in runs])
+            rows[name] = [(np.exp(np.log(values / values[:, :1]).mean(axis=0)), range(len(prompts)))]
+    if not rows:
         return None
-    prompts = [rung["prompt"] for rung in next(iter(ladders.values()))[0]]
-    places, rows = range(len(prompts)), {}
-    for name, runs in ladders.items():
-        values = np.array([[rung["uncertainty"] for rung in ladder] for ladder in runs])
-        rows[name] = [(np.exp(np.log(values / values[:, :1]).mean(axis=0)), places)]
     size = (7.0, 0.36 * len(prompts) + 1.2)
     figure, (axis,) = _lines({"": rows}, "uncertainty / uncertainty of the first prompt", "", size)
-    axis.set_yticks(places, prompts)
+    axis.set_yticks(range(len(prompts)), prompts)
     axis.invert_yaxis()
     axis.set_xscale("log")
     return figure
@@ -120,8 +116,7 @@ def _ladder(results):
 def _depth(results, stem):
     """Mean percentile of uncertainty by depth in caption chains."""
     rows = {name: [_steps(run.content["depth"][stem]) for run in runs] for name, runs in results.items()}
-    labels = ("depth in the chain (1 = most general)", "percentile of uncertainty")
-    return _lines({"": rows}, *labels, size=(3.8, 2.9))[0]
+    return _lines({"": rows}, "depth in the chain (1 = most general)", "percentile of uncertainty", (3.8, 2.9))[0]
 
 
 def _against(results, field, label, logarithmic=False):
@@ -164,8 +159,8 @@ def _steps(values):
     return np.arange(1, len(values) + 1), values
 
 
-def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), **options):
-    """Means over seeds in bands of a deviation. Args: panels: {title: {row name: [(x, y), one a seed]}}."""
+def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), ylim=None, **options):
+    """Means over seeds in bands of a deviation; panels: {title: {row name: [(x, y), one a seed]}}."""
     size = {"figsize": (size[0] * len(panels) + 1.5, size[1]), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
@@ -174,7 +169,7 @@ def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), **options):
             deviation = y.std(axis=0, ddof=1) if len(curves) > 1 else None
             _line(axis, name, x, y.mean(axis=0), deviation, **options)
         axis.set_title(title, loc="left")
-        axis.set_xlabel(xlabel)
+        axis.set(xlabel=xlabel, **({"ylim": ylim} if ylim else {}))
         if x.dtype == int:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes[0, 0].set_ylabel(ylabel)
@@ -183,7 +178,7 @@ def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), **options):
 
 
 def _line(axis, name, x, y, band=None, **options):
-    """A method's line in its look, in a band: (low, high), or a deviation."""
+    """A method's line in its look, in a band (low, high) or of a deviation."""
     look = LOOKS.get(name, OTHER)
     axis.plot(x, y, label=name, **look | options)
     if band is not None:

@@ -5,28 +5,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.evaluation.results import Results
 from utils.evaluation.scorers import AdaptorScorer
-from utils.evaluation.tables import paired
+from utils.evaluation.tables import differences
 
 CLOSEST = 3  # images that are named for a prompt
 
 
 def prompts_from(arguments):
-    """The texts of --prompts; "@FILE" stands for the lines of a file. Raises: UserError if one is blank."""
+    """The texts of --prompts; "@FILE" stands for the lines of a file.
+
+    Raises: UserError if one is blank.
+    """
     texts = []
     for argument in arguments:
-        if not argument.startswith("@"):
-            texts.append(argument)
-            continue
+        is_file = argument.startswith("@")
         try:
-            lines = Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines() if is_file else ()
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts {argument}: not readable as UTF-8 text ({error})") from None
-        texts += [line.strip() for line in lines if line.strip()]
-    if not texts or not all(text.strip() for text in texts):
-        raise UserError("--prompts: a prompt is blank; give texts that are not")
+        texts += [line.strip() for line in lines if line.strip()] if is_file else [argument]
+    need(texts and all(text.strip() for text in texts), "--prompts: a prompt is blank; give texts that are not")
     return texts
 
 
@@ -34,72 +34,68 @@ def prompts_from(arguments):
 def describe_prompts(adaptor, cache, texts, z):
     """How uncertain prompts are among a cache's captions, and what they match.
 
-    Args: adaptor, cache. texts: T strings. z (T, D): their embeddings.
-    Returns: dicts, most certain last: "prompt"; "uncertainty"; "percentile" of captions that are more certain;
-        "closest": file names (rows where there are none) of the images that match best, best first.
+    Args:
+        adaptor, cache: of one width.
+        texts: T strings.
+        z (T, D): their embeddings.
+    Returns: dicts, most certain last: "prompt", "uncertainty", "percentile" of captions that are more certain and
+        "closest", file names (rows where there are none) of the images that match best, best first.
     """
     scorer = AdaptorScorer(adaptor, cache)
     uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
     similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
-    return [
-        {
-            "prompt": texts[row],
-            "uncertainty": float(uncertainty[row]),
-            "percentile": float(np.mean(captions < uncertainty[row]) * 100),
-            "closest": [_image_name(cache, image) for image in closest[row]],
-        }
-        for row in np.argsort(-uncertainty, kind="stable").tolist()
-    ]
+    answers = []
+    for row in np.argsort(-uncertainty, kind="stable").tolist():
+        answer = {"prompt": texts[row], "uncertainty": float(uncertainty[row])}
+        answer["percentile"] = float(np.mean(captions < uncertainty[row]) * 100)
+        answer["closest"] = [_image_name(cache, image) for image in closest[row]]
+        answers.append(answer)
+    return answers
 
 
 @torch.inference_mode()
 def describe_captions(adaptor, cache, most, least):
-    """The most and least uncertain captions of a cache, each distinct one once.
+    """So many of the most and least uncertain captions of a cache, each distinct one once.
 
     Returns: dicts of "caption", "uncertainty", "images", how many carry it, and "image", the first; most certain last.
     Raises: UserError if the cache does not know its captions.
     """
-    if cache.captions is None:
-        lacks = "has no captions.json, so its captions cannot be listed"
-        raise UserError(f"{cache.folder}: {lacks}; make the cache with cache_embeddings.py")
+    lacks = "has no captions.json, so its captions cannot be listed; make the cache with cache_embeddings.py"
+    need(cache.captions is not None, f"{cache.folder}: {lacks}")
     uncertainty = AdaptorScorer(adaptor, cache).text_uncertainty(cache.captions, cache.text)
     images_of = {}
     for caption, image in zip(cache.captions, cache.image_of_caption.tolist(), strict=True):
         images_of.setdefault(caption, {})[image] = None
     uncertainty_of = dict(zip(reversed(cache.captions), uncertainty[::-1].tolist(), strict=True))  # of the first one
     order = sorted(images_of, key=uncertainty_of.get, reverse=True)
-    listed = dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]])  # each once, in this order
-    return [
-        {
-            "caption": caption,
-            "uncertainty": uncertainty_of[caption],
-            "images": len(images_of[caption]),
-            "image": _image_name(cache, next(iter(images_of[caption]))),
-        }
-        for caption in listed
-    ]
+    answers = []
+    for caption in dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]]):  # each once, in this order
+        first, images = _image_name(cache, next(iter(images_of[caption]))), len(images_of[caption])
+        answers.append({"caption": caption, "uncertainty": uncertainty_of[caption], "images": images, "image": first})
+    return answers
 
 
 def _image_name(cache, image):
     return cache.images[image] if cache.images is not None else str(image)
 
 
-def compare_runs(runs, levels, resamples):
-    """How two methods differ over the same queries, as `paired` tells it.
+def paired_bootstrap(runs, levels, resamples):
+    """How two methods differ over the same queries, as `tables.differences` tells it.
 
-    Args: runs: {method: [Results, one a seed]}, two of them. levels: K. resamples: of the bootstrap.
+    Args:
+        runs: {method: [Results, one a seed]}, two of them.
+        levels: K.
+        resamples: how many.
     Raises: UserError if the queries or the caches are not the same, or there are fewer queries than levels.
     """
     everything = [run for of_method in runs.values() for run in of_method]
     caches = {(run.content.get("config") or {}).get("cache") for run in everything}
-    if len(caches) > 1:
-        found = ", ".join(sorted(map(str, caches)))
-        raise UserError(f"--compare: the results are of different caches ({found}); evaluate both again")
+    named, cure = ", ".join(sorted(map(str, caches))), "evaluate both again"
+    need(len(caches) == 1, f"--compare: the results are of different caches ({named}); {cure}")
     sizes = {tuple(len(fields["rank"]) for fields in run.answers.values()) for run in everything}
-    if len(sizes) > 1:
-        raise UserError(f"--compare: the results are of different queries ({sorted(sizes)}); evaluate both again")
-    if levels > min(*sizes.pop()):
-        raise UserError(f"--uncer_levels {levels}: there are fewer queries in the results; choose fewer levels")
-    measured = lambda run: Results.of(run.answers, levels).bootstrap(levels, resamples)  # noqa: E731
-    return paired({method: [measured(run) for run in of_method] for method, of_method in runs.items()})
+    need(len(sizes) == 1, f"--compare: the results are of different queries ({sorted(sizes)}); {cure}")
+    few = f"--uncer_levels {levels}: there are fewer queries in the results; choose fewer levels"
+    need(levels <= min(*sizes.pop()), few)
+    again = lambda run: Results.of(run.answers, levels).bootstrap(levels, resamples)  # noqa: E731
+    return differences({method: [again(run) for run in of_method] for method, of_method in runs.items()})

@@ -7,20 +7,21 @@ import numpy as np
 import torch
 
 TILE = 512  # images of a tile; its captions are as many as so many images have
-RELEVANT_BLOCK = 128  # queries whose answers are sorted at a time
 
 
 def rank_queries(score, image_of_caption, images, uncertainty=None):
     """Answer every query of both directions, a tile of the similarity matrix at a time.
 
-    A tile is the images of one block against the captions of the images of another, so that all right pairs lie in the
-    tiles on the diagonal. These come first: then it is known what competitors have to beat; each tile is computed once.
+    The columns of a tile are the captions of as many images as it has rows, so that all right pairs lie in the tiles on
+    the diagonal. These come first: then it is known what competitors have to beat; each tile is computed once.
     Args:
         score: function of (image rows (n,), caption rows (m,)), int64 tensors, that returns the similarities (n, m).
-        image_of_caption (M,): image rows. images: N. uncertainty (M,): of the captions, or None.
+        image_of_caption (M,): image rows.
+        images: N.
+        uncertainty (M,): of the captions, or None.
     Returns: {"t2i": of M captions, "i2t": of the images that have a caption}, arrays with one entry a query:
-        query: its row. top1: row of the first answer. rank: of the first right answer, 1 = best.
-        uncertainty, where given: of the caption itself (t2i), of the caption retrieved (i2t).
+        query (its row), top1 (row of the first answer), rank (of the first right answer, 1 = best) and, where given,
+        uncertainty, of the caption itself (t2i) or of the caption retrieved (i2t).
     Raises: ValueError if a similarity is not a number.
 
     Example: two images, two captions each; caption 1 prefers the wrong image, and image 1 a caption of image 0.
@@ -32,13 +33,13 @@ def rank_queries(score, image_of_caption, images, uncertainty=None):
     ([1, 2], [0, 1], [1.0, 4.0])
     """
     image_of_caption = torch.as_tensor(np.asarray(image_of_caption), dtype=torch.int64)
-    block = image_of_caption // TILE
-    image_blocks = torch.arange(images).split(TILE)
-    caption_blocks = torch.argsort(block, stable=True).split(block.bincount(minlength=len(image_blocks)).tolist())
-    t2i, i2t = _Race(len(image_of_caption)), _Race(images)
-    blocks = range(len(image_blocks))
-    for a, b in [(k, k) for k in blocks] + [(a, b) for b in blocks for a in blocks if a != b]:
-        rows, columns = image_blocks[a], caption_blocks[b]
+    tile_of_caption = image_of_caption // TILE
+    rows_of = torch.arange(images).split(TILE)
+    sizes = tile_of_caption.bincount(minlength=len(rows_of)).tolist()
+    columns_of = torch.argsort(tile_of_caption, stable=True).split(sizes)
+    t2i, i2t, sides = _Race(len(image_of_caption)), _Race(images), range(len(rows_of))
+    for a, b in [(k, k) for k in sides] + [(a, b) for b in sides for a in sides if a != b]:
+        rows, columns = rows_of[a], columns_of[b]
         if not len(columns):
             continue
         tile = score(rows, columns)  # (n, m)
@@ -94,32 +95,29 @@ def rank_relevant(score, relevance, answers):
 
     Args:
         score: function of (query rows (q,), answer rows (n,)), int64 tensors, that returns the similarities (q, n).
-        relevance: Q lists of right answers, each once, at least one. answers: N, how many there are to choose from.
-    Returns: arrays with one entry a query:
-        relevant: R, how many answers are right. relevant_rank: rank of the first right answer, 1 = best.
-        ap_at_r: average precision at R in [0, 1]: sum over right ones among the best R of (precision at its rank) / R.
-        r_precision: the share of the best R that are right, in [0, 1].
+        relevance: Q lists of right answers, each once, at least one.
+        answers: N, how many there are to choose from.
+    Returns: arrays with one entry a query: relevant (R, how many answers are right), relevant_rank (of the first right
+        answer, 1 = best), ap_at_r (average precision at R in [0, 1]: sum over right ones among the best R of (precision
+        at its rank) / R) and r_precision (the share of the best R that are right, in [0, 1]).
     Source: Musgrave et al., "A metric learning reality check", arXiv 2003.08505, sec. 3.2.
 
     Example: answers 0 and 2 are right, and the order is 2, 1, 0: AP@R = (1/1 + 0) / 2.
-    >>> found = rank_relevant(lambda q, a: torch.tensor([[0.1, 0.5, 0.9]]), [[0, 2]], 3)
-    >>> found["relevant"].tolist(), found["relevant_rank"].tolist(), found["ap_at_r"].tolist()
+    >>> judged = rank_relevant(lambda q, a: torch.tensor([[0.1, 0.5, 0.9]]), [[0, 2]], 3)
+    >>> judged["relevant"].tolist(), judged["relevant_rank"].tolist(), judged["ap_at_r"].tolist()
     ([2], [1], [0.5])
     """
-    everything, found = torch.arange(answers), []
-    for start in range(0, len(relevance), RELEVANT_BLOCK):
-        block = [np.asarray(rows, dtype=np.int64) for rows in relevance[start : start + RELEVANT_BLOCK]]
-        count = np.array([len(rows) for rows in block])
-        query = np.repeat(np.arange(len(block)), count)  # of every right answer
-        similarity = score(torch.arange(start, start + len(block)), everything)  # (q, N)
-        order = similarity.argsort(dim=1, descending=True, stable=True)  # best first
-        place = torch.empty_like(order).scatter_(1, order, everything.to(order.device).expand_as(order)).cpu().numpy()
-        rank = place[query, np.concatenate(block)] + 1  # of every right answer, 1 = best
-        rank = rank[np.lexsort((rank, query))]
-        first = np.cumsum(count) - count  # where a query's right answers begin
-        precision = (np.arange(1, len(rank) + 1) - first[query]) / rank
-        ap_at_r = np.bincount(query, weights=precision * (rank <= count[query]), minlength=len(block)) / count
-        r_precision = np.bincount(query, weights=rank <= count[query], minlength=len(block)) / count
-        found.append((count, rank[first], ap_at_r, r_precision))
-    fields = ("relevant", "relevant_rank", "ap_at_r", "r_precision")
-    return dict(zip(fields, map(np.concatenate, zip(*found, strict=True)), strict=True))
+    count = np.array([len(rows) for rows in relevance])
+    everything, ranks = torch.arange(answers), []
+    for queries in torch.arange(len(count)).split(TILE):
+        order = score(queries, everything).argsort(dim=1, descending=True, stable=True)  # (q, N), best first
+        is_right = np.zeros(order.shape, dtype=bool)
+        for row, query in zip(is_right, queries.tolist(), strict=True):
+            row[relevance[query]] = True
+        is_right = torch.from_numpy(is_right).to(order.device).gather(1, order).cpu().numpy()
+        ranks.append(is_right.nonzero()[1] + 1)
+    rank, query = np.concatenate(ranks), np.repeat(np.arange(len(count)), count)  # of every right answer, best first
+    first = np.cumsum(count) - count  # where a query's right answers begin
+    precision, is_high = (np.arange(1, len(rank) + 1) - first[query]) / rank, rank <= count[query]
+    ap_at_r, r_precision = (np.bincount(query, weights=share) / count for share in (precision * is_high, is_high))
+    return {"relevant": count, "relevant_rank": rank[first], "ap_at_r": ap_at_r, "r_precision": r_precision}

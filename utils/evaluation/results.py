@@ -5,44 +5,36 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from utils.cli import UserError
+from utils.cli import need
 from utils.evaluation.bootstrap import interval
 from utils.evaluation.figures import DIRECTIONS, FOLDS, hierarchy, measure, measure_resamples
 from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
 from utils.evaluation.scorers import BASELINES, answer, recall_in_folds
 from utils.files import load_arrays, load_json, save_json, written_aside
 
-FIELDS = {"query", "top1", "rank", "uncertainty"}  # of every query
+FIELDS = ("query", "rank", "top1", "uncertainty")  # of every query
 
 
 @dataclass
 class Results:
     """The results of one method and seed.
 
-    Args:
-        answers: {"t2i", "i2t"}, as `answer` gives them. draws: as `measure_resamples` gives them.
-        content: of the .json: "t2i", "i2t", recall by level; "by_image", the same by the image's uncertainty;
-            "metrics", as `measure` gives them; "ladder", "depth", "intervals", "config".
+    The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty;
+    "metrics", as `measure` gives them; "ladder", "depth", "intervals", "config".
     """
 
-    answers: dict
+    answers: dict  # {"t2i", "i2t"}, as `answer` gives them
     content: dict
-    draws: dict = field(default_factory=dict)
+    draws: dict = field(default_factory=dict)  # as `measure_resamples` gives them
 
     @classmethod
     def of(cls, answers, levels):
-        """The results that follow from answers alone. Args: levels: K."""
-        content = {"metrics": measure(answers, levels), "by_image": {}}
-        for by, recall in (("uncertainty", content), ("image_uncertainty", content["by_image"])):
-            for direction, fields in answers.items():
-                if by in fields:
-                    recall[direction] = recall_by_level(fields["rank"] == 1, fields[by], levels)
-        return cls(answers, content)
-
-    @property
-    def metrics(self):
-        """{section key: {figure name: float or None}}."""
-        return self.content["metrics"]
+        """The results that follow from answers alone."""
+        by_text, by_image = (
+            {d: recall_by_level(a["rank"] == 1, a[by], levels) for d, a in answers.items() if by in a}
+            for by in ("uncertainty", "image_uncertainty")
+        )
+        return cls(answers, {"metrics": measure(answers, levels), "by_image": by_image} | by_text)
 
     @property
     def is_uncertain(self):
@@ -50,13 +42,13 @@ class Results:
         return "t2i" in self.content
 
     def bootstrap(self, levels, resamples):
-        """Add draws and intervals. Returns: self."""
+        """Add draws and intervals; gives itself back."""
         self.draws = measure_resamples(self.answers, levels, resamples)
         self.content["intervals"] = {k: {n: interval(d) for n, d in draws.items()} for k, draws in self.draws.items()}
         return self
 
     def save(self, folder, config):
-        """Write the two files. Args: folder: results/<name>/. config: how they were made, with "method" and "seed"."""
+        """Write the two files to results/<name>/; config says how they were made, "method" and "seed" among it."""
         path = result_path(folder, config["method"], config["seed"])
         save_json(self.content | {"config": config}, path.with_suffix(".json"), indent=1)
         arrays = {f"{d}_{name}": values for d, fields in self.answers.items() for name, values in fields.items()}
@@ -65,18 +57,19 @@ class Results:
 
     @classmethod
     def load(cls, path, split):
-        """Read what `save` wrote. Raises: UserError if it is something else, or of another split."""
+        """Read what `save` wrote, at a path without suffix.
+
+        Raises: UserError if it is something else, or of another split.
+        """
         content, arrays = load_json(path.with_suffix(".json")), load_arrays(path.with_suffix(".npz"))
         config = content.get("config") if isinstance(content, dict) else None
-        found = config.get("split") if isinstance(config, dict) else None
-        if found != split:
-            raise UserError(f"{path}.json: results of the split {found}, not {split}; evaluate again")
+        is_of = config.get("split") if isinstance(config, dict) else None
+        need(is_of == split, f"{path}.json: results of the split {is_of}, not {split}; evaluate again")
         answers = {d: {key[4:]: values for key, values in arrays.items() if key[:4] == f"{d}_"} for d in DIRECTIONS}
+        problem = f"{path}.npz: has not one entry a query of {', '.join(FIELDS)} in both directions; evaluate again"
         for fields in answers.values():
             shapes = {values.shape for values in fields.values()}
-            if not (fields.keys() >= FIELDS and len(shapes) == 1 and len(*shapes) == 1):
-                named = ", ".join(sorted(FIELDS))
-                raise UserError(f"{path}.npz: has not one entry a query of {named} in both directions; evaluate again")
+            need(fields.keys() >= {*FIELDS} and len(shapes) == 1 and len(*shapes) == 1, problem)
         return cls(answers, content)
 
 
@@ -86,13 +79,16 @@ def result_path(folder, method, seed):
 
 
 def load_results(folder, method, seeds, split):
-    """What was saved of a method: a list of Results. Raises: UserError if one is missing, or as `Results.load`."""
+    """What was saved of a method: a list of Results, one a seed.
+
+    Raises: UserError if one is missing, or as `Results.load`.
+    """
     paths = dict.fromkeys(result_path(folder, method, seed) for seed in seeds)
+    flags = f"--method {'all' if method in BASELINES else method} --seed {' '.join(map(str, seeds))}"
     for path in paths:
-        if not path.with_suffix(".npz").exists() or not path.with_suffix(".json").exists():
-            flags = f"--method {'all' if method in BASELINES else method} --seed {' '.join(map(str, seeds))}"
-            command = f"python eval.py --dataset {folder.name} {flags}"
-            raise UserError(f"{path}.npz: no such results; make them with {command}")
+        is_there = path.with_suffix(".npz").exists() and path.with_suffix(".json").exists()
+        command = f"python eval.py --dataset {folder.name} {flags}"
+        need(is_there, f"{path}.npz: no such results; make them with {command}")
     return [Results.load(path, split) for path in paths]
 
 
@@ -100,18 +96,23 @@ def load_results(folder, method, seeds, split):
 def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
     """All figures of one scorer on one split.
 
-    Args: levels: K. folds: parts of the gallery, 1: none. ladder, chains: what load_texts and load_chains return.
+    Args:
+        scorer: Scorer of the cache.
+        cache: EmbeddingCache.
+        levels: K.
+        folds: parts of the gallery; 1: none.
+        ladder, chains: what load_texts and load_chains return.
     Returns: Results.
     """
     results = Results.of(answer(scorer, cache), levels)
     if folds > 1:
-        results.metrics[FOLDS.key] = recall_in_folds(scorer, cache, folds)
+        results.content["metrics"][FOLDS.key] = recall_in_folds(scorer, cache, folds)
     if ladder is not None and scorer.on_ladder:
         values = scorer.text_uncertainty(*ladder[:2]).tolist()
         results.content["ladder"] = [{"prompt": p, "uncertainty": u} for p, u in zip(ladder[0], values, strict=True)]
     for stem, (texts, z, rows) in (chains or {}).items() if results.is_uncertain else ():
         uncertainty, section = scorer.text_uncertainty(texts, z), hierarchy(stem)
-        results.metrics[section.key] = section.measure({"uncertainty": uncertainty, "chains": rows})
+        results.content["metrics"][section.key] = section.measure({"uncertainty": uncertainty, "chains": rows})
         results.content.setdefault("depth", {})[stem] = uncertainty_by_depth(uncertainty, rows)
     return results
 

@@ -7,15 +7,17 @@ from models.layers import pairwise_products, unit
 from utils.evaluation.figures import FOLDS
 from utils.evaluation.ranking import rank_queries, rank_relevant
 
-CHUNK = 4096  # rows that are encoded at a time
+ROWS_AT_ONCE = 4096  # that are encoded
 LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its upper bound, which OpenAI's models reach
 
 
 class Scorer:
     """How well a cache's images and captions match, and how uncertain they are; this one is the frozen CLIP: it is not.
 
-    Attributes: name, seed: of its results. checkpoint: SHA-256 of an adaptor's file. on_ladder: whether ratios of its
-        uncertainties mean something.
+    Attributes:
+        name, seed: of its results.
+        checkpoint: SHA-256 of an adaptor's file.
+        on_ladder: whether ratios of its uncertainties mean something.
     """
 
     name, seed, checkpoint, on_ladder = "frozen cosine", None, None, False
@@ -24,11 +26,11 @@ class Scorer:
         self.cache, self.image, self.text = cache, unit(_read(cache.image)), unit(_read(cache.text))
 
     def score(self, images, captions):
-        """Similarities (N, M), larger = better. Args: images (N,), captions (M,): rows of the cache."""
+        """Similarities (N, M), larger = better, of rows of the cache: images (N,), captions (M,)."""
         return pairwise_products(self.image[images], self.text[captions])
 
     def text_uncertainty(self, texts, z):
-        """Uncertainty (T,) of T texts, a float64 array, or None. Args: z (T, D): their embeddings."""
+        """Uncertainty (T,) of T texts with embeddings z (T, D): a float64 array, or None."""
         return None
 
     def image_uncertainty(self):
@@ -43,8 +45,8 @@ class SoftmaxEntropy(Scorer):
 
     def text_uncertainty(self, texts, z):
         scale, entropy = self.cache.meta.get("logit_scale") or LOGIT_SCALE, []
-        for part in _read(z).to(self.cache.device).split(CHUNK):
-            log_p = (scale * pairwise_products(self.image, unit(part))).log_softmax(dim=0)  # (N, chunk)
+        for part in _read(z).to(self.cache.device).split(ROWS_AT_ONCE):
+            log_p = (scale * pairwise_products(self.image, unit(part))).log_softmax(dim=0)  # (N, rows)
             entropy.append(-(log_p.exp() * log_p).sum(dim=0))
         return torch.cat(entropy).double().cpu().numpy()
 
@@ -67,20 +69,18 @@ class AdaptorScorer(Scorer):
     def __init__(self, adaptor, cache, name=None, seed=None):
         self.cache, self.adaptor, self.name, self.seed = cache, adaptor, name, seed
         self.checkpoint = getattr(adaptor, "checkpoint", None)
-        self.image, self.text = (
-            self.encode(adaptor.encode_image, cache.image),
-            self.encode(adaptor.encode_text, cache.text),
-        )
+        self.image = self.encode(adaptor.encode_image, cache.image)
+        self.text = self.encode(adaptor.encode_text, cache.text)
 
     @torch.inference_mode()
     def encode(self, encoder, z):
         """What a function of the adaptor makes of embeddings (N, D): a list of (N, ...) tensors."""
         z, columns = _read(z), []
-        for start in range(0, len(z), CHUNK):
-            encoded = encoder(z[start : start + CHUNK].to(self.cache.device).float())
+        for rows in torch.arange(len(z)).split(ROWS_AT_ONCE):
+            encoded = encoder(z[rows].to(self.cache.device).float())
             columns = columns or [part.new_empty(len(z), *part.shape[1:]) for part in encoded]
             for column, part in zip(columns, encoded, strict=True):
-                column[start : start + CHUNK] = part
+                column[rows] = part
         return columns
 
     def score(self, images, captions):
@@ -99,7 +99,7 @@ BASELINES = (SoftmaxEntropy.name, CaptionLength.name)  # those with an uncertain
 
 
 def every_scorer(cache, adaptors):
-    """The baselines, then the adaptors, one at a time. Args: adaptors: {(method, seed): Adaptor}. Yields: Scorer."""
+    """Yield a Scorer for each baseline and then for each adaptor of {(method, seed): Adaptor}, one at a time."""
     yield Scorer(cache)
     yield SoftmaxEntropy(cache)
     if cache.captions is not None:
@@ -122,8 +122,8 @@ def answer(scorer, cache):
     """Answer every query of a cache.
 
     Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank_queries` gives and, where known, "words" of the
-        caption, "image", its own, "image_uncertainty" of the image found (t2i) or asked (i2t), and what `rank_relevant`
-        gives, 0 where nobody looked; of further sets of judgements, with the set's name before the field's.
+        caption, "image" that it is of, "image_uncertainty" of the image retrieved (t2i) or asked (i2t), and what
+        `rank_relevant` gives, 0 where nobody looked; of further sets of judgements, with the set's name before it.
     """
     image_of_caption = cache.image_of_caption.cpu().numpy()
     uncertainty, image_uncertainty = scorer.text_uncertainty(cache.captions, cache.text), scorer.image_uncertainty()
@@ -135,37 +135,26 @@ def answer(scorer, cache):
         t2i["image_uncertainty"] = image_uncertainty[t2i["top1"]]
         i2t["image_uncertainty"] = image_uncertainty[i2t["query"]]
     t2i["image"] = image_of_caption
-    for number, (name, right) in enumerate(cache.judgements.items()):
-        for direction, fields in answers.items():
-            found = _answer_judged(scorer, direction, right[direction], fields["query"])
-            fields |= {f"{name}_{field}" if number else field: values for field, values in found.items()}
+    score_of = {"t2i": lambda captions, images: scorer.score(images, captions).T, "i2t": scorer.score}
+    for number, (name, right_of) in enumerate(cache.judgements.items()):
+        for direction, gallery in (("t2i", cache.image), ("i2t", cache.text)):
+            fields, right, score = answers[direction], right_of[direction], score_of[direction]
+            judged = [row for row, query in enumerate(fields["query"]) if len(right[query])]
+            asked = torch.from_numpy(fields["query"][judged])
+            relevance = [right[query] for query in asked]
+            score_asked = lambda q, rows, score=score, asked=asked: score(asked[q], rows)  # noqa: E731
+            for field, values in rank_relevant(score_asked, relevance, len(gallery)).items():
+                everyone = fields[f"{name}_{field}" if number else field] = np.zeros(len(fields["query"]), values.dtype)
+                everyone[judged] = values
     return answers
-
-
-def _answer_judged(scorer, direction, right, queries):
-    """What `rank_relevant` gives for the queries whose right answers were looked into; 0 for the others."""
-    judged = [row for row, query in enumerate(queries) if len(right[query])]
-    asked = torch.from_numpy(queries[judged])
-    if direction == "t2i":
-        found = rank_relevant(
-            lambda q, images: scorer.score(images, asked[q]).T, [right[q] for q in asked], len(scorer.cache.image)
-        )
-    else:
-        found = rank_relevant(
-            lambda q, captions: scorer.score(asked[q], captions), [right[q] for q in asked], len(scorer.cache.text)
-        )
-    everyone = {field: np.zeros(len(queries), dtype=values.dtype) for field, values in found.items()}
-    for field, values in found.items():
-        everyone[field][judged] = values
-    return everyone
 
 
 def recall_in_folds(scorer, cache, folds):
     """The figures of recall in each of so many consecutive parts of the gallery, averaged: {figure name: float}."""
-    image_of_caption, found = cache.image_of_caption.cpu(), []
+    image_of_caption, measured = cache.image_of_caption.cpu(), []
     for images in torch.arange(len(cache.image)).tensor_split(folds):
         captions = ((image_of_caption >= images[0]) & (image_of_caption <= images[-1])).nonzero().flatten()
         score = lambda i, j, images=images, captions=captions: scorer.score(images[i], captions[j])  # noqa: E731
         part = rank_queries(score, image_of_caption[captions] - images[0], len(images))
-        found.append(FOLDS.measure({f"{d}_rank": fields["rank"] for d, fields in part.items()}))
-    return {name: float(np.mean([fold[name] for fold in found])) for name in found[0]}
+        measured.append(FOLDS.measure({f"{d}_rank": fields["rank"] for d, fields in part.items()}))
+    return {name: float(np.mean([fold[name] for fold in measured])) for name in measured[0]}

@@ -19,26 +19,20 @@ over seeds. Three seeds tell little of their variance: it is understated by a th
 sample: intervals of S, R2 and -S*R2 lie towards the worse side and may leave out the figure itself."""
 
 
-def compare(results, sections=COMPARED):
-    """The tables of some sections, without figures that no row has. Returns: {Section: table}."""
+def tables_of(results, sections=COMPARED):
+    """{Section: table}, without figures that no row has."""
     tables = {}
     for section in sections:
-        rows = {name: runs for name, runs in results.items() if section.key in runs[0].metrics}
-        table = {
-            f: {name: _over_seeds(runs, section, f) for name, runs in rows.items()} for f in section.figures if f.column
-        }
-        tables[section] = {figure: cells for figure, cells in table.items() if any(map(_is_defined, cells.values()))}
-    return {section: table for section, table in tables.items() if table}
-
-
-def details(results):
-    """The tables of everything that is not in the comparison. Returns: {Section: table}."""
-    stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
-    return compare(results, [*(s for s in SECTIONS if not s.compared), *map(hierarchy, stems)])
+        rows = {name: runs for name, runs in results.items() if section.key in runs[0].content["metrics"]}
+        for figure in section.figures:
+            cells = {name: _over_seeds(runs, section, figure) for name, runs in rows.items()}
+            if figure.column and any(map(_is_defined, cells.values())):
+                tables.setdefault(section, {})[figure] = cells
+    return tables
 
 
 def _over_seeds(runs, section, figure):
-    values = [run.metrics[section.key].get(figure.name, np.nan) for run in runs]
+    values = [run.content["metrics"][section.key].get(figure.name, np.nan) for run in runs]
     if None in values:
         return None, None
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -66,7 +60,9 @@ def number(mean, deviation=None, digits=3):
 
 def write_all(results, title):
     """The texts of a results folder: {file name: text}."""
-    compared, detailed = compare(results), details(results)
+    stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
+    compared = tables_of(results)
+    detailed = tables_of(results, [*(section for section in SECTIONS if not section.compared), *map(hierarchy, stems)])
     return {
         "comparison.md": markdown(compared),
         "details.md": markdown(detailed) + intervals(results),
@@ -86,13 +82,13 @@ def _bold(section, figure, name, cells):
 
 
 def _rows(section, table, text):
-    """[[row name, text of a cell, ...], ...]. Args: text: (section, figure, row name, cells of the figure) -> text."""
+    """[[row name, text of a cell, ...], ...], `text` being a function (section, figure, row name, cells)."""
     names = next(iter(table.values()))
     return [[name, *(text(section, figure, name, cells) for figure, cells in table.items())] for name in names]
 
 
 def markdown(tables, text=_bold, suffix=""):
-    """Tables as markdown, the best figure of every column in bold. Args: tables: as `compare` gives them."""
+    """Tables, as `tables_of` gives them, as markdown, the best figure of every column in bold."""
     parts = []
     for section, table in tables.items():
         rows = [[section.title + suffix, *(figure.name for figure in table)], *_rows(section, table, text)]
@@ -111,10 +107,10 @@ def intervals(results):
         return number(mean) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits else "")
 
     suffix = ", 95 % interval"
-    return f"\n{markdown(compare(results), with_interval, suffix)}\n{NOTE}\n" if results else ""
+    return f"\n{markdown(tables_of(results), with_interval, suffix)}\n{NOTE}\n" if results else ""
 
 
-def paired(results):
+def differences(results):
     """How two methods, both resampled, differ over the same queries: a table a section, a row a figure, as text.
 
     A row has both methods, difference first - second, its 95 % interval, p-value. Of a single seed, the p-value is over
@@ -140,7 +136,7 @@ def paired(results):
 
 
 def comma_separated(tables):
-    """Tables as CSV in long form. Args: tables: as `compare` gives them."""
+    """Tables, as `tables_of` gives them, as CSV in long form."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "method", "figure", "mean", "standard deviation"])
@@ -160,10 +156,9 @@ def screen(results):
         rows = [[name, *(number(recall, digits=2) for recall in mean)] for name, mean in rows.items()]
         title = f"{title}: R@1 by uncertainty level, from the most certain queries (1) to the least\n"
         parts.append(title + text_table(["", *map(str, range(1, len(rows[0])))], rows))
-    for section, table in compare(results).items():
-        parts.append(
-            f"{section.title}\n" + text_table(["", *(figure.name for figure in table)], _rows(section, table, _plain))
-        )
+    for section, table in tables_of(results).items():
+        header = ["", *(figure.name for figure in table)]
+        parts.append(f"{section.title}\n{text_table(header, _rows(section, table, _plain))}")
     ladders = _means(results, lambda run: [rung["uncertainty"] for rung in run.content.get("ladder", ())])
     if ladders:
         prompts = [rung["prompt"] for rung in results[next(iter(ladders))][0].content["ladder"]]
@@ -178,16 +173,16 @@ def _means(results, values_of):
     return {name: np.mean(values, axis=0) for name, values in known.items()}
 
 
-def rows_as_tables(found):
-    """Answers about texts, as text. Args: found: {title: [row of plain types, ...]}, the same keys in every row."""
+def rows_as_tables(answers):
+    """Answers about texts, {title: [dict of plain types, ...]} with the same keys in every dict, as text."""
 
     def cell(key, value):
         if isinstance(value, float):
             return f"{value:.1f}" if key == "percentile" else f"{value:.4e}"
         return ", ".join(value) if isinstance(value, list) else str(value)
 
-    texts = {title: [[cell(*item) for item in row.items()] for row in rows] for title, rows in found.items()}
-    return "\n\n".join(f"{title}\n{text_table(list(found[title][0]), rows)}" for title, rows in texts.items())
+    texts = {title: [[cell(*item) for item in row.items()] for row in rows] for title, rows in answers.items()}
+    return "\n\n".join(f"{title}\n{text_table(list(answers[title][0]), rows)}" for title, rows in texts.items())
 
 
 def text_table(header, rows):
