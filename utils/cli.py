@@ -16,6 +16,12 @@ class UserError(Exception):
     """Something that the user can put right: the message names the file or flag and says what to do, in one line."""
 
 
+def need(condition, message):
+    """Raise a UserError with this message unless a condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like every other error of ours."""
 
