@@ -1,5 +1,6 @@
 """Picture files in, tensors for a CLIP out: decoding, for every data set; a broken file never stops anything."""
 
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from utils.embed import Samples
 class Pictures:
     """Pictures by row, decoded and transformed.
 
-    Args: files: N paths. transform: PIL image -> (3, H, W) tensor.
-    Returns by index: (tensor, None), or (None, what is wrong with the file).
+    `pictures[row]` is (tensor, None), or (None, what is wrong with the file).
+    Args:
+        files: N paths.
+        transform: PIL image -> (3, H, W) tensor.
     """
 
     def __init__(self, files, transform):
@@ -24,17 +27,24 @@ class Pictures:
         return len(self.files)
 
     def __getitem__(self, row):
-        try:
-            return self.transform(read_rgb(self.files[row])), None
-        except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
-            known = isinstance(error, FileNotFoundError)
-            reason = "no such file" if known else str(error).replace(repr(self.files[row]), "the file")
-            return None, f"{self.files[row]}: {reason or type(error).__name__}"
+        picture, reason = decode(self.files[row], self.transform)
+        return picture, reason and f"{self.files[row]}: {reason}"
+
+
+def decode(file, transform):
+    """The picture in a file, a path or open, transformed, and None; or None and what is wrong with it."""
+    try:
+        return transform(read_rgb(file)), None
+    except FileNotFoundError:
+        return None, "no such file"
+    except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
+        reason = re.sub(r"<_io.BytesIO.*?>", "the picture", str(error)).replace(repr(file), "the file")
+        return None, reason or type(error).__name__
 
 
 @dataclass
 class PictureStream:
-    """Some files of a list, from the row `first`, that a process decodes at a time: a stream of utils/embed.py."""
+    """Files of a list, from the row `first` on, that a process decodes at a time: a stream of utils/embed.py."""
 
     files: list
     first: int
@@ -47,23 +57,23 @@ class PictureStream:
 
 
 def collate(decoded):
-    """What `Pictures` gave for some rows as one tensor: every tensor that a process hands over takes an open file.
+    """What `decode` gave for B files as one tensor: every tensor that a process hands over takes an open file.
 
     Returns: (pictures (B, 3, H, W), black where one is broken, or None if all are; B reasons or None).
     """
-    good = next((picture for picture, _ in decoded if picture is not None), None)
-    pictures = (
-        None if good is None else [torch.zeros_like(good) if picture is None else picture for picture, _ in decoded]
-    )
-    return pictures and torch.stack(pictures), [error for _, error in decoded]
+    pictures, reasons = zip(*decoded, strict=True)
+    good = next((picture for picture in pictures if picture is not None), None)
+    if good is None:
+        return None, list(reasons)
+    black = torch.zeros_like(good)
+    return torch.stack([black if picture is None else picture for picture in pictures]), list(reasons)
 
 
 def read_rgb(path):
     """A picture of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
 
     Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather than clipped, transparency is dropped.
-    Args: path: a path or an open file.
-    Returns: PIL image.
+    Args: path: or an open file.
     Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels;
         ValueError on nan or infinity.
     """

@@ -5,7 +5,6 @@
 """
 
 import csv
-from pathlib import Path
 
 from datasets.checks import are_rows, is_list, load_embeddings
 from datasets.embedding import ROOT
