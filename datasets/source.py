@@ -18,6 +18,7 @@ from utils.files import digest, load_tensors, save_tensors
 
 UNIT = 4096  # pictures or texts: a whole number of chunks, which takes seconds to minutes
 TEXT_NOTES = {"cut": int, "unknown": int, "example": str}  # what a unit keeps of what `embed_texts` noted
+FIELDS = {"image": {"left_out": dict}, "text": TEXT_NOTES}  # what a unit of each kind keeps beside its rows
 
 
 class Split:
@@ -71,27 +72,23 @@ class ListSplit(Split):
 
     def fingerprint(self):
         """The numbers of images and captions, with digests of all that is in the lists but the paths."""
-        images = digest([self.image_ids, self.image_names])
-        captions = digest([self.caption_ids, self.captions, self.image_of_caption, self.relevance, None])
-        return {
-            "image_list": f"{len(self.image_ids)} images, {images}",
-            "caption_list": f"{len(self.captions)} captions, {captions}",
-        }
+        images = f"{len(self.image_ids)} images, {digest([self.image_ids, self.image_names])}"
+        lists = [self.caption_ids, self.captions, self.image_of_caption, self.relevance, None]
+        return {"image_list": images, "caption_list": f"{len(self.captions)} captions, {digest(lists)}"}
 
     def units(self):
         """UNIT pictures each, then UNIT distinct captions each."""
-        items_of = {PictureUnit: self.image_files, TextUnit: distinct_texts(self.captions)[0]}
+        lists = {"image": self.image_files, "text": distinct_texts(self.captions)[0]}
         return [
-            kind(start // UNIT, items[start : start + UNIT])
-            for kind, items in items_of.items()
+            ListUnit(kind, start // UNIT, items[start : start + UNIT])
+            for kind, items in lists.items()
             for start in range(0, len(items), UNIT)
         ]
 
     def assemble(self, store, folder, meta):
         """The cache in one file of images and one of texts; in shards if meta names shard_rows."""
         units = self.units()
-        pictures = store.load(unit for unit in units if isinstance(unit, PictureUnit))
-        texts = store.load(unit for unit in units if isinstance(unit, TextUnit))
+        pictures, texts = (store.load(unit for unit in units if unit.kind == kind) for kind in ("image", "text"))
         broken = {row: reason for content in pictures for row, reason in content["left_out"].items()}
         store.check_broken(broken.values())
         say_notes(texts, meta["context_length"])
@@ -99,8 +96,8 @@ class ListSplit(Split):
         what = f"without the {len(broken)} broken image files no caption is left"
         need(left.captions, f"{folder}: {what}; mend them")
         row_of_text = {text: row for row, text in enumerate(distinct_texts(self.captions)[0])}
-        image = torch.cat([content["rows"] for content in pictures])
-        text = torch.cat([content["rows"] for content in texts])[[row_of_text[caption] for caption in left.captions]]
+        image, text = (torch.cat([content["rows"] for content in contents]) for contents in (pictures, texts))
+        text = text[[row_of_text[caption] for caption in left.captions]]  # (M, D)
         check_widths(meta, image.shape[1], text.shape[1])
         meta |= {"embed_dim": image.shape[1], "image_count": len(image), "caption_count": len(text)}
         meta |= {"image_ids": left.image_ids, "caption_ids": left.caption_ids}
@@ -139,47 +136,19 @@ def _left(lists, queries, answers):
     return [[new_row[row] for row in lists[query] if row in new_row] for query in queries]
 
 
-class FileUnit:
-    """A unit that is kept as one file of tensors, <kind>-00000.pt: {"rows": (n, D)} and what stands in `fields`."""
+class ListUnit:
+    """UNIT pictures, files in row order, or UNIT distinct texts: a unit of utils/embed.py.
 
-    kind, fields = None, {}
+    It is kept as one file of tensors, <kind>-00000.pt: {"rows": (n, D)} and what stands in FIELDS.
+    """
 
-    def __init__(self, number, items):
-        self.number, self.items = number, items
-
-    def load(self, folder):
-        """Its file's content, or None if it is not there or not to be trusted."""
-        try:
-            content = load_tensors(self._path(folder))
-        except (UserError, FileNotFoundError):
-            return None
-        fits = has_fields(content, {"rows": torch.Tensor} | self.fields)
-        fits = fits and len(content["rows"]) + len(content.get("left_out", ())) == len(self.items)
-        return content if fits else None
-
-    def left_out(self, folder):
-        """The broken samples without which it was kept, {image row: reason}, or None if it is not there."""
-        content = self.load(folder)
-        return None if content is None else content.get("left_out", {})
-
-    def _path(self, folder):
-        return folder / f"{self.kind}-{self.number:05d}.pt"
-
-
-class PictureUnit(FileUnit):
-    """Picture files, in row order from number * UNIT."""
-
-    kind, fields, texts = "image", {"left_out": dict}, None
-
-    @property
-    def pictures(self):
-        """How many there are."""
-        return len(self.items)
+    def __init__(self, kind, number, items):
+        self.kind, self.number, self.items = kind, number, items
+        self.pictures, self.texts = (len(items), None) if kind == "image" else (0, items)
 
     def streams(self, size):
-        """`size` pictures each."""
-        first = self.number * UNIT
-        starts = range(0, len(self.items), size)
+        """Of `size` pictures each; texts need none."""
+        starts, first = range(0, self.pictures, size), self.number * UNIT
         return [PictureStream(self.items[start : start + size], first + start) for start in starts]
 
     def name(self, row):
@@ -187,28 +156,28 @@ class PictureUnit(FileUnit):
         return self.items[row - self.number * UNIT]
 
     def describe(self, row, reason):
-        """The reason itself, which names the file."""
+        """A broken picture in a message: the reason itself, which names the file."""
         return reason
 
-    def save(self, folder, embedded):
-        """Keep what it became, an Embedded, in the folder of units."""
-        save_tensors({"rows": embedded.image, "left_out": embedded.left_out}, self._path(folder))
+    def load(self, folder):
+        """What its file in the folder of units holds, or None if it is not there or not to be trusted."""
+        try:
+            content = load_tensors(self._path(folder))
+        except (UserError, FileNotFoundError):
+            return None
+        fits = has_fields(content, {"rows": torch.Tensor} | FIELDS[self.kind])
+        fits = fits and len(content["rows"]) + len(content.get("left_out", ())) == len(self.items)
+        return content if fits else None
 
-
-class TextUnit(FileUnit):
-    """Distinct texts."""
-
-    kind, fields, pictures = "text", TEXT_NOTES, 0
-
-    @property
-    def texts(self):
-        """The texts to embed."""
-        return self.items
-
-    def streams(self, size):
-        """None: there is nothing to decode."""
-        return []
+    def left_out(self, folder):
+        """The broken pictures without which it was kept, {image row: reason}, or None if it is not there."""
+        content = self.load(folder)
+        return None if content is None else content.get("left_out", {})
 
     def save(self, folder, embedded):
         """Keep what it became, an Embedded, in the folder of units."""
-        save_tensors({"rows": embedded.text, **embedded.notes}, self._path(folder))
+        content = {"image": {"left_out": embedded.left_out}, "text": embedded.notes}[self.kind]
+        save_tensors({"rows": getattr(embedded, self.kind)} | content, self._path(folder))
+
+    def _path(self, folder):
+        return folder / f"{self.kind}-{self.number:05d}.pt"

@@ -67,14 +67,14 @@ def load_chains(name, embed_dim, meta=None):
     return {stem: content for stem, content in loaded.items() if content is not None and content[2]}
 
 
-def are_written(name, stem, texts, chains, made_by):
+def are_written(name, stem, texts, chains, clip_id):
     """Whether these texts are there, embedded by the CLIP with this ClipId in its precision."""
     try:
         found = load_texts(name, stem)
         if found is None or (found[0], found[2]) != (texts, chains):
             return False
-        there = ClipId.of_meta(load_json(ROOT / name / "texts" / f"{stem}.json")["clip"])
-        return (there.readable(), there.precision) == (made_by.readable(), made_by.precision)
+        made_by = ClipId.of_meta(load_json(ROOT / name / "texts" / f"{stem}.json")["clip"])
+        return (made_by.readable(), made_by.precision) == (clip_id.readable(), clip_id.precision)
     except (UserError, KeyError, TypeError, AttributeError):  # they are made again: that takes a moment
         return False
 

@@ -111,12 +111,12 @@ def lock_file(folder):
     return folder.with_name(f".{folder.name}.lock")
 
 
-def check_other_splits(name, splits, made_by):
+def check_other_splits(name, splits, clip_id):
     """Raise a UserError if a split that is not to be made now was made with another CLIP: a cache has only one."""
     cure = "give another --name, or all of its splits and --overwrite"
     for file in sorted((ROOT / name).glob("*/meta.json")):
         meta, changed = load_json(file), "its meta.json is not an object"
         if isinstance(meta, dict):
-            changed = ClipId.of_meta(meta).difference(made_by)
+            changed = ClipId.of_meta(meta).difference(clip_id)
         is_same = not changed or file.parent.name in splits
         need(is_same, f"{file.parent}: was made with another CLIP: {changed}; {cure}")
