@@ -11,28 +11,14 @@ from PIL import Image
 from utils.embed import Samples
 
 
-class Pictures:
-    """Pictures by row, decoded and transformed.
-
-    `pictures[row]` is (tensor, None), or (None, what is wrong with the file).
-    Args:
-        files: N paths.
-        transform: PIL image -> (3, H, W) tensor.
-    """
-
-    def __init__(self, files, transform):
-        self.files, self.transform = [str(path) for path in files], transform
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, row):
-        picture, reason = decode(self.files[row], self.transform)
-        return picture, reason and f"{self.files[row]}: {reason}"
+def decode_file(path, transform):
+    """The picture in a file, transformed, and None; or None and what is wrong with it, the path first."""
+    picture, reason = decode(str(path), transform)
+    return picture, reason and f"{path}: {reason}"
 
 
 def decode(file, transform):
-    """The picture in a file, a path or open, transformed, and None; or None and what is wrong with it."""
+    """What `decode_file` gives, of a path as a string or an open file, without the path in the reason."""
     try:
         return transform(read_rgb(file)), None
     except FileNotFoundError:
@@ -51,8 +37,7 @@ class PictureStream:
 
     def __call__(self, transform):
         """Yield them as `Samples` whose keys are their rows."""
-        pictures = Pictures(self.files, transform)
-        decoded = [pictures[row] for row in range(len(pictures))]
+        decoded = [decode_file(path, transform) for path in self.files]
         yield Samples(list(range(self.first, self.first + len(decoded))), [], *collate(decoded))
 
 

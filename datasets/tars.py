@@ -58,7 +58,7 @@ class TarSplit(Split):
 
     def fingerprint(self):
         """What the tars are called."""
-        return {"tars": f"{len(self.urls)} tars, {digest([_name(url) for url in self.urls])}"}
+        return {"tars": f"{len(self.urls)} tars, {digest([_identity(url)[0] for url in self.urls])}"}
 
     def state(self):
         """What they are now: other tars of the same names are others."""
@@ -245,14 +245,10 @@ def _is_file(url):
     return "://" not in url and not url.startswith("pipe:")
 
 
-def _name(url):
-    """The name of a file; a URL as it is."""
-    return Path(url).name if _is_file(url) else url
-
-
 def _identity(url):
     """What tells a tar from one that was mended since: [name, bytes, time of the last change]; of a URL [URL, 0, 0]."""
-    return [_name(url), Path(url).stat().st_size, Path(url).stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
+    path = Path(url)
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
 
 
 def _check_end(path):
