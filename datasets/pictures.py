@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,17 +27,10 @@ def decode(file, transform):
         return None, reason or type(error).__name__
 
 
-@dataclass
-class PictureStream:
-    """Files of a list, from the row `first` on, that a process decodes at a time: a stream of utils/embed.py."""
-
-    files: list
-    first: int
-
-    def __call__(self, transform):
-        """Yield them as `Samples` whose keys are their rows."""
-        decoded = [decode_file(path, transform) for path in self.files]
-        yield Samples(list(range(self.first, self.first + len(decoded))), [], *collate(decoded))
+def picture_stream(files, first, transform):
+    """Yield the pictures in files as `Samples` whose keys are their rows, from `first` on."""
+    decoded = [decode_file(path, transform) for path in files]
+    yield Samples(list(range(first, first + len(decoded))), [], *collate(decoded))
 
 
 def collate(decoded):

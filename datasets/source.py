@@ -6,11 +6,12 @@ split.assemble(store, folder, meta)          the finished units become embedding
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from datasets.checks import check_widths, has_fields
-from datasets.pictures import PictureStream
+from datasets.pictures import picture_stream
 from datasets.write import write_split
 from utils.cli import UserError, need
 from utils.embed import distinct_texts, say_notes, versions
@@ -112,11 +113,12 @@ class ListSplit(Split):
         """The same split without some images, a collection of rows, and their captions."""
         images = [row for row in range(len(self.image_ids)) if row not in rows]
         captions = [caption for caption, row in enumerate(self.image_of_caption) if row not in rows]
-        image_of_caption = _left([[row] for row in self.image_of_caption], captions, images)  # a list of one each
+        new_row = {row: new for new, row in enumerate(images)}
+        image_of_caption = [new_row[self.image_of_caption[caption]] for caption in captions]
         relevance = self.relevance
         if isinstance(relevance, list):
             lists = _left(relevance, captions, images)  # a caption's image stays right where all others are gone
-            relevance = [right or image for right, image in zip(lists, image_of_caption, strict=True)]
+            relevance = [right or [image] for right, image in zip(lists, image_of_caption, strict=True)]
         elif relevance:
             relevance = {
                 name: {"t2i": _left(both["t2i"], captions, images), "i2t": _left(both["i2t"], images, captions)}
@@ -125,7 +127,7 @@ class ListSplit(Split):
         return ListSplit(
             *([of[row] for row in images] for of in (self.image_ids, self.image_files, self.image_names)),
             *([of[caption] for caption in captions] for of in (self.caption_ids, self.captions)),
-            [image for (image,) in image_of_caption],
+            image_of_caption,
             relevance,
         )
 
@@ -149,7 +151,7 @@ class ListUnit:
     def streams(self, size):
         """Of `size` pictures each; texts need none."""
         starts, first = range(0, self.pictures, size), self.number * UNIT
-        return [PictureStream(self.items[start : start + size], first + start) for start in starts]
+        return [partial(picture_stream, self.items[start : start + size], first + start) for start in starts]
 
     def name(self, row):
         """A picture in a message."""

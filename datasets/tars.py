@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import re
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +58,8 @@ class TarSplit(Split):
 
     def fingerprint(self):
         """What the tars are called."""
-        return {"tars": f"{len(self.urls)} tars, {digest([_identity(url)[0] for url in self.urls])}"}
+        names = [Path(url).name if _is_file(url) else url for url in self.urls]
+        return {"tars": f"{len(names)} tars, {digest(names)}"}
 
     def state(self):
         """What they are now: other tars of the same names are others."""
@@ -102,7 +103,7 @@ class TarUnit:
 
     def streams(self, size):
         """The tar itself: it is read by one process."""
-        return [TarStream(self.url, size)]
+        return [partial(tar_stream, self.url, size)]
 
     def name(self, key):
         """A sample in a message."""
@@ -150,39 +151,33 @@ class TarUnit:
         save_json(notes, folder / f"notes-{self.number:05d}.json")
 
 
-@dataclass
-class TarStream:
-    """The samples of a tar: a stream of utils/embed.py."""
+def tar_stream(url, size, transform):
+    """Yield the samples of a tar as `Samples` of `size`; why it cannot be read to its end comes last, without keys."""
+    error = []
+    samples = _decoded(url, transform, error)
+    while group := list(itertools.islice(samples, size)):
+        keys, captions, decoded = zip(*group, strict=True)
+        yield Samples(list(keys), list(captions), *collate(decoded))
+    if error:
+        yield Samples([], [], None, error)
 
-    url: str
-    size: int
 
-    def __call__(self, transform):
-        """Yield them as `Samples`; if the tar cannot be read to its end, the reason without keys at last."""
-        error = []
-        samples = self._samples(transform, error)
-        while group := list(itertools.islice(samples, self.size)):
-            keys, captions, decoded = zip(*group, strict=True)
-            yield Samples(list(keys), list(captions), *collate(decoded))
-        if error:
-            yield Samples([], [], None, error)
-
-    def _samples(self, transform, error):
-        """Yield what `_decode_sample` gives of each; why the tar cannot be read goes into error."""
-        try:
-            for sample in _read(self.url):
-                yield _decode_sample(sample, transform)
-        except Exception as broken:  # noqa: BLE001  as a broken tar, a lost connection and a missing command do
-            reason = re.sub(r" @ <.*", "", " ".join(str((broken.args or (broken,))[0]).split()))[:200]
-            reason = reason or type(broken).__name__
-            error.append(f"{self.url}: cannot be used to its end: {reason}; mend it, or fetch it again")
+def _decoded(url, transform, error):
+    """Yield what `_decode_sample` gives of every sample of a tar; why it cannot be read goes into the list error."""
+    try:
+        for sample in _read(url):
+            yield _decode_sample(sample, transform)
+    except Exception as broken:  # noqa: BLE001  as a broken tar, a lost connection and a missing command do
+        reason = " ".join(str((broken.args or (broken,))[0]).split())
+        reason = re.sub(r" @ <.*", "", reason)[:200] or type(broken).__name__
+        error.append(f"{url}: cannot be used to its end: {reason}; mend it, or fetch it again")
 
 
 def _decode_sample(sample, transform):
     """(key, caption, what `decode` gives of the picture) of a sample, a dict of bytes."""
     key, caption = sample["__key__"], _caption(sample)
     picture = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
-    dotted = next((name for name in sample if "." in name and name.rpartition(".")[2] in PICTURES), None)
+    dotted = next((name for name in sample if name.rpartition(".")[2] in PICTURES), None)
     if picture is None and dotted:
         raise ValueError(f"{key}.{dotted} has a dot in its key; name it without")
     if picture is None or caption is None:
@@ -208,11 +203,11 @@ class _Watched:
 
 def _read(url):
     """Yield the samples of a tar, dicts of bytes; whatever happens is raised, also where it ends too soon."""
-    library = _library()
-    with library.gopen(url) as stream:
+    webdataset = _webdataset()
+    with webdataset.gopen(url) as stream:
         watched = _Watched(stream)
-        files = library.tariterators.tar_file_expander(iter([{"url": url, "stream": watched}]))
-        yield from library.tariterators.group_by_keys(files)
+        files = webdataset.tariterators.tar_file_expander(iter([{"url": url, "stream": watched}]))
+        yield from webdataset.tariterators.group_by_keys(files)
         while watched.read(2**16):
             pass
         if hasattr(stream, "wait_for_child"):
@@ -221,21 +216,21 @@ def _read(url):
         raise ValueError("it is cut off: it does not end as a tar")
 
 
-def _library():
-    """The package webdataset, which only this data set needs."""
+def _webdataset():
+    """The package of that name, which only this data set needs."""
     try:
         import webdataset
     except ImportError:
-        name = "--dataset webdataset"
-        raise UserError(f"{name}: needs the package of that name: pip install webdataset") from None
+        what = "needs the package of that name: pip install webdataset"
+        raise UserError(f"--dataset webdataset: {what}") from None
     return webdataset
 
 
 def _expand(pattern):
     """The paths or URLs of a pattern with braces."""
-    library = _library()
+    webdataset = _webdataset()
     try:
-        return library.shardlists.expand_urls(pattern)
+        return webdataset.shardlists.expand_urls(pattern)
     except Exception as error:  # noqa: BLE001  its libraries raise many things
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"--data-root {pattern}: not a pattern of paths ({reason}); mend its braces") from None
