@@ -84,11 +84,15 @@ def parse(argv):
 
 def cache_data_set(args, data_set, device):
     """Cache the splits of a data set that are not cached yet, and its texts; the ranks of torchrun share the work."""
-    splits = open_splits(args, data_set)
+    flags = {flag: getattr(args, flag) for flag in data_set.flags}
+    splits = open_splits(data_set, args.data_root or f"data/{args.dataset}", args.split, flags)
     precision = pick_precision(args.precision, device)
     clip_id = ClipId.of(args.model or data_set.model, args.pretrained or data_set.pretrained, precision_name(precision))
     check_other_splits(args.name, args.split, clip_id)
-    settings = {name: split_settings(args, split, clip_id) for name, split in splits.items()}
+    # what two caches must share to be the same: data set, CLIP, precision, dtype, and what the split is made of
+    common = {"dataset": args.dataset, **clip_id.readable(), "precision": clip_id.precision, "dtype": args.dtype}
+    shards = {"shard_rows": args.shard_rows} if args.shard_rows else {}
+    settings = {name: common | split.fingerprint() | shards for name, split in splits.items()}
     waiting = [name for name, split in splits.items() if not is_cached(args, name, split, settings[name])]
     texts = {LADDER: (list(data_set.ladder), None)}  # stem -> (texts, chains or None)
     texts |= {CHAINS: flatten(data_set.chains())} if data_set.chains else {}
@@ -100,23 +104,15 @@ def cache_data_set(args, data_set, device):
         cache_split(args, name, splits[name], clip, settings[name])
     if is_first():
         for stem, text in texts.items():
-            embed_texts(args.name, stem, *text, clip, getattr(torch, args.dtype))
+            add_texts(args.name, stem, *text, clip, getattr(torch, args.dtype))
 
 
-def open_splits(args, data_set):
-    """The splits that --split names, {name: Split}, with their lists read and checked; made where there are none."""
-    root = args.data_root or f"data/{args.dataset}"
+def open_splits(data_set, root, names, flags):
+    """The splits of these names, {name: Split}, with their lists read and checked; drawn if the data set can be."""
     with first_rank_first():  # the others find what it has made
         if data_set.make and not Path(root).exists():
             data_set.make(Path(root))
-    flags = {flag: getattr(args, flag) for flag in data_set.flags}
-    return {name: data_set.reader(root, name, data_set.layout, **flags) for name in args.split}
-
-
-def split_settings(args, split, clip_id):
-    """What two caches must share to be the same: data set, CLIP, precision, dtype, and what the split is made of."""
-    settings = {"dataset": args.dataset, **clip_id.readable(), "precision": clip_id.precision, "dtype": args.dtype}
-    return settings | split.fingerprint() | ({"shard_rows": args.shard_rows} if args.shard_rows else {})
+    return {name: data_set.reader(root, name, data_set.layout, **flags) for name in names}
 
 
 def is_cached(args, name, split, settings):
@@ -152,10 +148,8 @@ def embed_split(args, folder, split, clip, settings):
             if meta["skipped"]:
                 note = "note: %d broken images and their captions are left out; meta.json lists them under 'skipped'"
                 logging.warning(note, len(meta["skipped"]))
-            counts, seconds = (
-                (meta["image_count"], meta["caption_count"], meta["embed_dim"]),
-                time.perf_counter() - start,
-            )
+            counts = (meta["image_count"], meta["caption_count"], meta["embed_dim"])
+            seconds = time.perf_counter() - start
             logging.info("%s: %d images, %d captions, %d wide, in %.0f s", folder, *counts, seconds)
 
 
@@ -168,11 +162,11 @@ def cache_texts(args, device):
     clip_id = embedding.clip_id(args.name)
     clip = clip_id.load(device, args.model, args.pretrained, args.precision)
     with locked(ROOT / args.name / "texts" / f".{stem}.lock", f"--texts {args.texts}"):
-        embed_texts(args.name, stem, texts, chains, clip, clip_id.dtype)
+        add_texts(args.name, stem, texts, chains, clip, clip_id.dtype)
     logging.info("%s: %d texts", ROOT / args.name / "texts" / stem, len(texts))
 
 
-def embed_texts(name, stem, texts, chains, clip, dtype):
+def add_texts(name, stem, texts, chains, clip, dtype):
     """Embed texts, and write them beside the splits of a cache."""
     z = to_dtype(encode_texts(clip, texts), dtype, texts)
     write_texts(name, stem, z, texts, clip.info, chains)

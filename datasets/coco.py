@@ -38,7 +38,8 @@ class CocoCaptions(ListSplit):
         root = Path(root)
         folder, file = root / layout.images.format(split=split), root / layout.captions.format(split=split)
         for path in (file, folder):
-            need(path.exists(), f"--data-root {root}: expected {path.relative_to(root)}, found {listing(root)}")
+            if not path.exists():
+                raise UserError(f"--data-root {root}: expected {path.relative_to(root)}, found {listing(root)}")
         document = load_json(file)
         _check(document, file)
         coco = COCO()

@@ -30,15 +30,14 @@ class EmbeddingCache:
     """One split of a cache.
 
     Args:
-        name: the folder under embeddings/.
-        split: "train", "val", ...
+        name, split: folders, as in embeddings/shapes/val.
         root: the folder embeddings/ itself.
         mapped: leave embeddings that lie in shards on the disk, and their captions and file names unread.
     Attributes:
         image, text: Rows (N, D) and (M, D) of raw embeddings.
         image_of_caption: image rows, (M,) int64.
         captions, images: M texts, and N file names; each may be None.
-        meta: dict, empty if unknown.
+        meta: of meta.json; {} without one.
         relevance: as `ListSplit.relevance` has it; `judgements` has it in one form.
         mapped: whether the embeddings are on the disk.
         device: where pairs are given.
@@ -58,9 +57,8 @@ class EmbeddingCache:
         self.mapped = mapped and "shards" in self.meta
         self.image, self.text = (open_rows(self.folder, kind, self.meta, mapped) for kind in ("image", "text"))
         (images, image_width), (captions, text_width) = self.image.shape, self.text.shape
-        cure = "image and text embeddings must come from one CLIP"
         widths = f"image.pt and text.pt are {image_width} and {text_width} wide"
-        need(image_width == text_width, f"{self.folder}: {widths}; {cure}")
+        need(image_width == text_width, f"{self.folder}: {widths}; image and text embeddings must come from one CLIP")
         self.image_of_caption = load_image_of_caption(self.folder, self.meta, captions, images)
         check_meta(meta_file, self.meta, captions)
         self.captions = self.images = self.relevance = None
@@ -112,13 +110,11 @@ class EmbeddingCache:
         return self.image[self.image_of_caption[captions]], self.text[captions]
 
     def batches(self, size, generator, buffer=BUFFER):
-        """The captions of an epoch in random order; the last batch may be smaller.
+        """The caption rows of an epoch in random order, in batches (B,) int64 of a size; the last may be smaller.
 
         Args:
-            size: B.
             generator: torch.Generator on the CPU.
             buffer: captions that are shuffled at a time on the disk; `RowsOnDisk.order` says at what cost.
-        Yields: (B,) int64 caption rows.
         """
         return in_batches(self.text.order(generator, buffer), size)
 
@@ -177,6 +173,6 @@ def _missing(name, split, root):
         return f"--dataset {name}: {found}; run {make} --split {split}, or {renamed}"
     caches = sorted({path.parent.name for path in root.glob("*/*") if is_cache(path)})
     found = f" (found caches: {', '.join(caches)})" if caches else ""
-    hint = "python cache_embeddings.py --dataset shapes, which needs no download"
-    hint = "" if name == "shapes" else f"; or start with {hint}"
+    hint = "; or start with python cache_embeddings.py --dataset shapes, which needs no download"
+    hint = "" if name == "shapes" else hint
     return f"--dataset {name}: no cache in {root / name}{found}; make it with {make}, or {renamed}{hint}"

@@ -18,23 +18,14 @@ from utils.files import load_json
 
 @dataclass(frozen=True)
 class KarpathyLayout:
-    """Where a data set with Karpathy's splits lies.
+    """Where a data set with Karpathy's splits lies."""
 
-    Attributes:
-        captions: the JSON.
-        folders: of the pictures: the first that is there, or those allowed if by_filepath.
-        by_filepath: whether every image names its folder as "filepath".
-        image_id: the field that becomes its id.
-        train: the splits that "train" is made of.
-        judgements: function of datasets/eccv.py that knows what people found right in the split "test", or None.
-    """
-
-    captions: str
-    folders: tuple
-    by_filepath: bool = False
-    image_id: str = "imgid"
-    train: tuple = ("train",)
-    judgements: object = None
+    captions: str  # the JSON
+    folders: tuple  # of the pictures: the first that is there, or those allowed if by_filepath
+    by_filepath: bool = False  # whether every image names its folder as "filepath"
+    image_id: str = "imgid"  # the field that becomes its id
+    train: tuple = ("train",)  # the splits that "train" is made of
+    judgements: object = None  # function of datasets/eccv.py: what people found right in the split "test"
 
 
 FLICKR30K = KarpathyLayout(captions="dataset_flickr30k.json", folders=("flickr30k-images", "images"))
@@ -60,8 +51,7 @@ class KarpathyCaptions(ListSplit):
     def __init__(self, root, split, layout):
         root = Path(root)
         path, folders = root / layout.captions, " or ".join(f"{name}/" for name in layout.folders)
-        expected = f"expected {layout.captions} and {folders}"
-        need(path.is_file(), f"--data-root {root}: {expected}, found {listing(root)}")
+        need(path.is_file(), f"--data-root {root}: expected {layout.captions} and {folders}, found {listing(root)}")
         document = load_json(path)
         _check(document, layout, path)
         wanted = layout.train if split == "train" else (split,)

@@ -21,28 +21,17 @@ CSV_FLAGS = ("csv_img_key", "csv_caption_key", "csv_separator", "csv_group_key")
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that cache_embeddings.py can read.
+    """A data set that cache_embeddings.py can read."""
 
-    Attributes:
-        reader: class of a split (datasets/source.py), called with the data root, the split's name and the layout.
-        layout: where the files lie, as the reader takes it.
-        model, pretrained: the CLIP used by default.
-        ladder: prompts, each with one detail more than the one before.
-        make: function of the data root that makes the files where there are none, or None.
-        chains: function that gives lists of texts, each from general to specific, or None.
-        flags: those of the command line that the reader takes as well, by name.
-        one_split: whether its files are one split, which --split names, and stay as many as they are.
-    """
-
-    reader: type
-    layout: object = None
-    model: str = "ViT-B-32-quickgelu"
+    reader: type  # class of a split (datasets/source.py), called with the data root, the split's name and the layout
+    layout: object = None  # where the files lie, as the reader takes it
+    model: str = "ViT-B-32-quickgelu"  # with pretrained, the CLIP used by default
     pretrained: str = "openai"
-    ladder: tuple = PHOTO_LADDER
-    make: object = None
-    chains: object = None
-    flags: tuple = ()
-    one_split: bool = False
+    ladder: tuple = PHOTO_LADDER  # prompts, each with one detail more than the one before
+    make: object = None  # function of the data root that makes the files where there are none
+    chains: object = None  # function that gives lists of texts, each from general to specific
+    flags: tuple = ()  # those of the command line that the reader takes as well, by name
+    one_split: bool = False  # whether its files are one split, which --split names, and stay as many as they are
 
 
 DATASETS = {

@@ -40,7 +40,7 @@ class RowsInMemory:
         return self._z[rows]
 
     def to(self, device):
-        """Move to a device. Returns: self."""
+        """These rows, moved to a device."""
         self._z = self._z.to(device)
         self.device = self._z.device
         return self
@@ -90,7 +90,7 @@ class RowsOnDisk:
         return z.to(self._target, non_blocking=True)  # (B, D)
 
     def to(self, device):
-        """Rows that are read go to this device from now on. Returns: self."""
+        """These rows, which go to a device from now on when they are read."""
         self._target = torch.device(device)
         return self
 
@@ -107,9 +107,7 @@ class RowsOnDisk:
         What that costs: a batch holds rows of one buffer's shards only. Where shards are alike inside, as those of one
         crawl or topic are, the negatives of a batch are more alike than under a full shuffle, and the gradient varies
         more from batch to batch; every epoch draws other shards together. A buffer of all rows is a full shuffle.
-        Args:
-            generator: torch.Generator on the CPU.
-            buffer: rows, of which there are as many numbers in memory.
+        The generator is on the CPU, and the numbers of a buffer's rows in memory.
         """
         return shuffled(self.sizes, buffer, generator)
 
@@ -148,18 +146,10 @@ def shuffled(sizes, buffer, generator):
 
 
 def in_batches(orders, size):
-    """Row numbers a batch at a time, over the borders of buffers; only the last batch may be smaller.
-
-    Args:
-        orders: iterable of (n,) int64, as `order` yields.
-        size: B.
-    Yields: (B,) int64.
-    """
+    """What `order` yields as batches of a size, (B,) int64, over the borders of buffers; the last may be smaller."""
     left = None
     for rows in orders:
         *batches, left = (rows if left is None else torch.cat([left, rows])).split(size)
-        if len(left) == size:
-            batches, left = [*batches, left], None
         yield from batches
     if left is not None and len(left):
         yield left

@@ -52,24 +52,20 @@ class Split:
 
 @dataclass
 class ListSplit(Split):
-    """Pictures and captions in lists, in the order of the cache's rows.
+    """Pictures and captions in lists, in the order of the cache's rows: N images and M captions.
 
-    Attributes:
-        image_ids, image_files, image_names: of N images: ids, paths, and file names as the data set gives them.
-        caption_ids, captions, image_of_caption: of M captions: ids, texts, and image rows.
-        relevance: where more than one answer is right; None: nowhere. Either M lists of image rows, ascending, those
-            that are right for a caption (and it for them), or {set: {"t2i": M lists of image rows, "i2t": N lists of
-            caption rows}}: what people found right for some captions and, apart from that, for some images, elsewhere
-            empty.
+    Relevance is M lists of image rows, ascending, those that are right for a caption (and it for them), or
+    {set: {"t2i": M lists of image rows, "i2t": N lists of caption rows}}, what people found right for some captions
+    and, apart from that, for some images, elsewhere empty.
     """
 
     image_ids: list
-    image_files: list
-    image_names: list
+    image_files: list  # paths
+    image_names: list  # file names as the data set gives them
     caption_ids: list
     captions: list
-    image_of_caption: list
-    relevance: list | dict | None = None
+    image_of_caption: list  # image rows
+    relevance: list | dict | None = None  # where more than one answer is right; None: nowhere
 
     def fingerprint(self):
         """The numbers of images and captions, with digests of all that is in the lists but the paths."""
@@ -94,8 +90,7 @@ class ListSplit(Split):
         store.check_broken(broken.values())
         say_notes(texts, meta["context_length"])
         left = self.without(broken)
-        what = f"without the {len(broken)} broken image files no caption is left"
-        need(left.captions, f"{folder}: {what}; mend them")
+        need(left.captions, f"{folder}: without the {len(broken)} broken image files no caption is left; mend them")
         row_of_text = {text: row for row, text in enumerate(distinct_texts(self.captions)[0])}
         image, text = (torch.cat([content["rows"] for content in contents]) for contents in (pictures, texts))
         text = text[[row_of_text[caption] for caption in left.captions]]  # (M, D)

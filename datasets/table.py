@@ -20,8 +20,6 @@ class TableCaptions(ListSplit):
 
     Rows that name the same file are one image with several captions. Ids are the rows themselves.
     Args:
-        root: folder.
-        split: "train", "val", ...
         layout: the names that the table may have, with "{split}" in them.
         csv_img_key, csv_caption_key: the columns.
         csv_separator: one character, or None: by the table's suffix.
@@ -57,7 +55,8 @@ def _table(root, names):
     """The one table of some names that is there."""
     there = [name for name in names if (root / name).is_file()]
     need(len(there) < 2, f"--data-root {root}: found {' and '.join(there)}; keep one of them")
-    need(there, f"--data-root {root}: expected {' or '.join(names)}, found {listing(root)}")
+    if not there:
+        raise UserError(f"--data-root {root}: expected {' or '.join(names)}, found {listing(root)}")
     return root / there[0]
 
 

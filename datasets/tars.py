@@ -77,8 +77,7 @@ class TarSplit(Split):
         store.check_broken(": ".join(sample) for sample in skipped)
         say_notes(notes, meta["context_length"])
         count = sum(note["rows"] for note in notes)
-        what = "a sample is a picture and a .txt or .json of one name"
-        need(count, f"--data-root {self.root}: holds no sample; {what}")
+        need(count, f"--data-root {self.root}: holds no sample; a sample is a picture and a .txt or .json of one name")
         check_widths(meta, *notes[0]["width"])
         meta |= {"embed_dim": notes[0]["width"][0], "image_count": count, "caption_count": count}
         meta |= self.state() | {"skipped": skipped, "versions": versions()}
@@ -221,8 +220,7 @@ def _webdataset():
     try:
         import webdataset
     except ImportError:
-        what = "needs the package of that name: pip install webdataset"
-        raise UserError(f"--dataset webdataset: {what}") from None
+        raise UserError("--dataset webdataset: needs the package of that name: pip install webdataset") from None
     return webdataset
 
 

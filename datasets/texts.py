@@ -18,14 +18,7 @@ AGAIN = "run cache_embeddings.py again"
 
 
 def write_texts(name, stem, embeddings, texts, meta, chains=None):
-    """Write further texts, embeddings/<name>/texts/<stem>.pt and .json, which comes last.
-
-    Args:
-        embeddings (T, D): as they are to be stored.
-        texts: T strings.
-        meta: a Clip's info.
-        chains: lists of rows, general first, or None.
-    """
+    """Write further texts, T strings with (T, D) embeddings, and the info of their Clip; the .json comes last."""
     folder = ROOT / name / "texts"
     (folder / f"{stem}.json").unlink(missing_ok=True)
     save_tensors(embeddings, folder / f"{stem}.pt")
@@ -53,8 +46,7 @@ def load_texts(name, stem, embed_dim=None, meta=None):
     need(has_width, f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; {AGAIN}")
     if meta and isinstance(made_by, dict) and "pretrained_sha256" in made_by and "pretrained_sha256" in meta:
         changed = ClipId.of_meta(made_by).difference(ClipId.of_meta(meta))
-        cure = "embed it again, or remove it"
-        need(not changed, f"{path}: embedded with another CLIP than the cache: {changed}; {cure}")
+        need(not changed, f"{path}: embedded with another CLIP than the cache: {changed}; embed it again, or remove it")
     are_chains = chains is None or (isinstance(chains, list) and all(are_rows(chain, len(z)) for chain in chains))
     need(are_chains, f"{names}: its chains are not lists of rows from 0 to {len(z) - 1}; {AGAIN}")
     return texts, z, chains

@@ -31,7 +31,7 @@ class UnitStore:
         dtype: torch dtype of the stored embeddings.
         max_broken: samples that may be broken and left out.
         overwrite: leave the units of other settings unused.
-    Raises: UserError that names the difference if there are units of other settings.
+    Raises: UserError that names the difference to the settings of the units that are there.
     """
 
     def __init__(self, folder, settings, dtype, max_broken=0, overwrite=False):
@@ -79,14 +79,12 @@ class UnitStore:
 
 
 def is_finished(name, split, settings, state, max_broken):
-    """Whether a split is cached already, by these settings.
+    """Whether a split is cached already by these settings; if by others, a UserError names the difference.
 
     Args:
-        name, split: the cache's.
         settings: dict of plain types, what units are made with and from.
         state: `Split.state()`, which units do not record, but the cache.
         max_broken: samples that may have been left out.
-    Raises: UserError that names the difference if it was made by others.
     """
     folder, cure = ROOT / name / split, "give another --name, or --overwrite it"
     if not (folder / "meta.json").exists():
@@ -115,8 +113,8 @@ def check_other_splits(name, splits, clip_id):
     """Raise a UserError if a split that is not to be made now was made with another CLIP: a cache has only one."""
     cure = "give another --name, or all of its splits and --overwrite"
     for file in sorted((ROOT / name).glob("*/meta.json")):
-        meta, changed = load_json(file), "its meta.json is not an object"
-        if isinstance(meta, dict):
-            changed = ClipId.of_meta(meta).difference(clip_id)
-        is_same = not changed or file.parent.name in splits
-        need(is_same, f"{file.parent}: was made with another CLIP: {changed}; {cure}")
+        meta = load_json(file)
+        is_object = isinstance(meta, dict)
+        changed = ClipId.of_meta(meta).difference(clip_id) if is_object else "its meta.json is not an object"
+        is_right = not changed or file.parent.name in splits
+        need(is_right, f"{file.parent}: was made with another CLIP: {changed}; {cure}")

@@ -19,11 +19,9 @@ def write_split(folder, image, text, image_of_caption, captions, images, relevan
     """Write one split. meta.json comes last: where it is, the split is finished.
 
     Args:
-        folder: the split's.
         image (N, D), text (M, D): tensors as they are to be stored.
-        image_of_caption: M image rows.
-        captions, images: M texts, and N file names.
-        relevance: as `ListSplit.relevance` has it.
+        images: N file names.
+        image_of_caption, captions, relevance: as `ListSplit` has them.
         meta: dict of plain types.
         shard_rows: rows of a shard; None: no shards.
     """
@@ -55,10 +53,8 @@ def finish_shards(folder, index, image_of_caption, meta):
     """Write what stands beside the shards of a split, meta.json last, and remove what an older cache left.
 
     Args:
-        folder: the split's.
         index: {"image": [[rows, SHA-256], ...], "text": the same}.
         image_of_caption (M,): int64.
-        meta: dict of plain types.
     """
     for file in IN_ONE:
         (folder / file).unlink(missing_ok=True)
