@@ -26,12 +26,7 @@ def is_list(content, kind, length):
 
 def are_rows(content, count):
     """Whether a value is a list of row numbers below `count`."""
-    return isinstance(content, list) and all(is_row(row, count) for row in content)
-
-
-def is_row(value, count):
-    """Whether a value is a row number below `count`."""
-    return type(value) is int and 0 <= value < count
+    return isinstance(content, list) and all(type(row) is int and 0 <= row < count for row in content)
 
 
 def existing(path):
@@ -80,7 +75,7 @@ def load_image_of_caption(folder, meta, captions, images):
     need(isinstance(content, dict) and len(content) == captions, f"{path}: {what}")
     rows = [content.get(str(caption)) for caption in range(captions)]
     for caption, row in enumerate(rows):
-        if not is_row(row, images):
+        if type(row) is not int or not 0 <= row < images:
             expected = f"expected an image row from 0 to {images - 1}"
             raise UserError(f"{path}: caption {caption} belongs to {row!r}, {expected}")
     return torch.tensor(rows, dtype=torch.int64)
@@ -144,8 +139,8 @@ def check_index(path, meta):
 
 def check_widths(meta, image, text):
     """Raise a UserError if the model that meta names gives images and texts of different widths."""
-    widths = f"image embeddings are {image} wide, text embeddings {text}"
-    need(image == text, f"--model {meta['model']}: {widths}; choose a CLIP")
+    what = f"--model {meta['model']}: image embeddings are {image} wide, text embeddings {text}"
+    need(image == text, f"{what}; choose a CLIP")
 
 
 def check_fields(entry, fields, where):

@@ -75,8 +75,8 @@ def _load_relevance(path, caption_ids, row_of_image):
 def _check(document, path):
     """Raise a UserError at the first thing that is not as COCO's format has it; the message names file and entry."""
     sections = {"images": {"id": int, "file_name": str}, "annotations": {"id": int, "image_id": int, "caption": str}}
-    what = f"expected an object with {' and '.join(map(repr, sections))}"
-    need(isinstance(document, dict), f"{path}: not a COCO captions file: {what}")
+    what = "not a COCO captions file: expected an object with 'images' and 'annotations'"
+    need(isinstance(document, dict), f"{path}: {what}")
     known = {}
     for section, fields in sections.items():
         entries, known[section] = document.get(section), set()

@@ -47,10 +47,10 @@ def collate(decoded):
 
 
 def read_rgb(path):
-    """A picture of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
+    """A picture of any mode, at a path or in an open file, as RGB, 8 bits a channel.
 
-    Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather than clipped, transparency is dropped.
-    Args: path: or an open file.
+    Orientation tags are ignored, as in the paper's code. Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather
+    than clipped, transparency is dropped.
     Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels;
         ValueError on nan or infinity.
     """

@@ -32,7 +32,12 @@ class TableCaptions(ListSplit):
         self, root, split, layout, csv_img_key="filepath", csv_caption_key="title", csv_separator=None, csv_group_key=""
     ):
         root = Path(root)
-        path = _table(root, [name.format(split=split) for name in layout])
+        tables = [name.format(split=split) for name in layout]
+        there = [table for table in tables if (root / table).is_file()]
+        need(len(there) < 2, f"--data-root {root}: found {' and '.join(there)}; keep one of them")
+        if not there:
+            raise UserError(f"--data-root {root}: expected {' or '.join(tables)}, found {listing(root)}")
+        path = root / there[0]
         columns = {"--csv-img-key": csv_img_key, "--csv-caption-key": csv_caption_key}
         columns |= {"--csv-group-key": csv_group_key} if csv_group_key else {}
         rows = list(_rows(path, columns, _separator(csv_separator, path)))
@@ -49,15 +54,6 @@ class TableCaptions(ListSplit):
         super().__init__(list(range(len(names))), files, names, list(range(len(captions))), captions, image_of_caption)
         if csv_group_key:
             self.relevance = [sorted(images_of_group[tuple(group)]) for _, (_, _, *group) in rows]
-
-
-def _table(root, names):
-    """The one table of some names that is there."""
-    there = [name for name in names if (root / name).is_file()]
-    need(len(there) < 2, f"--data-root {root}: found {' and '.join(there)}; keep one of them")
-    if not there:
-        raise UserError(f"--data-root {root}: expected {' or '.join(names)}, found {listing(root)}")
-    return root / there[0]
 
 
 def _separator(given, path):

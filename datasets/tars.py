@@ -139,14 +139,10 @@ class TarUnit:
         contents = (embedded.image, embedded.text, embedded.keys, embedded.captions)
         for file, content in zip(files, contents, strict=True):
             (save_tensors if isinstance(content, torch.Tensor) else save_json)(content, file)
-        notes = {
-            "tar": _identity(self.url),
-            "rows": len(embedded.image),
-            "width": [embedded.image.shape[1], embedded.text.shape[1]],
-            "left_out": [list(sample) for sample in embedded.left_out.items()],
-            **embedded.notes,
-            "sums": [sha256(file) for file in files],
-        }
+        width = [embedded.image.shape[1], embedded.text.shape[1]]
+        notes = {"tar": _identity(self.url), "rows": len(embedded.image), "width": width}
+        notes |= {"left_out": [list(sample) for sample in embedded.left_out.items()]} | embedded.notes
+        notes |= {"sums": [sha256(file) for file in files]}
         save_json(notes, folder / f"notes-{self.number:05d}.json")
 
 

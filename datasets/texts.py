@@ -42,8 +42,7 @@ def load_texts(name, stem, embed_dim=None, meta=None):
     document = document if isinstance(document, dict) else {}
     texts, chains, made_by = (document.get(key) for key in ("texts", "chains", "clip"))
     need(is_list(texts, str, len(z)), f"{names}: expected {len(z)} texts; {AGAIN}")
-    has_width = embed_dim in (None, z.shape[1])
-    need(has_width, f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; {AGAIN}")
+    need(embed_dim in (None, z.shape[1]), f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; {AGAIN}")
     if meta and isinstance(made_by, dict) and "pretrained_sha256" in made_by and "pretrained_sha256" in meta:
         changed = ClipId.of_meta(made_by).difference(ClipId.of_meta(meta))
         need(not changed, f"{path}: embedded with another CLIP than the cache: {changed}; embed it again, or remove it")

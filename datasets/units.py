@@ -23,10 +23,9 @@ from utils.preprocess import ClipId
 
 
 class UnitStore:
-    """The units of a split while it is unfinished.
+    """The units of the split that is to be in a folder, while it is unfinished.
 
     Args:
-        folder: the split's.
         settings: dict of plain types, what the units are made with and from.
         dtype: torch dtype of the stored embeddings.
         max_broken: samples that may be broken and left out.

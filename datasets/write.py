@@ -36,8 +36,7 @@ def write_split(folder, image, text, image_of_caption, captions, images, relevan
     _remove_shards(folder)
     save_tensors(image, folder / "image.pt")
     save_tensors(text, folder / "text.pt")
-    row_of_caption = {str(caption): int(row) for caption, row in enumerate(image_of_caption)}
-    save_json(row_of_caption, folder / "cap_id_to_img_id.json")
+    save_json({str(row): int(image) for row, image in enumerate(image_of_caption)}, folder / "cap_id_to_img_id.json")
     save_json(captions, folder / "captions.json")
     save_json(images, folder / "images.json")
     save_json(meta, folder / "meta.json", indent=1)
@@ -52,9 +51,7 @@ def clear_meta(folder):
 def finish_shards(folder, index, image_of_caption, meta):
     """Write what stands beside the shards of a split, meta.json last, and remove what an older cache left.
 
-    Args:
-        index: {"image": [[rows, SHA-256], ...], "text": the same}.
-        image_of_caption (M,): int64.
+    Args: index {"image": [[rows, SHA-256], ...], "text": the same}, image_of_caption (M,) int64.
     """
     for file in IN_ONE:
         (folder / file).unlink(missing_ok=True)
