@@ -103,8 +103,9 @@ def cache_data_set(args, data_set, device):
     for name in waiting:
         cache_split(args, name, splits[name], clip, settings[name])
     if is_first():
-        for stem, text in texts.items():
-            add_texts(args.name, stem, *text, clip, getattr(torch, args.dtype))
+        for stem, (lines, chains) in texts.items():
+            z = to_dtype(encode_texts(clip, lines), getattr(torch, args.dtype), lines)
+            write_texts(args.name, stem, z, lines, clip.info, chains)
 
 
 def open_splits(data_set, root, names, flags):
@@ -161,15 +162,10 @@ def cache_texts(args, device):
     texts, chains = read_texts(Path(args.texts))
     clip_id = embedding.clip_id(args.name)
     clip = clip_id.load(device, args.model, args.pretrained, args.precision)
+    z = to_dtype(encode_texts(clip, texts), clip_id.dtype, texts)
     with locked(ROOT / args.name / "texts" / f".{stem}.lock", f"--texts {args.texts}"):
-        add_texts(args.name, stem, texts, chains, clip, clip_id.dtype)
+        write_texts(args.name, stem, z, texts, clip.info, chains)
     logging.info("%s: %d texts", ROOT / args.name / "texts" / stem, len(texts))
-
-
-def add_texts(name, stem, texts, chains, clip, dtype):
-    """Embed texts, and write them beside the splits of a cache."""
-    z = to_dtype(encode_texts(clip, texts), dtype, texts)
-    write_texts(name, stem, z, texts, clip.info, chains)
 
 
 if __name__ == "__main__":
