@@ -7,16 +7,37 @@ import json
 
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.files import load_json, load_tensors, sha256
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what an embedding may be stored in
 ANEW = "make the cache anew"
 
 
+def has_fields(content, fields):
+    """Whether a value is a dict with these fields, {name: type}, or more."""
+    return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in fields.items())
+
+
+def is_list(content, kind, length):
+    """Whether a value is a list of so many entries of a type."""
+    return isinstance(content, list) and len(content) == length and all(isinstance(entry, kind) for entry in content)
+
+
+def are_rows(content, count):
+    """Whether a value is a list of row numbers below `count`."""
+    return isinstance(content, list) and all(type(row) is int and 0 <= row < count for row in content)
+
+
+def existing(path):
+    """The path of a cache's file, which is there."""
+    need(path.exists(), f"{path}: no such file; {ANEW}")
+    return path
+
+
 def load_embeddings(path):
     """An embedding matrix, (N, D), finite."""
-    z = load_tensors(_there(path))
+    z = load_tensors(existing(path))
     if not isinstance(z, torch.Tensor) or z.ndim != 2 or z.dtype not in FLOATS or 0 in z.shape:
         kind = f"shape {tuple(z.shape)}, {z.dtype}" if isinstance(z, torch.Tensor) else type(z).__name__
         raise UserError(f"{path}: expected a float tensor of shape (rows, width), found {kind}")
@@ -35,27 +56,26 @@ def check_finite(z, file):
 
 def check_sum(file, expected):
     """Raise a UserError if a file has not the SHA-256 that it should have."""
-    if sha256(file) != expected:
-        raise UserError(f"{file}: not the file that meta.json names: its SHA-256 differs; {ANEW}")
+    need(sha256(file) == expected, f"{file}: not the file that meta.json names: its SHA-256 differs; {ANEW}")
 
 
 def load_image_of_caption(folder, meta, captions, images):
-    """The image row of every caption, (M,) int64. Args: folder: the split's. captions, images: M and N."""
+    """The image row of every caption of a split with this meta.json: (M,) int64, from M captions to N images."""
     if "shards" in meta:
-        path = _there(folder / "image_of_caption.pt")
+        path = existing(folder / "image_of_caption.pt")
         check_sum(path, meta["shards"]["image_of_caption"])
         rows = load_tensors(path, check_sums=False)
         fits = isinstance(rows, torch.Tensor) and (rows.shape, rows.dtype) == ((captions,), torch.int64)
-        if not fits or not all((part >= 0).all() and (part < images).all() for part in rows.split(2**20)):
-            raise UserError(f"{path}: expected {captions} image rows from 0 to {images - 1}; {ANEW}")
+        fits = fits and all((part >= 0).all() and (part < images).all() for part in rows.split(2**20))
+        need(fits, f"{path}: expected {captions} image rows from 0 to {images - 1}; {ANEW}")
         return rows
-    path = _there(folder / "cap_id_to_img_id.json")
+    path = existing(folder / "cap_id_to_img_id.json")
     content = load_json(path)
-    if not isinstance(content, dict) or len(content) != captions:
-        raise UserError(f"{path}: expected an object with {captions} entries, one for every row of text.pt")
+    what = f"expected an object with {captions} entries, one for every row of text.pt"
+    need(isinstance(content, dict) and len(content) == captions, f"{path}: {what}")
     rows = [content.get(str(caption)) for caption in range(captions)]
     for caption, row in enumerate(rows):
-        if not is_row(row, images):
+        if type(row) is not int or not 0 <= row < images:
             expected = f"expected an image row from 0 to {images - 1}"
             raise UserError(f"{path}: caption {caption} belongs to {row!r}, {expected}")
     return torch.tensor(rows, dtype=torch.int64)
@@ -64,109 +84,73 @@ def load_image_of_caption(folder, meta, captions, images):
 def load_list(path, length, kind):
     """A JSON list of so many entries of a type."""
     content = load_json(path)
-    if not isinstance(content, list) or len(content) != length or not all(isinstance(entry, kind) for entry in content):
-        raise UserError(f"{path}: expected a list of {length} entries; {ANEW}")
+    need(is_list(content, kind, length), f"{path}: expected a list of {length} entries; {ANEW}")
     return content
 
 
 def load_relevance(path, captions, images):
-    """What is right beside the own one: M lists of image rows, at least one each, or sets of judgements.
-
-    Returns: as `ListSplit.relevance` has it.
-    """
+    """The right answers of a split with M captions and N images, as `ListSplit.relevance` has them."""
     content = load_json(path)
     if not isinstance(content, dict) or not content:
         relevance = load_list(path, captions, list)
         _check_rows(path, relevance, images, "image", "with at least one entry", least=1)
         return relevance
+    directions = {"t2i": (captions, images, "image"), "i2t": (images, captions, "caption")}
     for name, both in content.items():
-        for direction, queries, answers, kind in (
-            ("t2i", captions, images, "image"),
-            ("i2t", images, captions, "caption"),
-        ):
+        for direction, (queries, answers, kind) in directions.items():
             lists = both.get(direction) if isinstance(both, dict) else None
-            if (
-                not isinstance(lists, list)
-                or len(lists) != queries
-                or not all(isinstance(rows, list) for rows in lists)
-            ):
-                raise UserError(f"{path}: {name} {direction}: expected {queries} lists of {kind} rows; {ANEW}")
+            what = f"{name} {direction}: expected {queries} lists of {kind} rows"
+            need(is_list(lists, list, queries), f"{path}: {what}; {ANEW}")
             _check_rows(path, lists, answers, kind, f"({name} {direction})")
     return content
 
 
 def _check_rows(path, lists, count, kind, what, least=0):
     for query, rows in enumerate(lists):
-        if len(rows) < least or not all(is_row(row, count) for row in rows):
-            expected = f"a list of {kind} rows from 0 to {count - 1} {what}"
-            raise UserError(f"{path}: entry {query} is not {expected}")
+        if len(rows) < least or not are_rows(rows, count):
+            raise UserError(f"{path}: entry {query} is not a list of {kind} rows from 0 to {count - 1} {what}")
 
 
 def check_meta(path, meta, captions):
-    """Raise a UserError if what evaluation reads of a meta.json is out of range. Args: captions: M."""
-    annotated, scale = meta.get("annotated"), meta.get("logit_scale")
-    is_list = isinstance(annotated, list) and annotated
-    if annotated is not None and not (is_list and all(is_row(row, captions) for row in annotated)):
-        raise UserError(f"{path}: 'annotated' is not a list of caption rows from 0 to {captions - 1}; {ANEW}")
-    if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
-        raise UserError(f"{path}: logit_scale is {scale!r}, expected a positive number; {ANEW}")
+    """Raise a UserError if what evaluation reads of a meta.json is out of range, for M captions."""
+    rows, scale = meta.get("annotated"), meta.get("logit_scale")
+    what = f"'annotated' is not a list of caption rows from 0 to {captions - 1}"
+    need(rows is None or (rows and are_rows(rows, captions)), f"{path}: {what}; {ANEW}")
+    is_scale = scale is None or (isinstance(scale, int | float) and 0 < scale < float("inf"))
+    need(is_scale, f"{path}: logit_scale is {scale!r}, expected a positive number; {ANEW}")
 
 
 def check_index(path, meta):
-    """Check what meta.json says of the files of a cache in many.
+    """The width and the dtype of a cache in shards, as its meta.json has them; its index of shards is checked too."""
 
-    Args: path: of the meta.json, for the message. meta: its content.
-    Returns: (width, dtype) of the embeddings.
-    """
-
-    def is_list(shards):
-        return isinstance(shards, list) and all(
-            isinstance(shard, list) and [type(part) for part in shard] == [int, str] and shard[0] >= 0
-            for shard in shards
-        )
+    def is_shard(entry):
+        return isinstance(entry, list) and [type(part) for part in entry] == [int, str] and entry[0] >= 0
 
     index = meta["shards"]
-    fits = isinstance(index, dict) and isinstance(index.get("image_of_caption"), str)
-    if not fits or not all(is_list(index.get(kind)) and sum(n for n, _ in index[kind]) for kind in ("image", "text")):
-        raise UserError(f"{path}: 'shards' is not the index of a cache in many files; {ANEW}")
+    fits = has_fields(index, {"image": list, "text": list, "image_of_caption": str}) and all(
+        all(map(is_shard, index[kind])) and sum(rows for rows, _ in index[kind]) for kind in ("image", "text")
+    )
+    need(fits, f"{path}: 'shards' is not the index of a cache in many files; {ANEW}")
     width, dtype = meta.get("embed_dim"), getattr(torch, str(meta.get("dtype")), None)
-    if type(width) is not int or width < 1 or dtype not in FLOATS:
-        raise UserError(f"{path}: does not tell embed_dim and dtype of its files; {ANEW}")
+    fits = type(width) is int and width >= 1 and dtype in FLOATS
+    need(fits, f"{path}: does not tell embed_dim and dtype of its files; {ANEW}")
     return width, dtype
 
 
 def check_widths(meta, image, text):
-    """Raise a UserError if a model gives images and texts of different widths. Args: meta: with the model's name."""
-    if image != text:
-        widths = f"image embeddings are {image} wide, text embeddings {text}"
-        raise UserError(f"--model {meta['model']}: {widths}; choose a CLIP")
-
-
-def need(condition, message):
-    """Raise a UserError with this message unless a condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def is_row(value, rows):
-    """Whether a value is a row number below `rows`."""
-    return type(value) is int and 0 <= value < rows
-
-
-def _there(path):
-    if not path.exists():
-        raise UserError(f"{path}: no such file; {ANEW}")
-    return path
+    """Raise a UserError if the model that meta names gives images and texts of different widths."""
+    what = f"--model {meta['model']}: image embeddings are {image} wide, text embeddings {text}"
+    need(image == text, f"{what}; choose a CLIP")
 
 
 def check_fields(entry, fields, where):
-    """Check an entry of a JSON file.
+    """Raise a UserError if an entry of a JSON file is no object, or a field is missing, of another type or blank.
 
-    Args: fields: {name: int or str}, the one that names the entry first. where: file and place, for the message.
-    Raises: UserError if the entry is no object, or a field is missing, of another type or blank.
+    Args:
+        fields: {name: int or str}, the one that names the entry first.
+        where: file and place, for the message.
     """
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is not an object")
+    need(isinstance(entry, dict), f"{where} is not an object")
     name = next(iter(fields))
     for field, kind in fields.items():
         value = entry.get(field)
@@ -177,18 +161,13 @@ def check_fields(entry, fields, where):
 
 
 def inside(folder, name, where):
-    """The path of an image in a folder.
-
-    Args: name: as a file gives it. where: that file, and the place in it, for the message.
-    Raises: UserError if it leads out of the folder, over a link too, or nowhere.
-    """
+    """The path of an image that a file names, at a place for the message; not out of the folder, over a link either."""
     path = folder / name
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())
     except (ValueError, RuntimeError):  # a character that no file name can have; a link that leads to itself
         raise UserError(f"{where}: the image file {name!r} cannot be the name of a file; mend it") from None
-    if not is_inside:
-        raise UserError(f"{where}: the image file {name!r} lies outside {folder}; give names inside it")
+    need(is_inside, f"{where}: the image file {name!r} lies outside {folder}; give names inside it")
     return path
 
 

@@ -24,14 +24,13 @@ class Layout:
 
     images: str
     captions: str
-    relevance: str | None = None  # {caption id: [image ids]}, where more than one image is right for a caption
+    relevance: str  # {caption id: [image ids]}, where more than one image is right for a caption; may be missing
 
 
 class CocoCaptions(ListSplit):
     """The captions of a split by ascending annotation id, and the images they belong to by ascending image id.
 
     Captions and file names are as they stand in the file.
-    Args: root: folder. split: "train", "val", ... layout: Layout.
     Raises: UserError that says what was expected and what was found.
     """
 
@@ -51,16 +50,13 @@ class CocoCaptions(ListSplit):
         row_of_image = {image_id: row for row, image_id in enumerate(image_ids)}
         annotations = coco.loadAnns(caption_ids)
         names = [image["file_name"] for image in coco.loadImgs(image_ids)]
-        super().__init__(
-            image_ids,
-            [inside(folder, name, file) for name in names],
-            names,
-            caption_ids,
-            [annotation["caption"] for annotation in annotations],
-            [row_of_image[annotation["image_id"]] for annotation in annotations],
-        )
-        if layout.relevance and (root / layout.relevance.format(split=split)).exists():
-            self.relevance = _load_relevance(root / layout.relevance.format(split=split), caption_ids, row_of_image)
+        captions = [annotation["caption"] for annotation in annotations]
+        image_of_caption = [row_of_image[annotation["image_id"]] for annotation in annotations]
+        files = [inside(folder, name, file) for name in names]
+        super().__init__(image_ids, files, names, caption_ids, captions, image_of_caption)
+        relevance_file = root / layout.relevance.format(split=split)
+        if relevance_file.exists():
+            self.relevance = _load_relevance(relevance_file, caption_ids, row_of_image)
 
 
 def _load_relevance(path, caption_ids, row_of_image):
@@ -71,20 +67,16 @@ def _load_relevance(path, caption_ids, row_of_image):
     except (KeyError, TypeError) as error:
         cure = "make it anew with its captions file"
         raise UserError(f"{path}: no list of known image ids for every caption ({error}); {cure}") from None
-    if not all(rows):
-        caption = caption_ids[rows.index([])]
-        raise UserError(f"{path}: caption {caption} has no image; make it anew with its captions file")
+    for caption_id, images in zip(caption_ids, rows, strict=True):
+        need(images, f"{path}: caption {caption_id} has no image; make it anew with its captions file")
     return rows
 
 
 def _check(document, path):
     """Raise a UserError at the first thing that is not as COCO's format has it; the message names file and entry."""
-    sections = {
-        "images": {"id": int, "file_name": str},
-        "annotations": {"id": int, "image_id": int, "caption": str},
-    }
-    what = f"expected an object with {' and '.join(map(repr, sections))}"
-    need(isinstance(document, dict), f"{path}: not a COCO captions file: {what}")
+    sections = {"images": {"id": int, "file_name": str}, "annotations": {"id": int, "image_id": int, "caption": str}}
+    what = "not a COCO captions file: expected an object with 'images' and 'annotations'"
+    need(isinstance(document, dict), f"{path}: {what}")
     known = {}
     for section, fields in sections.items():
         entries, known[section] = document.get(section), set()

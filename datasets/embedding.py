@@ -3,12 +3,12 @@
     embeddings/<name>/<split>/image.pt  text.pt             (N, D) and (M, D), raw, float16 or float32
                               cap_id_to_img_id.json         {caption row as a string: image row}
                               captions.json  images.json    texts and file names, in row order
-                              relevance.json                what is right beside the own one (datasets/source.py)
+                              relevance.json                where more than one answer is right (datasets/source.py)
                               meta.json                     how they were made; written last
                               .parts/                       while they are unfinished (datasets/units.py)
 
 The first three files are the paper repository's; a cache that has only these is accepted. What is too large for one
-file lies in many, image-00000.pt and so on (datasets/rows.py), and is read through the same class.
+file lies in shards, image-00000.pt and so on (datasets/write.py), and is read through the same class.
 """
 
 import functools
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from datasets.checks import check_meta, load_image_of_caption, load_list, load_relevance
+from datasets.checks import ANEW, check_meta, load_image_of_caption, load_list, load_relevance
 from datasets.rows import BUFFER, in_batches, open_rows, shard_file
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.files import digest, load_json
 from utils.preprocess import ClipId
 
@@ -30,49 +30,49 @@ class EmbeddingCache:
     """One split of a cache.
 
     Args:
-        name: the folder under embeddings/. split: "train", "val", ... root: the folder embeddings/ itself.
-        mapped: leave embeddings that lie in many files on the disk, and their captions and file names unread.
+        name, split: folders, as in embeddings/shapes/val.
+        root: the folder embeddings/ itself.
+        mapped: leave embeddings that lie in shards on the disk, and their captions and file names unread.
     Attributes:
-        image, text: Rows (N, D) and (M, D) of raw embeddings. image_of_caption (M,) int64: image rows.
-        captions: M texts or None. images: N file names or None. meta: dict, empty if unknown.
-        relevance: what relevance.json holds, or None; `judgements` has it in one form.
-        mapped: whether the embeddings are on the disk. device: where pairs are given.
+        image, text: Rows (N, D) and (M, D) of raw embeddings.
+        image_of_caption: image rows, (M,) int64.
+        captions, images: M texts, and N file names; each may be None.
+        meta: of meta.json; {} without one.
+        relevance: as `ListSplit.relevance` has it; `judgements` has it in one form.
+        mapped: whether the embeddings are on the disk.
+        device: where pairs are given.
     Raises: UserError that names the file and what is wrong with it, or the command that makes a missing cache.
     """
 
     def __init__(self, name, split, root=ROOT, mapped=False):
         self.folder, self.device = Path(root) / name / split, torch.device("cpu")
-        if units_folder(self.folder).exists() and not (self.folder / "meta.json").exists():
-            cure = "run cache_embeddings.py again with the same flags, and it goes on where it stopped"
-            raise UserError(f"{self.folder}: unfinished; {cure}")
+        meta_file, relevance_file = self.folder / "meta.json", self.folder / "relevance.json"
+        cure = "run cache_embeddings.py again with the same flags, and it goes on where it stopped"
+        is_unfinished = units_folder(self.folder).exists() and not meta_file.exists()
+        need(not is_unfinished, f"{self.folder}: unfinished; {cure}")
         if not is_cache(self.folder):
             raise UserError(_missing(name, split, Path(root)))
-        self.meta = load_json(self.folder / "meta.json") if (self.folder / "meta.json").exists() else {}
-        if not isinstance(self.meta, dict):
-            raise UserError(f"{self.folder / 'meta.json'}: not an object; make the cache anew")
+        self.meta = load_json(meta_file) if meta_file.exists() else {}
+        need(isinstance(self.meta, dict), f"{meta_file}: not an object; {ANEW}")
         self.mapped = mapped and "shards" in self.meta
         self.image, self.text = (open_rows(self.folder, kind, self.meta, mapped) for kind in ("image", "text"))
-        images, captions = len(self.image), len(self.text)
-        if self.image.shape[1] != self.text.shape[1]:
-            widths = f"{self.image.shape[1]} and {self.text.shape[1]} wide"
-            cure = "image and text embeddings must come from one CLIP"
-            raise UserError(f"{self.folder}: image.pt and text.pt are {widths}; {cure}")
+        (images, image_width), (captions, text_width) = self.image.shape, self.text.shape
+        widths = f"image.pt and text.pt are {image_width} and {text_width} wide"
+        need(image_width == text_width, f"{self.folder}: {widths}; image and text embeddings must come from one CLIP")
         self.image_of_caption = load_image_of_caption(self.folder, self.meta, captions, images)
-        check_meta(self.folder / "meta.json", self.meta, captions)
+        check_meta(meta_file, self.meta, captions)
         self.captions = self.images = self.relevance = None
         if not self.mapped:
             self.captions, self.images = self._names("captions", "text"), self._names("images", "image")
-            if (self.folder / "relevance.json").exists():
-                self.relevance = load_relevance(self.folder / "relevance.json", captions, images)
-        if self.relevance is not None and self.captions is None:
-            missing = self.folder / "captions.json"
-            raise UserError(f"{missing}: no such file, and relevance.json is of use only with it; make the cache anew")
+            self.relevance = load_relevance(relevance_file, captions, images) if relevance_file.exists() else None
+        missing = f"{self.folder / 'captions.json'}: no such file, and relevance.json is of use only with it"
+        need(self.relevance is None or self.captions is not None, f"{missing}; {ANEW}")
 
     def _names(self, kind, of):
-        """The texts or file names of all rows, or None where there are none. Args: of: "image" or "text"."""
+        """The texts or file names of all rows of "text" or "image", or None where there are none."""
         if "shards" in self.meta:
-            sizes = [rows for rows, _ in self.meta["shards"][of]]
-            lists = [load_list(shard_file(self.folder, kind, n), rows, str) for n, rows in enumerate(sizes)]
+            shards = enumerate(self.meta["shards"][of])
+            lists = [load_list(shard_file(self.folder, kind, n), rows, str) for n, (rows, _) in shards]
             return [entry for names in lists for entry in names]
         path = self.folder / f"{kind}.json"
         return load_list(path, len(getattr(self, of)), str) if path.exists() else None
@@ -89,7 +89,7 @@ class EmbeddingCache:
 
     @functools.cached_property
     def digest(self):
-        """A name for what training reads, the same for the same embeddings and map. Returns: 16 hexadecimal digits."""
+        """A name for what training reads, the same for the same embeddings and map: 16 hexadecimal digits."""
         if "shards" in self.meta:
             return digest(self.meta["shards"])
         sums = hashlib.sha256()
@@ -99,27 +99,22 @@ class EmbeddingCache:
         return sums.hexdigest()[:16]
 
     def to(self, device):
-        """Give pairs on a device from now on. Returns: self."""
+        """This cache, which gives pairs on a device from now on."""
         self.device = torch.device(device)
         self.image.to(device), self.text.to(device)
         self.image_of_caption = self.image_of_caption.to(self.text.device)
         return self
 
     def pairs(self, captions):
-        """The pairs of some captions.
-
-        Args: captions (B,) int64: caption rows, as `batches` yields them.
-        Returns: (z_image (B, D), z_text (B, D)).
-        """
+        """The pairs of captions (B,), int64 rows as `batches` yields them: (z_image (B, D), z_text (B, D))."""
         return self.image[self.image_of_caption[captions]], self.text[captions]
 
     def batches(self, size, generator, buffer=BUFFER):
-        """The captions of an epoch in random order; the last batch may be smaller.
+        """The caption rows of an epoch in random order, in batches (B,) int64 of a size; the last may be smaller.
 
         Args:
-            size: B. generator: torch.Generator on the CPU.
-            buffer: captions that are shuffled together on the disk; `RowsOnDisk.order` says at what cost.
-        Yields: (B,) int64 caption rows.
+            generator: torch.Generator on the CPU.
+            buffer: captions that are shuffled at a time on the disk; `RowsOnDisk.order` says at what cost.
         """
         return in_batches(self.text.order(generator, buffer), size)
 
@@ -131,36 +126,32 @@ class EmbeddingCache:
         """
         if self.relevance is None or isinstance(self.relevance, dict):
             return self.relevance or {}
-        owners = self.image_of_caption.tolist()
-        t2i = [sorted({*rows, owner}) for rows, owner in zip(self.relevance, owners, strict=True)]
+        image_of_caption = self.image_of_caption.tolist()
+        t2i = [sorted({*rows, image}) for rows, image in zip(self.relevance, image_of_caption, strict=True)]
         i2t = [[] for _ in range(len(self.image))]
         for caption, images in enumerate(t2i):
             for image in images:
                 i2t[image].append(caption)
         if self.meta.get("annotated"):  # a cache from before both directions were read
             judged = set(self.meta["annotated"])
-            judged_images = {owners[caption] for caption in judged}
+            judged_images = {image_of_caption[caption] for caption in judged}
             t2i = [rows if caption in judged else [] for caption, rows in enumerate(t2i)]
             i2t = [rows if image in judged_images else [] for image, rows in enumerate(i2t)]
         return {"relevance": {"t2i": t2i, "i2t": i2t}}
 
 
-def clip_id(name, root=ROOT):
-    """The CLIP that made a cache, as the meta.json of one of its splits names it.
+def clip_id(name):
+    """The ClipId of what made the cache embeddings/<name>; `clip_id(name).load(device)` is the CLIP itself.
 
-    Args: name: folder under embeddings/.
-    Returns: ClipId; `clip_id(name).load(device)` is the CLIP itself.
     Raises: UserError if the cache does not tell.
     """
-    file = next(iter(sorted((Path(root) / name).glob("*/meta.json"))), None)
-    if file is None:
-        cure = "make it with cache_embeddings.py first"
-        raise UserError(f"no cache with a meta.json in {Path(root) / name} to take the CLIP from; {cure}")
-    found = ClipId.of_meta(load_json(file), file.parent)
-    if not found.is_complete():
-        what = "with which CLIP, precision and dtype the cache was made"
-        raise UserError(f"{file}: does not tell {what}; make it anew")
-    return found
+    files = sorted((ROOT / name).glob("*/meta.json"))
+    cure = "make it with cache_embeddings.py first"
+    need(files, f"no cache with a meta.json in {ROOT / name} to take the CLIP from; {cure}")
+    made_by = ClipId.of_meta(load_json(files[0]), files[0].parent)
+    what = "with which CLIP, precision and dtype the cache was made"
+    need(made_by.is_complete(), f"{files[0]}: does not tell {what}; make it anew")
+    return made_by
 
 
 def is_cache(folder):
@@ -182,6 +173,6 @@ def _missing(name, split, root):
         return f"--dataset {name}: {found}; run {make} --split {split}, or {renamed}"
     caches = sorted({path.parent.name for path in root.glob("*/*") if is_cache(path)})
     found = f" (found caches: {', '.join(caches)})" if caches else ""
-    hint = "python cache_embeddings.py --dataset shapes, which needs no download"
-    hint = "" if name == "shapes" else f"; or start with {hint}"
+    hint = "; or start with python cache_embeddings.py --dataset shapes, which needs no download"
+    hint = "" if name == "shapes" else hint
     return f"--dataset {name}: no cache in {root / name}{found}; make it with {make}, or {renamed}{hint}"

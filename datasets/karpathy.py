@@ -18,20 +18,14 @@ from utils.files import load_json
 
 @dataclass(frozen=True)
 class KarpathyLayout:
-    """Where a data set with Karpathy's splits lies.
+    """Where a data set with Karpathy's splits lies."""
 
-    captions: the JSON. folders: of the pictures: the first that is there, or those allowed if by_filepath.
-    by_filepath: whether every image names its own folder as "filepath". image_id: the field that becomes its id.
-    train: the splits that "train" is made of.
-    judgements: function of datasets/eccv.py that knows what people found right in the split "test", or None.
-    """
-
-    captions: str
-    folders: tuple
-    by_filepath: bool = False
-    image_id: str = "imgid"
-    train: tuple = ("train",)
-    judgements: object = None
+    captions: str  # the JSON
+    folders: tuple  # of the pictures: the first that is there, or those allowed if by_filepath
+    by_filepath: bool = False  # whether every image names its folder as "filepath"
+    image_id: str = "imgid"  # the field that becomes its id
+    train: tuple = ("train",)  # the splits that "train" is made of
+    judgements: object = None  # function of datasets/eccv.py: what people found right in the split "test"
 
 
 FLICKR30K = KarpathyLayout(captions="dataset_flickr30k.json", folders=("flickr30k-images", "images"))
@@ -51,46 +45,37 @@ class KarpathyCaptions(ListSplit):
     COCO's train is `train` and `restval` together, as in the papers that report on these splits. Every caption is
     kept, an image's sixth too. Image ids are cocoids for COCO, and not ascending, else imgids; caption ids are sentids.
     Image names are as the JSON gives them, for COCO with the folder.
-    Args: root: folder. split: "train", "val" or "test". layout: KarpathyLayout.
     Raises: UserError that says what was expected and what was found.
     """
 
     def __init__(self, root, split, layout):
         root = Path(root)
         path, folders = root / layout.captions, " or ".join(f"{name}/" for name in layout.folders)
-        found = f"found {listing(root)}"
-        need(path.is_file(), f"--data-root {root}: expected {layout.captions} and {folders}, {found}")
+        need(path.is_file(), f"--data-root {root}: expected {layout.captions} and {folders}, found {listing(root)}")
         document = load_json(path)
         _check(document, layout, path)
         wanted = layout.train if split == "train" else (split,)
-        images = [(image["imgid"], row, image) for row, image in enumerate(document["images"])]
-        images = sorted(entry for entry in images if entry[2]["split"] in wanted)
+        places = {image["imgid"]: f"{path}: images[{row}]" for row, image in enumerate(document["images"])}
+        images = [image for image in document["images"] if image["split"] in wanted]
+        images.sort(key=lambda image: image["imgid"])
         found = ", ".join(sorted({image["split"] for image in document["images"]}))
         need(images, f"{path}: no image of the split {split} (found: {found}); choose among these with --split")
+        there = [name for name in layout.folders if (root / name).is_dir()]
         names, files = [], []
-        for _, row, image in images:
-            folder = image["filepath"] if layout.by_filepath else _first_there(root, layout.folders)
-            expected = f"{folder}/" if layout.by_filepath else folders
-            if not (root / folder).is_dir():
+        for image in images:
+            folder = image["filepath"] if layout.by_filepath else (there or layout.folders)[0]
+            if folder not in there:
+                expected = f"{folder}/" if layout.by_filepath else folders
                 expected = f"expected {expected} with the pictures of {layout.captions}"
                 raise UserError(f"--data-root {root}: {expected}, found {listing(root)}")
             names.append(f"{folder}/{image['filename']}" if layout.by_filepath else image["filename"])
-            files.append(inside(root / folder, image["filename"], f"{path}: images[{row}]"))
-        sentences = sorted(
-            (sentence["sentid"], sentence["raw"], row)
-            for row, (_, _, image) in enumerate(images)
-            for sentence in image["sentences"]
-        )
-        cure = "choose another with --split"
-        need(sentences, f"{path}: the images of the split {split} have no captions; {cure}")
-        image_ids = [image[layout.image_id] for _, _, image in images]
-        super().__init__(image_ids, files, names, *(list(column) for column in zip(*sentences, strict=True)))
+            files.append(inside(root / folder, image["filename"], places[image["imgid"]]))
+        sentences = [(of["sentid"], of["raw"], row) for row, image in enumerate(images) for of in image["sentences"]]
+        need(sentences, f"{path}: the images of the split {split} have no captions; choose another with --split")
+        image_ids = [image[layout.image_id] for image in images]
+        super().__init__(image_ids, files, names, *map(list, zip(*sorted(sentences), strict=True)))
         if layout.judgements and split == "test":
             self.relevance = layout.judgements(self.image_ids, self.caption_ids, self.image_of_caption, path) or None
-
-
-def _first_there(root, folders):
-    return next((name for name in folders if (root / name).is_dir()), folders[0])
 
 
 def _check(document, layout, path):

@@ -1,7 +1,7 @@
 """Picture files in, tensors for a CLIP out: decoding, for every data set; a broken file never stops anything."""
 
+import re
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,60 +10,47 @@ from PIL import Image
 from utils.embed import Samples
 
 
-class Pictures:
-    """Pictures by row, decoded and transformed.
-
-    Args: files: N paths. transform: PIL image -> (3, H, W) tensor.
-    Returns by index: (tensor, None), or (None, what is wrong with the file).
-    """
-
-    def __init__(self, files, transform):
-        self.files, self.transform = [str(path) for path in files], transform
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, row):
-        try:
-            return self.transform(read_rgb(self.files[row])), None
-        except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
-            known = isinstance(error, FileNotFoundError)
-            reason = "no such file" if known else str(error).replace(repr(self.files[row]), "the file")
-            return None, f"{self.files[row]}: {reason or type(error).__name__}"
+def decode_file(path, transform):
+    """The picture in a file, transformed, and None; or None and what is wrong with it, the path first."""
+    picture, reason = decode(str(path), transform)
+    return picture, reason and f"{path}: {reason}"
 
 
-@dataclass
-class PictureStream:
-    """Some files of a list, from the row `first`, that a process decodes at a time: a stream of utils/embed.py."""
+def decode(file, transform):
+    """What `decode_file` gives, of a path as a string or an open file, without the path in the reason."""
+    try:
+        return transform(read_rgb(file)), None
+    except FileNotFoundError:
+        return None, "no such file"
+    except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
+        reason = re.sub(r"<_io.BytesIO.*?>", "the picture", str(error)).replace(repr(file), "the file")
+        return None, reason or type(error).__name__
 
-    files: list
-    first: int
 
-    def __call__(self, transform):
-        """Yield them as `Samples` whose keys are their rows."""
-        pictures = Pictures(self.files, transform)
-        decoded = [pictures[row] for row in range(len(pictures))]
-        yield Samples(list(range(self.first, self.first + len(decoded))), [], *collate(decoded))
+def picture_stream(files, first, transform):
+    """Yield the pictures in files as `Samples` whose keys are their rows, from `first` on."""
+    decoded = [decode_file(path, transform) for path in files]
+    yield Samples(list(range(first, first + len(decoded))), [], *collate(decoded))
 
 
 def collate(decoded):
-    """What `Pictures` gave for some rows as one tensor: every tensor that a process hands over takes an open file.
+    """What `decode` gave for B files as one tensor: every tensor that a process hands over takes an open file.
 
     Returns: (pictures (B, 3, H, W), black where one is broken, or None if all are; B reasons or None).
     """
-    good = next((picture for picture, _ in decoded if picture is not None), None)
-    pictures = (
-        None if good is None else [torch.zeros_like(good) if picture is None else picture for picture, _ in decoded]
-    )
-    return pictures and torch.stack(pictures), [error for _, error in decoded]
+    pictures, reasons = zip(*decoded, strict=True)
+    good = next((picture for picture in pictures if picture is not None), None)
+    if good is None:
+        return None, list(reasons)
+    black = torch.zeros_like(good)
+    return torch.stack([black if picture is None else picture for picture in pictures]), list(reasons)
 
 
 def read_rgb(path):
-    """A picture of any mode as RGB, 8 bits a channel; orientation tags are ignored, as in the paper's code.
+    """A picture of any mode, at a path or in an open file, as RGB, 8 bits a channel.
 
-    Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather than clipped, transparency is dropped.
-    Args: path: a path or an open file.
-    Returns: PIL image.
+    Orientation tags are ignored, as in the paper's code. Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather
+    than clipped, transparency is dropped.
     Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels;
         ValueError on nan or infinity.
     """

@@ -16,52 +16,40 @@ PHOTO_LADDER = (
     "a photo of a black cat with green eyes",
     "a photo of a black cat with big dark green eyes",
 )
+CSV_FLAGS = ("csv_img_key", "csv_caption_key", "csv_separator", "csv_group_key")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set that cache_embeddings.py can read.
+class DataSet:
+    """A data set that cache_embeddings.py can read."""
 
-    reader: class of a split, called with (root, split, layout); a Split. layout: where the files lie.
-    model, pretrained: the CLIP used by default.
-    ladder: prompts, each with one detail more than the one before.
-    make: function of the data root that makes the files where there are none, or None.
-    chains: function that gives lists of texts, each from general to specific, or None.
-    flags: those of the command line that the reader takes as well, by name.
-    one_split: whether its files are one split, which --split names, and stay as many as they are.
-    """
-
-    reader: type
-    layout: object = None
-    model: str = "ViT-B-32-quickgelu"
+    reader: type  # class of a split (datasets/source.py), called with the data root, the split's name and the layout
+    layout: object = None  # where the files lie, as the reader takes it
+    model: str = "ViT-B-32-quickgelu"  # with pretrained, the CLIP used by default
     pretrained: str = "openai"
-    ladder: tuple = PHOTO_LADDER
-    make: object = None
-    chains: object = None
-    flags: tuple = ()
-    one_split: bool = False
+    ladder: tuple = PHOTO_LADDER  # prompts, each with one detail more than the one before
+    make: object = None  # function of the data root that makes the files where there are none
+    chains: object = None  # function that gives lists of texts, each from general to specific
+    flags: tuple = ()  # those of the command line that the reader takes as well, by name
+    one_split: bool = False  # whether its files are one split, which --split names, and stay as many as they are
 
 
 DATASETS = {
-    "coco": Source(
+    "coco": DataSet(
         CocoCaptions,
         Layout("{split}2017", "annotations/captions_{split}2017.json", "annotations/relevance_{split}2017.json"),
     ),
-    "coco-karpathy": Source(KarpathyCaptions, karpathy.COCO),
-    "csv": Source(
-        TableCaptions,
-        ("{split}.csv", "{split}.tsv"),
-        flags=("csv_img_key", "csv_caption_key", "csv_separator", "csv_group_key"),
-    ),
-    "flickr30k": Source(KarpathyCaptions, karpathy.FLICKR30K),
-    "shapes": Source(
+    "coco-karpathy": DataSet(KarpathyCaptions, karpathy.COCO),
+    "csv": DataSet(TableCaptions, ("{split}.csv", "{split}.tsv"), flags=CSV_FLAGS),
+    "flickr30k": DataSet(KarpathyCaptions, karpathy.FLICKR30K),
+    "shapes": DataSet(
         CocoCaptions,
-        Layout("{split}", "annotations/captions_{split}.json", relevance="annotations/relevance_{split}.json"),
+        Layout("{split}", "annotations/captions_{split}.json", "annotations/relevance_{split}.json"),
         model="datasets/shapes/clip.json",
         pretrained="datasets/shapes/clip.safetensors",
         ladder=world.LADDER,
         make=world.make,
         chains=world.write_chains,
     ),
-    "webdataset": Source(TarSplit, one_split=True),
+    "webdataset": DataSet(TarSplit, one_split=True),
 }

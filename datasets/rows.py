@@ -3,28 +3,23 @@
     rows[indices] -> (B, D)   len(rows), rows.shape, rows.dtype   rows.to(device)   rows.read() -> (N, D)
     rows.order(generator, buffer): the row numbers of an epoch, at random
 
-On the disk they lie in many files: what web-scale data are cached in, one file for each tar.
+On the disk they lie in shards: what web-scale data are cached in, one for each tar.
 """
 
 from collections import OrderedDict
 
 import torch
 
-from datasets.checks import check_finite, check_index, check_sum, load_embeddings
-from utils.cli import UserError
+from datasets.checks import ANEW, check_finite, check_index, check_sum, existing, load_embeddings
+from utils.cli import UserError, need
 from utils.files import load_tensors
 
 BUFFER = 2**20  # rows: 2 GB of embeddings 512 wide in float16, images and texts, which the system's file cache may hold
-OPEN = 512  # files that are open at a time
+OPEN = 512  # shards that are open at a time
 
 
 def open_rows(folder, kind, meta, mapped=False):
-    """The rows of a split.
-
-    Args: folder: the split's. kind: "image" or "text". meta: of its meta.json. mapped: leave many files on the disk.
-    Returns: RowsInMemory or RowsOnDisk.
-    Raises: UserError that names the file and what is wrong with it.
-    """
+    """The rows of a split's kind, "image" or "text", with this meta.json; shards stay on the disk if mapped."""
     if "shards" not in meta:
         return RowsInMemory(load_embeddings(folder / f"{kind}.pt"))
     width, dtype = check_index(folder / "meta.json", meta)
@@ -45,7 +40,7 @@ class RowsInMemory:
         return self._z[rows]
 
     def to(self, device):
-        """Move to a device. Returns: self."""
+        """These rows, moved to a device."""
         self._z = self._z.to(device)
         self.device = self._z.device
         return self
@@ -55,26 +50,22 @@ class RowsInMemory:
         return self._z
 
     def order(self, generator, buffer=BUFFER):
-        """Yield the row numbers of an epoch, (N,) int64, at random. Args: generator: torch.Generator on the CPU."""
+        """Yield the row numbers of an epoch, (N,) int64, in a random order from a generator on the CPU."""
         yield torch.randperm(len(self), generator=generator).to(self.device)
 
 
 class RowsOnDisk:
-    """The rows of many files, each read when it is asked for; row numbers are on the CPU.
+    """The rows of many shards, each read when it is asked for; row numbers are on the CPU.
 
-    A file is compared with its SHA-256 when it is first opened, a row is looked at for what is not finite when it is
-    read.
-    Args: folder: the split's. kind: "image" or "text". index: its [rows, SHA-256] pairs. width: D. dtype: as stored.
-    Raises: UserError if a file is missing; later, if one is not what the index says.
+    A shard is compared with its SHA-256 when it is first opened; a row is checked to be finite when it is read.
+    Args: folder, kind as for `open_rows`, index [rows, SHA-256] of each, width D, dtype.
+    Raises: UserError if a shard is missing; later, if one is not what the index says.
     """
 
     device = torch.device("cpu")  # where row numbers are looked up
 
     def __init__(self, folder, kind, index, width, dtype):
-        self.files = [shard_file(folder, kind, number) for number in range(len(index))]
-        missing = next((file for file in self.files if not file.exists()), None)
-        if missing:
-            raise UserError(f"{missing}: no such file; make the cache anew")
+        self.files = [existing(shard_file(folder, kind, number)) for number in range(len(index))]
         self.sizes = [rows for rows, _ in index]
         self.ends = torch.tensor(self.sizes).cumsum(dim=0)  # (S,)
         self.starts = self.ends - torch.tensor(self.sizes)  # (S,)
@@ -86,22 +77,20 @@ class RowsOnDisk:
         return self.shape[0]
 
     def __getitem__(self, rows):
-        """Args: rows (B,) int64. Returns: (B, D), on the device of `to`."""
-        found = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
+        z = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
         shard_of = torch.bucketize(rows, self.ends, right=True)  # (B,)
         for shard in shard_of.unique().tolist():
             there = shard_of == shard
-            found[there] = self._shard(shard)[rows[there] - self.starts[shard]]
-        finite = torch.isfinite(found).all(dim=1)
+            z[there] = self._shard(shard)[rows[there] - self.starts[shard]]
+        finite = torch.isfinite(z).all(dim=1)
         if not finite.all():
-            row = rows[int((~finite).nonzero()[0])]
-            shard = int(torch.bucketize(row, self.ends, right=True))
-            where = f"{self.files[shard]}: row {int(row - self.starts[shard])}"
-            raise UserError(f"{where} is not finite; make the cache anew, in --precision fp32")
-        return found.to(self._target, non_blocking=True)
+            bad = int((~finite).nonzero()[0])
+            file, row = self.files[shard_of[bad]], rows[bad] - self.starts[shard_of[bad]]
+            raise UserError(f"{file}: row {row} is not finite; {ANEW}, in --precision fp32")
+        return z.to(self._target, non_blocking=True)  # (B, D)
 
     def to(self, device):
-        """Rows that are read go to this device from now on. Returns: self."""
+        """These rows, which go to a device from now on when they are read."""
         self._target = torch.device(device)
         return self
 
@@ -113,12 +102,12 @@ class RowsOnDisk:
         return torch.cat(shards).to(self._target)
 
     def order(self, generator, buffer=BUFFER):
-        """Yield the row numbers of an epoch, a buffer at a time: files shuffled, then rows within as many as fill it.
+        """Yield the row numbers of an epoch, a buffer at a time: shards shuffled, then rows within as many as fill it.
 
-        What that costs: a batch holds rows of one buffer's files only. Where files are alike inside, as those of one
+        What that costs: a batch holds rows of one buffer's shards only. Where shards are alike inside, as those of one
         crawl or topic are, the negatives of a batch are more alike than under a full shuffle, and the gradient varies
-        more from batch to batch; every epoch draws other files together. A buffer of all rows is a full shuffle.
-        Args: generator: torch.Generator on the CPU. buffer: rows, of which there are as many numbers in memory.
+        more from batch to batch; every epoch draws other shards together. A buffer of all rows is a full shuffle.
+        The generator is on the CPU, and the numbers of a buffer's rows in memory.
         """
         return shuffled(self.sizes, buffer, generator)
 
@@ -129,9 +118,9 @@ class RowsOnDisk:
                 self._checked.add(number)
             z = load_tensors(self.files[number], check_sums=False)
             expected = (self.sizes[number], self.shape[1])
-            if not isinstance(z, torch.Tensor) or (z.shape, z.dtype) != (expected, self.dtype):
-                what = f"the tensor of shape {expected}, {self.dtype}, that meta.json names"
-                raise UserError(f"{self.files[number]}: not {what}; make the cache anew")
+            fits = isinstance(z, torch.Tensor) and (z.shape, z.dtype) == (expected, self.dtype)
+            what = f"the tensor of shape {expected}, {self.dtype}, that meta.json names"
+            need(fits, f"{self.files[number]}: not {what}; {ANEW}")
             self._open[number] = z.detach()
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
@@ -145,7 +134,7 @@ def shard_file(folder, kind, number):
 
 
 def shuffled(sizes, buffer, generator):
-    """The rows of many files at random, as `RowsOnDisk.order` has them. Args: sizes: rows of each file."""
+    """The row numbers of shards of these sizes at random, as `RowsOnDisk.order` has them."""
     starts = torch.tensor(sizes).cumsum(dim=0) - torch.tensor(sizes)
     waiting, count = [], 0
     for position, shard in enumerate(torch.randperm(len(sizes), generator=generator).tolist(), start=1):
@@ -157,16 +146,10 @@ def shuffled(sizes, buffer, generator):
 
 
 def in_batches(orders, size):
-    """Row numbers a batch at a time, over the borders of buffers; only the last batch may be smaller.
-
-    Args: orders: iterable of (n,) int64, as `order` yields. size: B.
-    Yields: (B,) int64.
-    """
+    """What `order` yields as batches of a size, (B,) int64, over the borders of buffers; the last may be smaller."""
     left = None
     for rows in orders:
         *batches, left = (rows if left is None else torch.cat([left, rows])).split(size)
-        if len(left) == size:
-            batches, left = [*batches, left], None
         yield from batches
     if left is not None and len(left):
         yield left

@@ -6,28 +6,31 @@ split.assemble(store, folder, meta)          the finished units become embedding
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from datasets.checks import check_widths, need
-from datasets.pictures import PictureStream
+from datasets.checks import check_widths, has_fields
+from datasets.pictures import picture_stream
 from datasets.write import write_split
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.embed import distinct_texts, say_notes, versions
 from utils.files import digest, load_tensors, save_tensors
 
 UNIT = 4096  # pictures or texts: a whole number of chunks, which takes seconds to minutes
+TEXT_NOTES = {"cut": int, "unknown": int, "example": str}  # what a unit keeps of what `embed_texts` noted
+FIELDS = {"image": {"left_out": dict}, "text": TEXT_NOTES}  # what a unit of each kind keeps beside its rows
 
 
 class Split:
     """A split of a data set as cache_embeddings.py takes it; of every data set the same way."""
 
     def fingerprint(self):
-        """What its embeddings are made from, a readable dict: units and caches of another fingerprint are refused."""
+        """What its embeddings are made from, {name: text}: units and caches of another fingerprint are refused."""
         raise NotImplementedError
 
     def state(self):
-        """What a finished cache must fit beside the fingerprint, as far as units know it of themselves: a dict."""
+        """What else tells a finished cache from one of other files, {name: text}: units compare it by themselves."""
         return {}
 
     def units(self):
@@ -37,8 +40,11 @@ class Split:
     def assemble(self, store, folder, meta):
         """Make the cache of the finished units.
 
-        Args: store: UnitStore that holds them. folder: the split's. meta: dict, the beginning of meta.json.
-        Returns: what meta.json has now.
+        Args:
+            store: UnitStore that holds them.
+            folder: the split's.
+            meta: dict, the beginning of meta.json, which this completes.
+        Returns: meta.
         Raises: UserError if more samples are broken than the store allows, or none is left.
         """
         raise NotImplementedError
@@ -46,77 +52,68 @@ class Split:
 
 @dataclass
 class ListSplit(Split):
-    """Pictures and captions in lists, in the order of the cache's rows.
+    """Pictures and captions in lists, in the order of the cache's rows: N images and M captions.
 
-    image_ids, image_files, image_names: of N images: ids, paths, and file names as the data set gives them.
-    caption_ids, captions, image_of_caption: of M captions: ids, texts, and image rows.
-    relevance: where more than one answer is right; None: nowhere. Either M lists of image rows, ascending, those that
-        are right for a caption (and it for them), or {set: {"t2i": M lists of image rows, "i2t": N lists of caption
-        rows}}: what people found right for some captions and, apart from that, for some images, elsewhere empty.
+    Relevance is M lists of image rows, ascending, those that are right for a caption (and it for them), or
+    {set: {"t2i": M lists of image rows, "i2t": N lists of caption rows}}, what people found right for some captions
+    and, apart from that, for some images, elsewhere empty.
     """
 
     image_ids: list
-    image_files: list
-    image_names: list
+    image_files: list  # paths
+    image_names: list  # file names as the data set gives them
     caption_ids: list
     captions: list
-    image_of_caption: list
-    relevance: list | dict | None = None
+    image_of_caption: list  # image rows
+    relevance: list | dict | None = None  # where more than one answer is right; None: nowhere
 
     def fingerprint(self):
         """The numbers of images and captions, with digests of all that is in the lists but the paths."""
-        images = digest([self.image_ids, self.image_names])
-        captions = digest([self.caption_ids, self.captions, self.image_of_caption, self.relevance, None])
-        return {
-            "image_list": f"{len(self.image_ids)} images, {images}",
-            "caption_list": f"{len(self.captions)} captions, {captions}",
-        }
+        images = f"{len(self.image_ids)} images, {digest([self.image_ids, self.image_names])}"
+        lists = [self.caption_ids, self.captions, self.image_of_caption, self.relevance, None]
+        return {"image_list": images, "caption_list": f"{len(self.captions)} captions, {digest(lists)}"}
 
     def units(self):
         """UNIT pictures each, then UNIT distinct captions each."""
-        return self._picture_units() + self._text_units()
-
-    def _picture_units(self):
-        return [PictureUnit(*part) for part in _slices(self.image_files)]
-
-    def _text_units(self):
-        return [TextUnit(*part) for part in _slices(distinct_texts(self.captions)[0])]
+        lists = {"image": self.image_files, "text": distinct_texts(self.captions)[0]}
+        return [
+            ListUnit(kind, start // UNIT, items[start : start + UNIT])
+            for kind, items in lists.items()
+            for start in range(0, len(items), UNIT)
+        ]
 
     def assemble(self, store, folder, meta):
-        """The cache in one file of images and one of texts; in many if meta names shard_rows."""
-        pictures = [unit.load(store.folder) for unit in self._picture_units()]
-        texts = [unit.load(store.folder) for unit in self._text_units()]
-        need_all(pictures + texts, store)
+        """The cache in one file of images and one of texts; in shards if meta names shard_rows."""
+        units = self.units()
+        pictures, texts = (store.load(unit for unit in units if unit.kind == kind) for kind in ("image", "text"))
         broken = {row: reason for content in pictures for row, reason in content["left_out"].items()}
         store.check_broken(broken.values())
         say_notes(texts, meta["context_length"])
         left = self.without(broken)
-        if not left.captions:
-            raise UserError(f"{folder}: without the {len(broken)} broken image files no caption is left; mend them")
+        need(left.captions, f"{folder}: without the {len(broken)} broken image files no caption is left; mend them")
         row_of_text = {text: row for row, text in enumerate(distinct_texts(self.captions)[0])}
-        image = torch.cat([content["rows"] for content in pictures])
-        text = torch.cat([content["rows"] for content in texts])[[row_of_text[caption] for caption in left.captions]]
+        image, text = (torch.cat([content["rows"] for content in contents]) for contents in (pictures, texts))
+        text = text[[row_of_text[caption] for caption in left.captions]]  # (M, D)
         check_widths(meta, image.shape[1], text.shape[1])
         meta |= {"embed_dim": image.shape[1], "image_count": len(image), "caption_count": len(text)}
         meta |= {"image_ids": left.image_ids, "caption_ids": left.caption_ids}
-        skipped = {row: reason.removeprefix(f"{self.image_files[row]}: ") for row, reason in broken.items()}
-        meta |= {
-            "skipped": [[self.image_names[row], reason] for row, reason in skipped.items()],
-            "versions": versions(),
-        }
+        reasons = [reason.removeprefix(f"{self.image_files[row]}: ") for row, reason in broken.items()]
+        skipped = [[self.image_names[row], reason] for row, reason in zip(broken, reasons, strict=True)]
+        meta |= {"skipped": skipped, "versions": versions()}
         lists = (left.image_of_caption, left.captions, left.image_names, left.relevance)
         write_split(folder, image, text, *lists, meta, meta.get("shard_rows"))
         return meta
 
     def without(self, rows):
-        """The same split without some images and their captions. Args: rows: collection of image rows."""
+        """The same split without some images, a collection of rows, and their captions."""
         images = [row for row in range(len(self.image_ids)) if row not in rows]
         captions = [caption for caption, row in enumerate(self.image_of_caption) if row not in rows]
-        owners = _left([[owner] for owner in self.image_of_caption], captions, images)
+        new_row = {row: new for new, row in enumerate(images)}
+        image_of_caption = [new_row[self.image_of_caption[caption]] for caption in captions]
         relevance = self.relevance
         if isinstance(relevance, list):
-            found = zip(_left(relevance, captions, images), owners, strict=True)
-            relevance = [rows or owner for rows, owner in found]  # its own is there where all others are gone
+            lists = _left(relevance, captions, images)  # a caption's image stays right where all others are gone
+            relevance = [right or [image] for right, image in zip(lists, image_of_caption, strict=True)]
         elif relevance:
             relevance = {
                 name: {"t2i": _left(both["t2i"], captions, images), "i2t": _left(both["i2t"], images, captions)}
@@ -125,7 +122,7 @@ class ListSplit(Split):
         return ListSplit(
             *([of[row] for row in images] for of in (self.image_ids, self.image_files, self.image_names)),
             *([of[caption] for caption in captions] for of in (self.caption_ids, self.captions)),
-            [owner for (owner,) in owners],
+            image_of_caption,
             relevance,
         )
 
@@ -136,87 +133,48 @@ def _left(lists, queries, answers):
     return [[new_row[row] for row in lists[query] if row in new_row] for query in queries]
 
 
-def _slices(items):
-    """UNIT items at a time: (number, list)."""
-    return [(start // UNIT, items[start : start + UNIT]) for start in range(0, len(items), UNIT)]
+class ListUnit:
+    """UNIT pictures, files in row order, or UNIT distinct texts: a `Unit` of utils/embed.py.
 
+    It is kept as one file of tensors, <kind>-00000.pt: {"rows": (n, D)} and what stands in FIELDS.
+    """
 
-class _FileUnit:
-    """A `Unit` that is kept as one file of tensors, <kind>-00000.pt: {"rows": (n, D)} and what stands in `fields`."""
-
-    kind, fields = None, {}
-
-    def __init__(self, number, items):
-        self.number, self.items = number, items
-
-    def load(self, folder):
-        """Its file's content, or None if it is not there or not to be trusted."""
-        try:
-            content = load_tensors(self._path(folder))
-        except (UserError, FileNotFoundError):
-            return None
-        fields = {"rows": torch.Tensor} | self.fields
-        if not isinstance(content, dict) or not all(isinstance(content.get(key), of) for key, of in fields.items()):
-            return None
-        return content if len(content["rows"]) + len(content.get("left_out", ())) == len(self.items) else None
-
-    def left_out(self, folder):
-        """The broken samples without which it was kept, {image row: reason}, or None if it is not there."""
-        content = self.load(folder)
-        return None if content is None else content.get("left_out", {})
-
-    def _path(self, folder):
-        return folder / f"{self.kind}-{self.number:05d}.pt"
-
-
-def need_all(contents, store):
-    """Raise a UserError if the content of a unit is None: it was there a moment ago."""
-    need(None not in contents, f"{store.folder}: a unit is missing or damaged; run the same command again")
-
-
-class PictureUnit(_FileUnit):
-    """Picture files, in row order from number * UNIT."""
-
-    kind, fields, texts = "image", {"left_out": dict}, None
-
-    @property
-    def pictures(self):
-        """How many there are."""
-        return len(self.items)
+    def __init__(self, kind, number, items):
+        self.kind, self.number, self.items = kind, number, items
+        self.pictures, self.texts = (len(items), None) if kind == "image" else (0, items)
 
     def streams(self, size):
-        """`size` pictures each."""
-        first = self.number * UNIT
-        starts = range(0, len(self.items), size)
-        return [PictureStream(self.items[start : start + size], first + start) for start in starts]
+        """Of `size` pictures each; texts need none."""
+        starts, first = range(0, self.pictures, size), self.number * UNIT
+        return [partial(picture_stream, self.items[start : start + size], first + start) for start in starts]
 
     def name(self, row):
         """A picture in a message."""
         return self.items[row - self.number * UNIT]
 
     def describe(self, row, reason):
-        """The reason itself, which names the file."""
+        """A broken picture in a message: the reason itself, which names the file."""
         return reason
 
-    def save(self, folder, embedded):
-        """Keep it."""
-        save_tensors({"rows": embedded.image, "left_out": embedded.left_out}, self._path(folder))
+    def load(self, folder):
+        """What its file in the folder of units holds, or None if it is not there or not to be trusted."""
+        try:
+            content = load_tensors(self._path(folder))
+        except (UserError, FileNotFoundError):
+            return None
+        fits = has_fields(content, {"rows": torch.Tensor} | FIELDS[self.kind])
+        fits = fits and len(content["rows"]) + len(content.get("left_out", ())) == len(self.items)
+        return content if fits else None
 
-
-class TextUnit(_FileUnit):
-    """Distinct texts."""
-
-    kind, fields, pictures = "text", {"cut": int, "unknown": int, "example": str}, 0
-
-    @property
-    def texts(self):
-        """The texts to embed."""
-        return self.items
-
-    def streams(self, size):
-        """None: there is nothing to decode."""
-        return []
+    def left_out(self, folder):
+        """The broken pictures without which it was kept, {image row: reason}, or None if it is not there."""
+        content = self.load(folder)
+        return None if content is None else content.get("left_out", {})
 
     def save(self, folder, embedded):
-        """Keep it."""
-        save_tensors({"rows": embedded.text, **embedded.notes}, self._path(folder))
+        """Keep what it became, an Embedded, in the folder of units."""
+        content = {"image": {"left_out": embedded.left_out}, "text": embedded.notes}[self.kind]
+        save_tensors({"rows": getattr(embedded, self.kind)} | content, self._path(folder))
+
+    def _path(self, folder):
+        return folder / f"{self.kind}-{self.number:05d}.pt"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets.checks import inside, listing
 from datasets.source import ListSplit
-from utils.cli import UserError
+from utils.cli import UserError, need
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}  # unless --csv-separator says otherwise
 
@@ -20,30 +20,28 @@ class TableCaptions(ListSplit):
 
     Rows that name the same file are one image with several captions. Ids are the rows themselves.
     Args:
-        root: folder. split: "train", "val", ... layout: the names that the table may have, with "{split}" in them.
-        csv_img_key, csv_caption_key: the columns. csv_separator: one character, or None: by the table's suffix.
+        layout: the names that the table may have, with "{split}" in them.
+        csv_img_key, csv_caption_key: the columns.
+        csv_separator: one character, or None: by the table's suffix.
         csv_group_key: the column of a class, a product or a label: images and captions of one are right for each
-            other; None: an image is right for its own captions alone.
+            other; without: an image is right for its own captions alone.
     Raises: UserError that says what was expected and what was found.
     """
 
     def __init__(
-        self,
-        root,
-        split,
-        layout,
-        csv_img_key="filepath",
-        csv_caption_key="title",
-        csv_separator=None,
-        csv_group_key=None,
+        self, root, split, layout, csv_img_key="filepath", csv_caption_key="title", csv_separator=None, csv_group_key=""
     ):
         root = Path(root)
-        path = _table(root, [name.format(split=split) for name in layout])
+        tables = [name.format(split=split) for name in layout]
+        there = [table for table in tables if (root / table).is_file()]
+        need(len(there) < 2, f"--data-root {root}: found {' and '.join(there)}; keep one of them")
+        if not there:
+            raise UserError(f"--data-root {root}: expected {' or '.join(tables)}, found {listing(root)}")
+        path = root / there[0]
         columns = {"--csv-img-key": csv_img_key, "--csv-caption-key": csv_caption_key}
         columns |= {"--csv-group-key": csv_group_key} if csv_group_key else {}
         rows = list(_rows(path, columns, _separator(csv_separator, path)))
-        if not rows:
-            raise UserError(f"{path}: holds no row; give a row for every caption, or choose another --split")
+        need(rows, f"{path}: holds no row; give a row for every caption, or choose another --split")
         row_of_image, names, files, image_of_caption, images_of_group = {}, [], [], [], {}
         for line, (name, _, *group) in rows:
             if Path(name) not in row_of_image:  # a Path, so that ./a.png is a.png
@@ -58,36 +56,25 @@ class TableCaptions(ListSplit):
             self.relevance = [sorted(images_of_group[tuple(group)]) for _, (_, _, *group) in rows]
 
 
-def _table(root, names):
-    """The one table of some names that is there."""
-    there = [name for name in names if (root / name).is_file()]
-    if len(there) > 1:
-        raise UserError(f"--data-root {root}: found {' and '.join(there)}; keep one of them")
-    if not there:
-        raise UserError(f"--data-root {root}: expected {' or '.join(names)}, found {listing(root)}")
-    return root / there[0]
-
-
 def _separator(given, path):
     """The separator of a table; what the shell passes as \\t is a tab."""
     separator = SEPARATORS[path.suffix] if given is None else given.replace("\\t", "\t")
-    if len(separator) != 1 or separator in '"\r\n':
-        raise UserError(f"--csv-separator {given!r}: give one character that is no quotation mark, or \\t for a tab")
+    cure = "give one character that is no quotation mark, or \\t for a tab"
+    need(len(separator) == 1 and separator not in '"\r\n', f"--csv-separator {given!r}: {cure}")
     return separator
 
 
 def _rows(path, wanted, separator):
-    """Yield (line, the values of the wanted columns) for every row of a table. Args: wanted: {flag: column}."""
+    """Yield (line, the values of the wanted columns, {flag: column}) for every row of a table."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
             columns = reader.fieldnames or []
+            found = ", ".join(map(repr, columns)) or "nothing"
             for flag, key in wanted.items():
-                if columns.count(key) != 1:
-                    found = ", ".join(map(repr, columns)) or "nothing"
-                    what = "more than one column" if key in columns else "no column"
-                    cure = f"name the right one with {flag}, and what parts the columns with --csv-separator"
-                    raise UserError(f"{path}: {what} {key!r}, parted by {separator!r} (found: {found}); {cure}")
+                what = f"{'more than one' if key in columns else 'no'} column {key!r}, parted by {separator!r}"
+                cure = f"name the right one with {flag}, and what parts the columns with --csv-separator"
+                need(columns.count(key) == 1, f"{path}: {what} (found: {found}); {cure}")
             for row in reader:
                 where = f"{path}: line {reader.line_num}"
                 if None in row or None in row.values():
@@ -101,6 +88,5 @@ def _rows(path, wanted, separator):
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(
-            f"{path}: line {reader.reader.line_num}: not readable as a table ({error}); mend the quotation marks"
-        ) from None
+        where = f"{path}: line {reader.reader.line_num}"
+        raise UserError(f"{where}: not readable as a table ({error}); mend the quotation marks") from None

@@ -10,17 +10,17 @@ import itertools
 import json
 import os
 import re
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from datasets.checks import check_widths, listing
-from datasets.pictures import collate, read_rgb
+from datasets.checks import check_widths, has_fields, listing
+from datasets.pictures import collate, decode
 from datasets.rows import shard_file
-from datasets.source import Split, need_all
+from datasets.source import TEXT_NOTES, Split
 from datasets.write import clear_meta, finish_shards
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.embed import Samples, say_notes, versions
 from utils.files import digest, load_json, save_json, save_tensors, sha256
 
@@ -28,21 +28,12 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 END = 1024  # bytes: a complete tar ends in so many zeros at least
 MOST = 2**20  # bytes: in so many at most; else it is a download that made room for itself and was not finished
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd, which know their own ends
-KINDS = ("image", "text", "images", "captions")  # the files that a tar becomes
-NOTES = {
-    "tar": list,
-    "rows": int,
-    "width": list,
-    "sums": list,
-    "left_out": list,
-    "cut": int,
-    "unknown": int,
-    "example": str,
-}
+KINDS = ("image", "text", "images", "captions")  # the files that a tar becomes: a shard
+NOTES = {"tar": list, "rows": int, "width": list, "sums": list, "left_out": list} | TEXT_NOTES
 
 
 class TarSplit(Split):
-    """The tars of a split; each is a unit, and one file of images and one of texts in the cache.
+    """The tars of a split; each is a unit, and a shard of the cache.
 
     Args:
         root: a folder with .tar files, or their paths or URLs, with braces or, of paths, * and ?:
@@ -52,23 +43,23 @@ class TarSplit(Split):
     """
 
     def __init__(self, root, split=None, layout=None):
-        self.root, folder = root, Path(root)
+        self.root, folder = str(root), Path(root)
         if folder.is_dir():
             self.urls = sorted(str(path) for path in folder.glob("*.tar"))
-        elif _is_file(str(root)) and any(character in str(root) for character in "*?"):
-            self.urls = sorted(glob.glob(str(root)))
+        elif _is_file(self.root) and ("*" in self.root or "?" in self.root):
+            self.urls = sorted(glob.glob(self.root))
         else:
-            self.urls = _expand(root)
+            self.urls = _expand(self.root)
         if not self.urls:
             found = listing(folder if folder.is_dir() else folder.parent)
             raise UserError(f"--data-root {root}: expected .tar files, found {found}")
-        for url in self.urls:
-            if _is_file(url):
-                _check_end(Path(url))
+        for url in filter(_is_file, self.urls):
+            _check_end(Path(url))
 
     def fingerprint(self):
         """What the tars are called."""
-        return {"tars": f"{len(self.urls)} tars, {digest([_name(url) for url in self.urls])}"}
+        names = [Path(url).name if _is_file(url) else url for url in self.urls]
+        return {"tars": f"{len(names)} tars, {digest(names)}"}
 
     def state(self):
         """What they are now: other tars of the same names are others."""
@@ -81,15 +72,12 @@ class TarSplit(Split):
 
     def assemble(self, store, folder, meta):
         """Move the files of all tars to the split; a run that is stopped meanwhile goes on with it."""
-        notes = [unit.notes(store.folder) for unit in self.units()]
-        need_all(notes, store)
+        notes = store.load(self.units())
         skipped = [[f"{note['tar'][0]}: {key}", reason] for note in notes for key, reason in note["left_out"]]
         store.check_broken(": ".join(sample) for sample in skipped)
         say_notes(notes, meta["context_length"])
         count = sum(note["rows"] for note in notes)
-        if not count:
-            what = "a sample is a picture and a .txt or .json of one name"
-            raise UserError(f"--data-root {self.root}: holds no sample; {what}")
+        need(count, f"--data-root {self.root}: holds no sample; a sample is a picture and a .txt or .json of one name")
         check_widths(meta, *notes[0]["width"])
         meta |= {"embed_dim": notes[0]["width"][0], "image_count": count, "caption_count": count}
         meta |= self.state() | {"skipped": skipped, "versions": versions()}
@@ -98,15 +86,14 @@ class TarSplit(Split):
             file = shard_file(store.folder, kind, number)
             if file.exists():
                 os.replace(file, shard_file(folder, kind, number))
-        index = {
-            kind: [[note["rows"], note["sums"][KINDS.index(kind)]] for note in notes] for kind in ("image", "text")
-        }
+        shards = [(note["rows"], dict(zip(KINDS, note["sums"], strict=True))) for note in notes]
+        index = {kind: [[rows, sums[kind]] for rows, sums in shards] for kind in ("image", "text")}
         finish_shards(folder, index, torch.arange(count), meta)
         return meta
 
 
 class TarUnit:
-    """One tar: a `Unit` of utils/embed.py. It is kept as the four files of the finished split and notes-00000.json."""
+    """One tar: a `Unit` of utils/embed.py. It is kept as a shard of the finished split and notes-00000.json."""
 
     texts, pictures = (), None  # texts come with the pictures, of which only reading tells how many there are
 
@@ -115,7 +102,7 @@ class TarUnit:
 
     def streams(self, size):
         """The tar itself: it is read by one process."""
-        return [TarStream(self.url, size)]
+        return [partial(tar_stream, self.url, size)]
 
     def name(self, key):
         """A sample in a message."""
@@ -125,84 +112,74 @@ class TarUnit:
         """A broken sample in a message."""
         return f"{self.url}: {key}: {reason}"
 
-    def notes(self, folder):
+    def load(self, folder):
         """What was noted of it, a dict as NOTES has it, or None."""
         try:
             notes = load_json(folder / f"notes-{self.number:05d}.json")
         except (UserError, FileNotFoundError):
             return None
-        fits = isinstance(notes, dict) and all(isinstance(notes.get(key), of) for key, of in NOTES.items())
-        return notes if fits and all(isinstance(pair, list) and len(pair) == 2 for pair in notes["left_out"]) else None
+        fits = has_fields(notes, NOTES) and all(isinstance(pair, list) and len(pair) == 2 for pair in notes["left_out"])
+        return notes if fits else None
 
     def left_out(self, folder):
         """The broken samples without which it was kept, or None if it is not there, or was another tar then."""
-        notes = self.notes(folder)
-        cannot_tell = notes is not None and notes["left_out"] and not _is_file(self.url)  # a URL has no size or date
-        if notes is None or cannot_tell or notes["tar"] != _identity(self.url):
+        notes = self.load(folder)
+        if notes is None or notes["tar"] != _identity(self.url):
+            return None
+        if notes["left_out"] and not _is_file(self.url):  # it may be mended: a URL has no size or date
             return None
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
         files = [file if file.exists() else folder.parent / file.name for file in files]  # it may have moved already
-        if not all(file.exists() for file in files) or [sha256(file) for file in files] != notes["sums"]:
-            return None
-        return dict(notes["left_out"])
+        is_whole = all(file.exists() for file in files) and [sha256(file) for file in files] == notes["sums"]
+        return dict(notes["left_out"]) if is_whole else None
 
     def save(self, folder, embedded):
-        """Keep it; the notes come last."""
+        """Keep what it became, an Embedded, in the folder of units; the notes come last."""
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
         contents = (embedded.image, embedded.text, embedded.keys, embedded.captions)
         for file, content in zip(files, contents, strict=True):
             (save_tensors if isinstance(content, torch.Tensor) else save_json)(content, file)
-        notes = {
-            "tar": _identity(self.url),
-            "rows": len(embedded.image),
-            "width": [embedded.image.shape[1], embedded.text.shape[1]],
-            "left_out": [list(sample) for sample in embedded.left_out.items()],
-            **embedded.notes,
-            "sums": [sha256(file) for file in files],
-        }
+        width = [embedded.image.shape[1], embedded.text.shape[1]]
+        notes = {"tar": _identity(self.url), "rows": len(embedded.image), "width": width}
+        notes |= {"left_out": [list(sample) for sample in embedded.left_out.items()]} | embedded.notes
+        notes |= {"sums": [sha256(file) for file in files]}
         save_json(notes, folder / f"notes-{self.number:05d}.json")
 
 
-@dataclass
-class TarStream:
-    """The samples of a tar: a stream of utils/embed.py."""
+def tar_stream(url, size, transform):
+    """Yield the samples of a tar as `Samples` of `size`; why it cannot be read to its end comes last, without keys."""
+    error = []
+    samples = _decoded(url, transform, error)
+    while group := list(itertools.islice(samples, size)):
+        keys, captions, decoded = zip(*group, strict=True)
+        yield Samples(list(keys), list(captions), *collate(decoded))
+    if error:
+        yield Samples([], [], None, error)
 
-    url: str
-    size: int
 
-    def __call__(self, transform):
-        """Yield them as `Samples`; if the tar cannot be read to its end, the reason without keys at last."""
-        error = []
-        samples = self._samples(transform, error)
-        while batch := list(itertools.islice(samples, self.size)):
-            keys, captions, decoded = zip(*batch, strict=True)
-            yield Samples(list(keys), list(captions), *collate(decoded))
-        if error:
-            yield Samples([], [], None, error)
+def _decoded(url, transform, error):
+    """Yield what `_decode_sample` gives of every sample of a tar; why it cannot be read goes into the list error."""
+    try:
+        for sample in _read(url):
+            yield _decode_sample(sample, transform)
+    except Exception as broken:  # noqa: BLE001  as a broken tar, a lost connection and a missing command do
+        reason = " ".join(str((broken.args or (broken,))[0]).split())
+        reason = re.sub(r" @ <.*", "", reason)[:200] or type(broken).__name__
+        error.append(f"{url}: cannot be used to its end: {reason}; mend it, or fetch it again")
 
-    def _samples(self, transform, error):
-        """Yield (key, caption, (picture, None) or (None, reason)); why the tar cannot be read goes into error."""
-        try:
-            for sample in _read(self.url):
-                key, caption = sample["__key__"], _caption(sample)
-                picture = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
-                dotted = next((s for s in sample if "." in s and s.rpartition(".")[2] in PICTURES), None)
-                if picture is None and dotted:
-                    raise ValueError(f"{key}.{dotted} has a dot in its key; name it without")
-                if picture is None or caption is None:
-                    missing = "picture" if picture is None else "caption in UTF-8"
-                    yield key, "", (None, f"no {missing} beside it in the tar")
-                    continue
-                try:
-                    decoded = transform(read_rgb(io.BytesIO(picture))), None
-                except Exception as broken:  # noqa: BLE001  Pillow raises nearly anything on a broken file
-                    reason = re.sub(r"<_io.BytesIO.*?>", "the picture", str(broken))[:200]
-                    decoded = None, reason or type(broken).__name__
-                yield key, caption, decoded
-        except Exception as broken:  # noqa: BLE001  as a broken tar, a lost connection and a missing command do
-            reason = re.sub(r" @ <.*", "", " ".join(str((broken.args or (broken,))[0]).split()))[:200]
-            reason = reason or type(broken).__name__
-            error.append(f"{self.url}: cannot be used to its end: {reason}; mend it, or fetch it again")
+
+def _decode_sample(sample, transform):
+    """(key, caption, what `decode` gives of the picture) of a sample, a dict of bytes."""
+    key, caption = sample["__key__"], _caption(sample)
+    picture = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
+    dotted = next((name for name in sample if name.rpartition(".")[2] in PICTURES), None)
+    if picture is None and dotted:
+        raise ValueError(f"{key}.{dotted} has a dot in its key; name it without")
+    if picture is None or caption is None:
+        missing = "picture" if picture is None else "caption in UTF-8"
+        return key, "", (None, f"no {missing} beside it in the tar")
+    picture, reason = decode(io.BytesIO(picture), transform)
+    return key, caption, (picture, reason and reason[:200])
 
 
 class _Watched:
@@ -220,12 +197,12 @@ class _Watched:
 
 
 def _read(url):
-    """Yield the samples of a tar, dicts of bytes. Raises: whatever happens, also where it ends too soon."""
-    library = _library()
-    with library.gopen(url) as stream:
+    """Yield the samples of a tar, dicts of bytes; whatever happens is raised, also where it ends too soon."""
+    webdataset = _webdataset()
+    with webdataset.gopen(url) as stream:
         watched = _Watched(stream)
-        files = library.tariterators.tar_file_expander(iter([{"url": url, "stream": watched}]))
-        yield from library.tariterators.group_by_keys(files)
+        files = webdataset.tariterators.tar_file_expander(iter([{"url": url, "stream": watched}]))
+        yield from webdataset.tariterators.group_by_keys(files)
         while watched.read(2**16):
             pass
         if hasattr(stream, "wait_for_child"):
@@ -234,21 +211,20 @@ def _read(url):
         raise ValueError("it is cut off: it does not end as a tar")
 
 
-def _library():
-    """The package webdataset, which only this data set needs. Raises: UserError if it is not there."""
+def _webdataset():
+    """The package of that name, which only this data set needs."""
     try:
         import webdataset
     except ImportError:
-        name = "--dataset webdataset"
-        raise UserError(f"{name}: needs the package of that name: pip install webdataset") from None
+        raise UserError("--dataset webdataset: needs the package of that name: pip install webdataset") from None
     return webdataset
 
 
 def _expand(pattern):
     """The paths or URLs of a pattern with braces."""
-    library = _library()
+    webdataset = _webdataset()
     try:
-        return library.shardlists.expand_urls(str(pattern))
+        return webdataset.shardlists.expand_urls(pattern)
     except Exception as error:  # noqa: BLE001  its libraries raise many things
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"--data-root {pattern}: not a pattern of paths ({reason}); mend its braces") from None
@@ -258,26 +234,21 @@ def _is_file(url):
     return "://" not in url and not url.startswith("pipe:")
 
 
-def _name(url):
-    """The name of a file; a URL as it is."""
-    return Path(url).name if _is_file(url) else url
-
-
 def _identity(url):
     """What tells a tar from one that was mended since: [name, bytes, time of the last change]; of a URL [URL, 0, 0]."""
-    return [_name(url), Path(url).stat().st_size, Path(url).stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
+    path = Path(url)
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
 
 
 def _check_end(path):
     """Raise a UserError if a tar is not there, or was cut off: now, and not after hours."""
-    if not path.is_file():
-        raise UserError(f"--data-root: {path}: no such file")
+    need(path.is_file(), f"--data-root: {path}: no such file")
     with open(path, "rb") as file:
         packed = file.read(8).startswith(PACKED)
         size = file.seek(0, io.SEEK_END)
         file.seek(-min(END, size), io.SEEK_END)
-        if not packed and (size < END or any(file.read())):
-            raise UserError(f"{path}: is cut off, or no tar: it does not end as one; fetch it again")
+        is_whole = packed or (size >= END and not any(file.read()))
+    need(is_whole, f"{path}: is cut off, or no tar: it does not end as one; fetch it again")
 
 
 def _caption(sample):
@@ -285,7 +256,6 @@ def _caption(sample):
     try:
         if "txt" in sample:
             return sample["txt"].decode("utf-8-sig").strip() or None
-        caption = json.loads(sample.get("json", b"null"))["caption"]
-        return caption.strip() or None
+        return json.loads(sample.get("json", b"null"))["caption"].strip() or None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -5,11 +5,10 @@
 """
 
 import csv
-from pathlib import Path
 
-from datasets.checks import is_row, load_embeddings
+from datasets.checks import are_rows, is_list, load_embeddings
 from datasets.embedding import ROOT
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.files import load_json, save_json, save_tensors
 from utils.preprocess import ClipId
 
@@ -18,60 +17,49 @@ CHAINS = "chains"  # that of a data set's own chains
 AGAIN = "run cache_embeddings.py again"
 
 
-def write_texts(name, stem, embeddings, texts, meta, chains=None, root=ROOT):
-    """Write further texts; the .json comes last.
-
-    Args: embeddings (T, D). texts: T strings. meta: a Clip's info. chains: lists of rows, general first, or None.
-    """
-    folder = Path(root) / name / "texts"
+def write_texts(name, stem, embeddings, texts, meta, chains=None):
+    """Write further texts, T strings with (T, D) embeddings, and the info of their Clip; the .json comes last."""
+    folder = ROOT / name / "texts"
     (folder / f"{stem}.json").unlink(missing_ok=True)
     save_tensors(embeddings, folder / f"{stem}.pt")
     save_json({"texts": texts, "chains": chains, "clip": meta}, folder / f"{stem}.json", indent=1)
 
 
-def load_texts(name, stem, embed_dim=None, root=ROOT, meta=None):
-    """Further texts of a cache.
+def load_texts(name, stem, embed_dim=None, meta=None):
+    """Further texts of a cache, embeddings/<name>/texts/<stem>.pt.
 
     Args:
-        name, stem: embeddings/<name>/texts/<stem>.pt. embed_dim: the width that they must have, if any.
+        embed_dim: the width that they must have, if any.
         meta: meta.json of the split that they are compared with: its CLIP must be theirs.
     Returns: (texts, (T, D) embeddings, chains or None), or None where there are none.
     Raises: UserError if the files do not fit each other or the cache.
     """
-    path = Path(root) / name / "texts" / f"{stem}.pt"
+    path = ROOT / name / "texts" / f"{stem}.pt"
     names = path.with_suffix(".json")
     if not path.exists() or not names.exists():
         return None
     z, document = load_embeddings(path), load_json(names)
     document = document if isinstance(document, dict) else {}
     texts, chains, made_by = (document.get(key) for key in ("texts", "chains", "clip"))
-    if not isinstance(texts, list) or len(texts) != len(z) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{names}: expected {len(z)} texts; {AGAIN}")
-    if embed_dim is not None and z.shape[1] != embed_dim:
-        raise UserError(f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; {AGAIN}")
+    need(is_list(texts, str, len(z)), f"{names}: expected {len(z)} texts; {AGAIN}")
+    need(embed_dim in (None, z.shape[1]), f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; {AGAIN}")
     if meta and isinstance(made_by, dict) and "pretrained_sha256" in made_by and "pretrained_sha256" in meta:
         changed = ClipId.of_meta(made_by).difference(ClipId.of_meta(meta))
-        if changed:
-            cure = "embed it again, or remove it"
-            raise UserError(f"{path}: embedded with another CLIP than the cache: {changed}; {cure}")
-    if chains is not None and not (isinstance(chains, list) and all(map(_is_chain, chains, [len(z)] * len(chains)))):
-        raise UserError(f"{names}: its chains are not lists of rows from 0 to {len(z) - 1}; {AGAIN}")
+        need(not changed, f"{path}: embedded with another CLIP than the cache: {changed}; embed it again, or remove it")
+    are_chains = chains is None or (isinstance(chains, list) and all(are_rows(chain, len(z)) for chain in chains))
+    need(are_chains, f"{names}: its chains are not lists of rows from 0 to {len(z) - 1}; {AGAIN}")
     return texts, z, chains
 
 
-def load_chains(name, embed_dim, root=ROOT, meta=None):
-    """All texts of a cache that form chains from general to specific.
-
-    Returns: {stem: what `load_texts` returns}.
-    Raises: as `load_texts`.
-    """
-    stems = sorted(path.stem for path in (Path(root) / name / "texts").glob("*.pt"))
-    loaded = {stem: load_texts(name, stem, embed_dim, root, meta) for stem in stems}
+def load_chains(name, embed_dim, meta=None):
+    """All texts of a cache that form chains from general to specific: {stem: what `load_texts` returns}."""
+    stems = sorted(path.stem for path in (ROOT / name / "texts").glob("*.pt"))
+    loaded = {stem: load_texts(name, stem, embed_dim, meta) for stem in stems}
     return {stem: content for stem, content in loaded.items() if content is not None and content[2]}
 
 
 def are_written(name, stem, texts, chains, clip_id):
-    """Whether these texts are there, embedded by this CLIP in its precision."""
+    """Whether these texts are there, embedded by the CLIP with this ClipId in its precision."""
     try:
         found = load_texts(name, stem)
         if found is None or (found[0], found[2]) != (texts, chains):
@@ -88,8 +76,7 @@ def read_texts(path):
     Returns: (texts, chains): chains are lists of rows of the texts, or None.
     Raises: UserError naming file and row.
     """
-    if not path.is_file():
-        raise UserError(f"--texts {path}: no such file")
+    need(path.is_file(), f"--texts {path}: no such file")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
@@ -98,34 +85,23 @@ def read_texts(path):
                 texts, chains = [line.strip() for line in file if line.strip()], None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--texts {path}: not readable as UTF-8 text ({error})") from None
-    if not texts:
-        raise UserError(f"--texts {path}: holds no text")
+    need(texts, f"--texts {path}: holds no text")
     return texts, chains
 
 
 def _read_chains(path, reader):
-    if "captions" not in (reader.fieldnames or ()):
-        found = ", ".join(reader.fieldnames or ("nothing",))
-        raise UserError(f"--texts {path}: no column 'captions' (found: {found})")
+    columns = reader.fieldnames or ("nothing",)
+    need("captions" in columns, f"--texts {path}: no column 'captions' (found: {', '.join(columns)})")
     for row in reader:
         chain = [text.strip() for text in (row["captions"] or "").split("=>")]
-        if not all(chain):
-            raise UserError(f"--texts {path}: line {reader.line_num} has an empty caption in its chain")
+        need(all(chain), f"--texts {path}: line {reader.line_num} has an empty caption in its chain")
         yield chain
 
 
 def flatten(chains):
-    """Chains of texts as one list of texts, and the rows of each chain in it.
-
-    Args: chains: lists of strings.
-    Returns: (texts, lists of rows).
-    """
+    """Chains, lists of strings, as one list of texts, and the rows of each chain in it: (texts, lists of rows)."""
     texts, rows = [], []
     for chain in chains:
         rows.append(list(range(len(texts), len(texts) + len(chain))))
         texts += chain
     return texts, rows
-
-
-def _is_chain(chain, rows):
-    return isinstance(chain, list) and all(is_row(row, rows) for row in chain)

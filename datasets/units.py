@@ -6,7 +6,7 @@ Units wait in embeddings/<name>/<split>/.parts/ until all are there:
     image-00000.pt ...  {"rows": (n, D), "left_out": {image row: reason}}
     text-00000.pt ...   {"rows": (n, D), "cut": int, "unknown": int, "example": str}, of the distinct captions
 
-Of tars, a unit is one tar, and its files are those of the finished split, with notes-00000.json beside them
+Of tars, a unit is one tar, and its files are a shard of the finished split, with notes-00000.json beside them
 (datasets/tars.py). No unit depends on another, on --batch-size, on --workers or on the number of ranks.
 """
 
@@ -15,7 +15,7 @@ import logging
 import shutil
 
 from datasets.embedding import ROOT, EmbeddingCache, is_cache, units_folder
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.distributed import is_first, world_size
 from utils.embed import Broken
 from utils.files import differences, load_json, locked, save_json
@@ -23,15 +23,14 @@ from utils.preprocess import ClipId
 
 
 class UnitStore:
-    """The units of a split while it is unfinished.
+    """The units of the split that is to be in a folder, while it is unfinished.
 
     Args:
-        folder: the split's.
         settings: dict of plain types, what the units are made with and from.
         dtype: torch dtype of the stored embeddings.
         max_broken: samples that may be broken and left out.
         overwrite: leave the units of other settings unused.
-    Raises: UserError that names the difference if there are units of other settings.
+    Raises: UserError that names the difference to the settings of the units that are there.
     """
 
     def __init__(self, folder, settings, dtype, max_broken=0, overwrite=False):
@@ -46,21 +45,25 @@ class UnitStore:
             if not changed and (found.get("overwrite") or not overwrite):  # one --overwrite goes on with another
                 self.settings = found
                 return
-            if not overwrite:
-                cure = "finish it with those, give another --name, or --overwrite it"
-                raise UserError(f"{folder} was begun with other settings: {changed}; {cure}")
-        if not is_first():
-            cure = "all must work in one shared folder, with the same versions"
-            raise UserError(f"{folder}: this rank does not find what the first one began; {cure}")
+            cure = "finish it with those, give another --name, or --overwrite it"
+            need(overwrite, f"{folder} was begun with other settings: {changed}; {cure}")
+        cure = "all must work in one shared folder, with the same versions"
+        need(is_first(), f"{folder}: this rank does not find what the first one began; {cure}")
         self.remove()
         if world_size() > 1:  # two ranks must not write it at once
             self.begin()
 
     def begin(self):
-        """Write the settings, without which no unit is believed. Returns: the folder for a unit's files."""
+        """Write the settings, without which no unit is believed, and give the folder for a unit's files."""
         if not (self.folder / "settings.json").exists():
             save_json(self.settings, self.folder / "settings.json", indent=1)
         return self.folder
+
+    def load(self, units):
+        """What all of these units hold, in their order: a list of what `load` of each gives."""
+        contents = [unit.load(self.folder) for unit in units]
+        need(None not in contents, f"{self.folder}: a unit is missing or damaged; run the same command again")
+        return contents
 
     def check_broken(self, messages):
         """Raise a UserError, after naming them, if more samples are broken than may be left out."""
@@ -75,28 +78,24 @@ class UnitStore:
 
 
 def is_finished(name, split, settings, state, max_broken):
-    """Whether a split is cached already, by these settings.
+    """Whether a split is cached already by these settings; if by others, a UserError names the difference.
 
     Args:
-        name, split: the cache's.
-        settings, state: dicts of plain types: what units are made with and from, and what only the cache records.
+        settings: dict of plain types, what units are made with and from.
+        state: `Split.state()`, which units do not record, but the cache.
         max_broken: samples that may have been left out.
-    Raises: UserError that names the difference if it was made by others.
     """
-    folder = ROOT / name / split
+    folder, cure = ROOT / name / split, "give another --name, or --overwrite it"
     if not (folder / "meta.json").exists():
-        if is_cache(folder) and not units_folder(folder).exists():
-            cure = "give another --name, or --overwrite it"
-            raise UserError(f"{folder}: holds a cache without a meta.json, so nothing tells what it is; {cure}")
+        is_unknown = is_cache(folder) and not units_folder(folder).exists()
+        need(not is_unknown, f"{folder}: holds a cache without a meta.json, so nothing tells what it is; {cure}")
         return False
     meta = EmbeddingCache(name, split, mapped=True).meta
     changed = differences(meta | ClipId.of_meta(meta).readable(), settings | state)
     skipped = len(meta.get("skipped") or ())
     if not changed and skipped > max_broken:
         changed = f"{skipped} broken images were left out; --max-broken {skipped} or --skip-broken leaves it so"
-    if changed:
-        cure = "give another --name, or --overwrite it"
-        raise UserError(f"{folder}: was made with other settings: {changed}; {cure}")
+    need(not changed, f"{folder}: was made with other settings: {changed}; {cure}")
     if units_folder(folder).exists() and is_first():  # of a run that was killed at its very end
         with contextlib.suppress(UserError), locked(lock_file(folder), folder):
             UnitStore(folder, settings, None).remove()
@@ -111,11 +110,10 @@ def lock_file(folder):
 
 def check_other_splits(name, splits, clip_id):
     """Raise a UserError if a split that is not to be made now was made with another CLIP: a cache has only one."""
+    cure = "give another --name, or all of its splits and --overwrite"
     for file in sorted((ROOT / name).glob("*/meta.json")):
         meta = load_json(file)
-        changed = (
-            ClipId.of_meta(meta).difference(clip_id) if isinstance(meta, dict) else "its meta.json is not an object"
-        )
-        if changed and file.parent.name not in splits:
-            cure = "give another --name, or all of its splits and --overwrite"
-            raise UserError(f"{file.parent}: was made with another CLIP: {changed}; {cure}")
+        is_object = isinstance(meta, dict)
+        changed = ClipId.of_meta(meta).difference(clip_id) if is_object else "its meta.json is not an object"
+        is_right = not changed or file.parent.name in splits
+        need(is_right, f"{file.parent}: was made with another CLIP: {changed}; {cure}")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from datasets.coco import CocoCaptions
-from datasets.pictures import Pictures, PictureStream, read_rgb
+from datasets.pictures import decode_file, picture_stream, read_rgb
 from datasets.registry import DATASETS
 
 
@@ -118,7 +118,7 @@ def test_a_broken_file_gives_a_reason_that_names_it(tmp_path, case):
     )
     if case == "nan":
         array_image([np.nan, 0.5], np.float32)[0].save(path, format="tiff")
-    tensor, reason = Pictures([path], np.asarray)[0]
+    tensor, reason = decode_file(path, np.asarray)
     assert tensor is None
     assert reason.startswith(f"{path}: ")
     assert len(reason) > len(f"{path}: ")
@@ -128,8 +128,7 @@ def test_a_broken_file_gives_a_reason_that_names_it(tmp_path, case):
 
 
 def test_a_missing_file_and_a_folder_give_a_reason(tmp_path):
-    images = Pictures([tmp_path / "absent.png", tmp_path], np.asarray)
-    assert len(images) == 2
+    images = [decode_file(path, np.asarray) for path in (tmp_path / "absent.png", tmp_path)]
     assert images[0] == (None, f"{tmp_path / 'absent.png'}: no such file")
     assert images[1][0] is None
     assert str(tmp_path) in images[1][1]
@@ -140,8 +139,8 @@ def test_a_transform_gets_the_picture_of_its_row(tmp_path):
     for shade in (5, 90, 250):
         files.append(tmp_path / f"{shade}.png")
         Image.new("L", (3, 2), shade).save(files[-1])
-    images = Pictures(files, lambda image: image.getpixel((0, 0))[0])
-    assert [images[row] for row in range(3)] == [(5, None), (90, None), (250, None)]
+    images = [decode_file(path, lambda image: image.getpixel((0, 0))[0]) for path in files]
+    assert images == [(5, None), (90, None), (250, None)]
 
 
 def test_pictures_are_handed_over_as_one_tensor_black_where_one_is_broken(tmp_path):
@@ -149,12 +148,12 @@ def test_pictures_are_handed_over_as_one_tensor_black_where_one_is_broken(tmp_pa
     for shade in (5, 90):
         files.append(tmp_path / f"{shade}.png")
         Image.new("L", (3, 2), shade).save(files[-1])
-    (batch,) = PictureStream([files[0], tmp_path / "absent.png", files[1]], first=64)(to_tensor)
+    (batch,) = picture_stream([files[0], tmp_path / "absent.png", files[1]], 64, to_tensor)
     assert batch.keys == [64, 65, 66]
     assert batch.captions == []
     assert batch.pictures[:, 0, 0, 0].tolist() == [5, 0, 90]
     assert batch.errors == [None, f"{tmp_path / 'absent.png'}: no such file", None]
-    (batch,) = PictureStream([tmp_path / "absent.png"], first=0)(to_tensor)
+    (batch,) = picture_stream([tmp_path / "absent.png"], 0, to_tensor)
     assert (batch.keys, batch.pictures) == ([0], None)
 
 
@@ -165,7 +164,7 @@ def to_tensor(image):
 def test_warnings_about_big_pictures_elsewhere_stay_as_they_are(tmp_path, recwarn):
     path = tmp_path / "a.png"
     path.write_bytes(huge_png(10_000))
-    Pictures([path], np.asarray)[0]
+    decode_file(path, np.asarray)
     with Image.open(path):
         pass
     assert [warning.category for warning in recwarn] == [Image.DecompressionBombWarning]
@@ -173,6 +172,6 @@ def test_warnings_about_big_pictures_elsewhere_stay_as_they_are(tmp_path, recwar
 
 def test_coco_pictures_decode(coco_root):
     data = CocoCaptions(coco_root, "val", DATASETS["coco"].layout)
-    for tensor, reason in map(Pictures(data.image_files[::30], np.asarray).__getitem__, range(10)):
+    for tensor, reason in (decode_file(path, np.asarray) for path in data.image_files[:300:30]):
         assert reason is None
         assert tensor.shape[2] == 3

@@ -48,8 +48,8 @@ def named(request, tmp_path, monkeypatch):
     """(name, function that opens the split val of that data set)."""
     monkeypatch.chdir(tmp_path)
     MAKE[request.param](tmp_path / "data")
-    source = DATASETS[request.param]
-    return request.param, lambda root="data": source.reader(tmp_path / root, "val", source.layout)
+    data_set = DATASETS[request.param]
+    return request.param, lambda root="data": data_set.reader(tmp_path / root, "val", data_set.layout)
 
 
 def test_every_data_set_is_a_split_with_a_readable_fingerprint(named, tmp_path):

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import cache_embeddings
-from datasets import source
+from datasets import pictures, source
 from datasets.embedding import EmbeddingCache
-from datasets.pictures import Pictures
 from datasets.registry import DATASETS
 from tests.conftest import VAL_IDS, all_bytes, draw_data, make_cache, plain_split
 from utils import embed
@@ -62,7 +61,7 @@ def test_what_was_encoded_before_a_stop_is_not_encoded_again(call, stopped, work
     stopped()
     with pytest.raises(UserError, match="unfinished; run cache_embeddings"):
         EmbeddingCache("shapes", "val")
-    monkeypatch.setattr(Pictures, "__getitem__", lambda *_: pytest.fail("a picture was decoded again"))
+    monkeypatch.setattr(pictures, "decode_file", lambda *_: pytest.fail("a picture was decoded again"))
     assert call("--split", "val")[0] == 0
     assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
 
@@ -136,8 +135,8 @@ def test_overwrite_keeps_the_old_cache_until_the_new_one_is_whole(call, stopped,
 
 def test_overwrite_starts_an_unfinished_cache_anew_and_goes_on_with_its_own(call, stopped, monkeypatch):
     seen = []
-    read = Pictures.__getitem__
-    monkeypatch.setattr(Pictures, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
+    read = pictures.decode_file
+    monkeypatch.setattr(pictures, "decode_file", lambda *of: seen.append(of) or read(*of))
     stopped()
     assert len(seen) == 70
     stopped("--overwrite")
@@ -177,8 +176,8 @@ def test_what_was_encoded_before_a_broken_picture_is_kept(call, small_units, bro
     assert call("--data-root", root, "--split", "val")[0] == 2
     (root / "val" / names[1]).write_bytes((data / "val" / names[1]).read_bytes())
     seen = []
-    read = Pictures.__getitem__
-    monkeypatch.setattr(Pictures, "__getitem__", lambda self, row: seen.append(self.files[row]) or read(self, row))
+    read = pictures.decode_file
+    monkeypatch.setattr(pictures, "decode_file", lambda path, to: seen.append(str(path)) or read(path, to))
     assert call("--data-root", root, "--split", "val")[0] == 0
     assert seen == [str(root / "val" / image["file_name"]) for image in plain_split(root, "val")[0][64:]]
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from datasets.shapes import world
-from datasets.source import PictureUnit
+from datasets.source import ListUnit
 from datasets.units import UnitStore
 from tests.benchmarks.machine import describe, in_turn, markdown_table
 from utils.device import pick_device, pick_precision, precision_name
@@ -61,7 +61,7 @@ def main(repeats=3):
 
         def cache():
             store = UnitStore(Path(folder) / "split", {}, torch.float16)
-            embed_units([PictureUnit(0, files)], clip, store, CHUNK, workers)
+            embed_units([ListUnit("image", 0, files)], clip, store, CHUNK, workers)
             store.remove()
 
         chunks, workers = PICTURES // CHUNK, os.cpu_count()

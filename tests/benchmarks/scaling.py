@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from datasets.pictures import Pictures
+from datasets.pictures import decode_file
 from models import METHODS
 from tests.benchmarks.caching import MODEL, make_pictures
 from tests.benchmarks.machine import describe, markdown_table, seconds
@@ -101,8 +101,8 @@ def decoding_rate():
 
     with tempfile.TemporaryDirectory() as folder:
         files = make_pictures(Path(folder), 64)
-        images = Pictures(files, open_clip.image_transform(224, is_train=False))
-        return 64 / seconds(lambda: [images[row] for row in range(64)], repeats=3)[0]
+        transform = open_clip.image_transform(224, is_train=False)
+        return 64 / seconds(lambda: [decode_file(path, transform) for path in files], repeats=3)[0]
 
 
 def large_runs(decoded):
