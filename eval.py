@@ -57,7 +57,8 @@ def main(argv=None):
         results.setdefault(scorer.name, []).append(run)
     title = f"{split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}"
     flags = ("dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples")
-    report(results, title, {flag: getattr(args, flag) for flag in flags}, folder, plots=not args.no_plots)
+    examples = None if args.no_plots else questions.example_captions(next(iter(adaptors.values())), cache)
+    report(results, title, {flag: getattr(args, flag) for flag in flags}, folder, examples)
 
 
 def parse(argv):
@@ -129,18 +130,20 @@ def load_adaptors(dataset, methods, seeds, cache, other_clip):
     return adaptors
 
 
-def report(results, title, flags, folder, plots):
-    """Write tables and plots of {row name: [Results, one a seed]}, made with these flags; print the short ones."""
+def report(results, title, flags, folder, examples):
+    """Write tables and plots of {row name: [Results, one a seed]}, made with these flags; print the short ones.
+
+    Args: examples: as `questions.example_captions` gives them; None: no plots.
+    """
     texts, pictures = tables.write_all(results, title), {}
-    if plots:
+    if examples is not None:
         from utils.evaluation.plots import draw_all  # matplotlib takes a second to import
 
-        pictures = draw_all(results, folder)
+        pictures = draw_all(results, examples, folder)
     words = (f"--{flag} {' '.join(map(str, v)) if isinstance(v, list) else v}" for flag, v in flags.items())
     page = results_page(title, f"python eval.py {' '.join(words)}", texts, pictures)
     save_texts(texts | {"README.md": page}, folder)
-    what = "a .json and .npz for every method and seed, tables and plots; README.md there shows them together"
-    logging.info("written to %s: %s\n", folder, what)
+    logging.info("written to %s: a .json and .npz for every method and seed, README.md, tables and plots\n", folder)
     print(texts["report.txt"], end="")
 
 

@@ -87,6 +87,11 @@ class EmbeddingCache:
         """D."""
         return self.image.shape[1]
 
+    def image_file(self, row):
+        """The path of an image's picture as it was when it was embedded; None if that is not known."""
+        folder = self.meta.get("image_folder")
+        return Path(folder) / self.images[row] if isinstance(folder, str) and self.images else None
+
     @functools.cached_property
     def digest(self):
         """A name for what training reads, the same for the same embeddings and map: 16 hexadecimal digits."""

@@ -97,6 +97,8 @@ class ListSplit(Split):
         check_widths(meta, image.shape[1], text.shape[1])
         meta |= {"embed_dim": image.shape[1], "image_count": len(image), "caption_count": len(text)}
         meta |= {"image_ids": left.image_ids, "caption_ids": left.caption_ids}
+        folders = {str(f).removesuffix(name) for f, name in zip(left.image_files, left.image_names, strict=True)}
+        meta |= {"image_folder": folders.pop()} if len(folders) == 1 else {}  # where eval.py finds a picture to show
         reasons = [reason.removeprefix(f"{self.image_files[row]}: ") for row, reason in broken.items()]
         skipped = [[self.image_names[row], reason] for row, reason in zip(broken, reasons, strict=True)]
         meta |= {"skipped": skipped, "versions": versions()}

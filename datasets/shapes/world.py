@@ -55,8 +55,9 @@ HYPERNYMS = {
 }
 FULL = 0.4  # share of captions that describe everything
 NATS = math.log(1000)  # information of a caption that describes one picture of 1,000
+BY_OBJECT = 0.8  # how often all details of one object come before those of the next
 MOST_WORDS = 51  # which the built-in CLIP's 64 tokens hold
-VAGUENESS, EMPTY = 0.3, 0.2  # how often a hypernym is the word; an object is mentioned of which nothing is said
+VAGUENESS, EMPTY = 0.1, 0.1  # how often a hypernym is the word; an object is mentioned of which nothing is said
 FRAMES, VAGUE, LADDER = _WORDS["frames"], _WORDS["vague captions"], tuple(_WORDS["ladder"])
 
 
@@ -193,11 +194,11 @@ def write_full_description(scene, rng):
 
 
 def _details(scene, rng):
-    """All (object's row, attribute) of a scene, and (None, "background"), at random; half of the time by object."""
+    """All (object's row, attribute) of a scene, and (None, "background"), in random order, mostly object by object."""
     rows = [*range(len(scene["objects"])), None]
     details = [(row, name) for row in rows for name in (["background"] if row is None else WORDS)]
     rng.shuffle(details)
-    if rng.random() < 0.5:
+    if rng.random() < BY_OBJECT:
         rng.shuffle(rows)
         details.sort(key=lambda detail: rows.index(detail[0]))
     return details

@@ -1,11 +1,14 @@
 """Results in, pictures out: a PNG and a PDF each, in one style that is readable in print and without colour vision."""
 
+import textwrap
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from PIL import Image, ImageOps
 from scipy import stats
 
 from utils.evaluation.figures import DIRECTIONS, only_judged
@@ -20,6 +23,7 @@ LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "
 LOOKS |= {name: LOOKS[name] | {"linestyle": "--"} for name in BASELINES}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
+RIGHT = "#009E73"  # the frame of a right answer
 OTHER = {"color": "#882255", "marker": "*"}
 STYLE = {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 4, "axes.axisbelow": True, "axes.grid": True}
 STYLE |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
@@ -32,15 +36,17 @@ CAPTIONS = {
     "risk-coverage": "Error among the most certain queries against the share of queries kept",
     "length": f"Uncertainty against caption length, {AMONG}",
     "ambiguity": f"Uncertainty against exact ambiguity, {AMONG}",
+    "captions": "Captions from the most certain fifth to the least, and the images that match them best; framed: right",
     "ladder": "The prompt ladder: uncertainty relative to the first prompt, geometric mean over seeds",
 }
 
 
-def draw_all(results, folder):
+def draw_all(results, examples, folder):
     """Draw every picture that the results allow, and remove those from before.
 
     Args:
         results: {row name: [Results, one a seed]}.
+        examples: as `questions.example_captions` gives them.
         folder: where the files go.
     Returns: {file name of the PNG: caption}.
     """
@@ -53,6 +59,7 @@ def draw_all(results, folder):
             "risk-coverage": _risk_coverage(results),
             "length": _against(results, "words", "words in the caption"),
             "ambiguity": _against(results, "relevant", "images that the caption describes", logarithmic=True),
+            "captions": _captions(examples),
             "ladder": _ladder(results),
         } | {f"hierarchy-{stem}": _depth(results, stem) for stem in stems}
     for name, picture in pictures.items():
@@ -95,6 +102,26 @@ def _curve(correct, uncertainty):
     return (at + 1) / len(risk), risk[at]
 
 
+def _captions(examples):
+    """A row a level, from the most certain: captions, each above the pictures that match it best, the right framed."""
+    if not examples:
+        return None
+    levels = examples[-1]["level"]
+    each, shown = len(examples) // levels, len(examples[0]["pictures"])
+    figure = plt.figure(figsize=(1.25 * each * shown, 1.62 * levels), layout="constrained")
+    for part, example in zip(figure.subfigures(levels, each).flat, examples, strict=True):
+        lines = textwrap.wrap(example["caption"], 52, max_lines=3, placeholder=" ...")
+        part.suptitle("\n".join(lines), fontsize=7.5, x=0.02, ha="left")
+        for axis, file, is_right in zip(part.subplots(1, shown), example["pictures"], example["right"], strict=True):
+            with Image.open(file) as picture:
+                axis.imshow(ImageOps.fit(picture.convert("RGB"), (160, 160)))
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            for spine in axis.spines.values():
+                spine.set(visible=True, color=RIGHT if is_right else "#bbbbbb", linewidth=3.5 if is_right else 0.6)
+    return figure
+
+
 def _ladder(results):
     """Uncertainty of every prompt of the ladder relative to the first one."""
     rows, prompts = {}, []
@@ -105,9 +132,9 @@ def _ladder(results):
             rows[name] = [(np.exp(np.log(values / values[:, :1]).mean(axis=0)), range(len(prompts)))]
     if not rows:
         return None
-    size = (7.0, 0.36 * len(prompts) + 1.2)
+    size = (6.0, 0.42 * len(prompts) + 1.2)
     figure, (axis,) = _lines({"": rows}, "uncertainty / uncertainty of the first prompt", "", size)
-    axis.set_yticks(range(len(prompts)), prompts)
+    axis.set_yticks(range(len(prompts)), [textwrap.fill(prompt, 26) for prompt in prompts], fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("log")
     return figure

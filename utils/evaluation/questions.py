@@ -1,5 +1,6 @@
 """Single questions in, answers out: how uncertain texts are, which captions are most uncertain, how methods differ."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,35 @@ def describe_captions(adaptor, cache, most, least):
     for caption in dict.fromkeys([*order[:most], *order[max(0, len(order) - least) :]]):  # each once, in this order
         first, images = _image_name(cache, next(iter(images_of[caption]))), len(images_of[caption])
         answers.append({"caption": caption, "uncertainty": uncertainty_of[caption], "images": images, "image": first})
+    return answers
+
+
+@torch.inference_mode()
+def example_captions(adaptor, cache, levels=5, each=2):
+    """Captions from the most certain to the least, and the pictures that match them best.
+
+    Args:
+        adaptor, cache: of one width.
+        levels, each: how many levels of equally many captions, and captions of each.
+    Returns: dicts: "caption", "level", from 1, "pictures", paths, best first, and "right", a bool for each of them;
+        an empty list, and a line in the log, where captions or pictures are not there.
+    """
+    files = [cache.image_file(row) for row in range(len(cache.image))] if cache.images else []
+    if cache.captions is None or not files or None in files or not all(file.exists() for file in files):
+        logging.info("captions.png is left out: the pictures of %s are not where they were embedded from", cache.folder)
+        return []
+    scorer, owners = AdaptorScorer(adaptor, cache), cache.image_of_caption.tolist()
+    certain = np.argsort(scorer.text_uncertainty(cache.captions, cache.text), kind="stable")
+    places = (np.arange(levels * each) + 0.5) / (levels * each) * len(certain)
+    captions = torch.from_numpy(certain[places.astype(int)])
+    scores = scorer.score(torch.arange(len(cache.image)), captions)  # (N, captions)
+    closest = scores.topk(min(CLOSEST, len(scores)), dim=0).indices.T.tolist()
+    judged = next((judged["t2i"] for judged in cache.judgements.values()), [()] * len(owners))
+    answers = []
+    for number, (caption, images) in enumerate(zip(captions.tolist(), closest, strict=True)):
+        right = [image == owners[caption] or image in judged[caption] for image in images]
+        answer = {"caption": cache.captions[caption], "level": number // each + 1, "right": right}
+        answers.append(answer | {"pictures": [files[image] for image in images]})
     return answers
 
 
