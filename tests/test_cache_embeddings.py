@@ -158,6 +158,7 @@ def test_meta_tells_all_that_the_embeddings_depend_on(call, data, tiny):
             "image_list": meta["image_list"],
             "caption_list": meta["caption_list"],
             "skipped": [],
+            "image_folder": f"{data / split}/",
             "embed_dim": 16,
             "image_size": [32, 32],
             "mean": [0.48145466, 0.4578275, 0.40821073],

@@ -19,9 +19,11 @@ from datasets.shapes import world
 from datasets.texts import write_texts
 from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
+from utils.cli import run_script
 from utils.evaluation.figures import hierarchy
+from utils.evaluation.questions import example_captions
 from utils.evaluation.results import Results
-from utils.files import sha256
+from utils.files import save_json, sha256
 from utils.preprocess import ClipId
 from utils.report import insert_files
 
@@ -54,6 +56,51 @@ def test_plots_and_an_index_that_shows_them(script, trained):
     for row in ("frozen cosine", "softmax-entropy", "asymvlm-psd", "pfe"):
         assert f"| {row} |" in index
     assert "python eval.py --dataset tiny --method asymvlm-psd pfe --seed 0 1" in index
+
+
+def picture_files(cache, folder):
+    """Write a picture for every image of a cache, its row as its grey, and tell the cache where they are."""
+    folder.mkdir()
+    for row, name in enumerate(cache.images):
+        Image.new("RGB", (8, 8), (row, row, row)).save(folder / name)
+    cache.meta["image_folder"] = f"{folder}/"
+
+
+def test_example_captions_go_from_certain_to_vague_with_the_pictures_that_match_best(trained, workdir):
+    cache = EmbeddingCache("tiny", "val")
+    picture_files(cache, workdir / "pictures")
+    adaptor = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt")
+    examples = example_captions(adaptor, cache, levels=3, each=2)
+    with torch.no_grad():
+        uncertainty = adaptor.adapt_text(cache.text.read())[1]
+        similarity = adaptor.similarity(cache.image.read(), cache.text.read())
+    rows = [cache.captions.index(example["caption"]) for example in examples]
+    assert [example["level"] for example in examples] == [1, 1, 2, 2, 3, 3]
+    assert torch.equal(uncertainty[rows], uncertainty[rows].sort()[0])
+    assert (uncertainty < uncertainty[rows[0]]).sum() == 10  # the middle of the first of six parts of 120 captions
+    for row, example in zip(rows, examples, strict=True):
+        best = similarity[:, row].topk(3).indices.tolist()
+        assert example["pictures"] == [workdir / "pictures" / cache.images[image] for image in best]
+        assert example["right"] == [
+            image in cache.relevance[row] or image == cache.image_of_caption[row] for image in best
+        ]
+    assert any(any(example["right"]) for example in examples)
+
+
+def test_a_missing_picture_leaves_the_captions_out_in_one_line(script, trained, workdir, capsys):
+    cache = EmbeddingCache("tiny", "val")
+    picture_files(cache, workdir / "pictures")
+    save_json(cache.meta, cache.folder / "meta.json")
+    assert script(eval_script.main, "--dataset", "tiny", "--resamples", 0, *trained)[0] == 0
+    assert "(captions.png)" in Path("results/tiny/README.md").read_text()
+    with Image.open("results/tiny/captions.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    (workdir / "pictures" / cache.images[7]).unlink()
+    capsys.readouterr()
+    assert run_script(eval_script.main, ["--dataset", "tiny", "--resamples", "0", *map(str, trained)]) == 0
+    assert capsys.readouterr().err.count("captions.png is left out") == 1
+    assert not Path("results/tiny/captions.png").exists()
+    assert "captions.png" not in Path("results/tiny/README.md").read_text()
 
 
 def test_plots_that_the_results_do_not_allow_are_not_there(script, trained):

@@ -1,11 +1,13 @@
-"""How much of the encoder's own rate cache_embeddings.py reaches, with a random ViT-B/32 and pictures of COCO's size.
+"""How much of the encoder's own rate cache_embeddings.py reaches, with a random ViT-B/32 and COCO's pictures and texts.
 
     COCO_ROOT=<a COCO folder> python -m tests.benchmarks.caching
 
 The pictures are COCO's, scaled to 640 x 480 (drawn ones without COCO_ROOT). "Bare" is a loop of encode_image over
-tensors that are ready, in the same precision; "float32" the same loop in float32.
+tensors that are ready, in the same precision; "float32" the same loop in float32. Texts are COCO's captions (the
+built-in data set's without COCO_ROOT), encoded no longer than they are, and all at the context length.
 """
 
+import json
 import os
 import random
 import sys
@@ -14,16 +16,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from datasets.shapes import world
 from datasets.source import ListUnit
 from datasets.units import UnitStore
 from tests.benchmarks.machine import describe, in_turn, markdown_table
 from utils.device import pick_device, pick_precision, precision_name
-from utils.embed import CHUNK, embed_units
-from utils.preprocess import load_clip
+from utils.embed import CHUNK, embed_units, encode_tokens, in_chunks, text_ends
+from utils.preprocess import load_clip, tokenize
 
-MODEL, PICTURES = "ViT-B-32-quickgelu", 512
+MODEL, PICTURES, TEXTS = "ViT-B-32-quickgelu", 512, 1024
 
 
 def make_pictures(folder, count):
@@ -38,6 +41,13 @@ def make_pictures(folder, count):
         files.append(folder / f"{i:04d}.jpg")
         picture.resize((640, 480), Image.Resampling.BICUBIC).save(files[-1], quality=90)
     return files
+
+
+def some_texts(count):
+    """So many different captions."""
+    file = Path(os.environ.get("COCO_ROOT", ".")) / "annotations/captions_train2017.json"
+    document = json.loads(file.read_text()) if file.exists() else world.make_split(0, "train", count)
+    return list(dict.fromkeys(entry["caption"] for entry in document["annotations"]))[:count]
 
 
 def main(repeats=3):
@@ -64,6 +74,16 @@ def main(repeats=3):
             embed_units([ListUnit("image", 0, files)], clip, store, CHUNK, workers)
             store.remove()
 
+        tokens, bar = tokenize(clip, some_texts(TEXTS))[0], tqdm(disable=True)
+
+        def full_length():
+            with torch.inference_mode():
+                in_chunks(clip.model.encode_text, tokens, device)
+
+        def short():
+            with torch.inference_mode():
+                encode_tokens(clip, tokens, bar)
+
         chunks, workers = PICTURES // CHUNK, os.cpu_count()
         times = in_turn(
             {
@@ -73,9 +93,15 @@ def main(repeats=3):
             },
             repeats,
         )
+        text_times = in_turn({"texts at their length": short, "at the context length": full_length}, repeats)
     rates = {name: PICTURES / median for name, (median, _, _) in times.items()}
     rows = [[name, f"{rate:.1f}", f"{rates['cache'] / rate:.2f}"] for name, rate in rates.items()]
     print(markdown_table([f"{MODEL}, {precision_name(precision)}", "images/s", "cache_embeddings.py over this"], rows))
+    rates = {name: len(tokens) / median for name, (median, _, _) in text_times.items()}
+    shortest = max(rates.values())
+    rows = [[name, f"{rate:.0f}", f"{shortest / rate:.2f}"] for name, rate in rates.items()]
+    mean = text_ends(clip.model, tokens).float().mean().item()
+    print(f"\n{markdown_table([f'{len(tokens)} texts of {mean:.1f} tokens', 'texts/s', 'times as fast'], rows)}")
 
 
 if __name__ == "__main__":
