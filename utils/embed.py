@@ -169,9 +169,8 @@ class _Decoding(IterableDataset):
 
 def _bar(what, counts):
     total = None if None in counts else sum(counts)
-    return tqdm(
-        total=total, desc=what, unit=what.removesuffix("s"), mininterval=0.5, disable=not is_first() or total == 0
-    )
+    is_off = not is_first() or total == 0
+    return tqdm(total=total, desc=what, unit=what.removesuffix("s"), mininterval=0.5, disable=is_off)
 
 
 def encode_texts(clip, texts):

@@ -91,7 +91,8 @@ class Run:
         self.log_file.writelines(json.dumps(record) + "\n" for record in self.log)
         name, captions = f"{self.method}, seed {self.config['seed']}", self.config["captions"]
         pairs = {"initial": len(self.log) * captions, "total": self.recipe.epochs * captions, "unit": "pair"}
-        bar = self.exits.enter_context(tqdm(desc=name, **pairs, unit_scale=True, disable=not is_first()))
+        look = {"desc": name, "unit_scale": True, "mininterval": 0.5, "disable": not is_first()}
+        bar = self.exits.enter_context(tqdm(**pairs, **look))
         for epoch in range(len(self.log) + 1, self.recipe.epochs + 1):
             yield epoch, bar
             bar.set_postfix(epoch=f"{epoch}/{self.recipe.epochs}", loss=f"{self.log[-1]['loss']:.4f}")

@@ -6,8 +6,9 @@ half are of random detail.
 
     python -m datasets.shapes.pretrain
 
-The shipped weights come from this command with OMP_NUM_THREADS=1 (another thread count gives others, about as good).
-Its last line of figures, with R@1 between the data set's 1,000 val pictures and their full descriptions:
+The shipped weights come from this command with OMP_NUM_THREADS=1 (another thread count gives others, about as good),
+before captions were drawn as they are now: less evenly, and with more hypernyms. Its last line of figures then, with
+R@1 between the data set's 1,000 val pictures and their full descriptions:
 
     {"step": 2000, "loss": 1.8492, "R@1 t2i": 0.87, "R@1 i2t": 0.861, "seconds": 1736.6908}
 """

@@ -395,9 +395,9 @@ def relevant_images(document):
         behind = np.any([having["background", value][:, 0] for value in backgrounds], axis=0)
         return ids[behind & np.any(pairings, axis=0)].tolist()
 
-    entries = tqdm(document["annotations"], desc="who describes what", unit="caption", leave=False)
     return {
-        str(e["id"]): described(tuple(sorted(map(json.dumps, e["mentions"]))), tuple(e["backgrounds"])) for e in entries
+        str(e["id"]): described(tuple(sorted(map(json.dumps, e["mentions"]))), tuple(e["backgrounds"]))
+        for e in document["annotations"]
     }
 
 
@@ -416,7 +416,7 @@ def make(root, seed=0, train=10_000, val=1_000):
         for split, images in (("train", train), ("val", val)):
             document = make_split(seed, split, images)
             (aside / split).mkdir()
-            for image in tqdm(document["images"], desc=f"drawing {split}", unit="image"):
+            for image in tqdm(document["images"], desc=f"drawing {split}", unit="image", mininterval=0.5):
                 paint(image["scene"]).save(aside / split / image["file_name"])
             _dump(document, aside / "annotations" / f"captions_{split}.json")
             if split == "val":
