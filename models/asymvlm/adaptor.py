@@ -16,7 +16,7 @@ class AsymVLM(Adaptor):
     eta = MLP(z), kappa = ||eta||, mu = eta / kappa; mean = mu, uncertainty = 1 / kappa.
     """
 
-    recipes = recipes_of(Recipe("sgd", lr=1e-2, weight_decay=5e-4))
+    recipes = recipes_of(Recipe("sgd", lr=1e-2, weight_decay=5e-4), lr=3e-3)
     log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M)
 
     def __init__(self, embed_dim=512):

@@ -12,7 +12,7 @@ SHIFT, NEGATIVE_SCALE = 5.0, 5.0  # initial values, as in the paper's code
 class PCMEPPAdaptor(GaussianAdaptor):
     """A pair matches if its expected distance is small. Without the VIB and pseudo-positive terms of the paper."""
 
-    recipes = recipes_of(Recipe("adamw", lr=5e-4, weight_decay=1e-4), start_variance=1.0)
+    recipes = recipes_of(Recipe("adamw", lr=5e-4, weight_decay=1e-4), lr=3e-3, start_variance=1.0)
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)

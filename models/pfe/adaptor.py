@@ -8,7 +8,7 @@ from models.pfe.loss import mutual_likelihood_loss, variance
 class PFEAdaptor(Adaptor):
     """mean = z, raw; var = softplus(MLP(z)), (N, D) each; uncertainty = mean_d var. Retrieval is the frozen CLIP's."""
 
-    recipes = recipes_of(Recipe("sgd", lr=1e-3, weight_decay=5e-4))
+    recipes = recipes_of(Recipe("sgd", lr=1e-3, weight_decay=5e-4), lr=3e-4)
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)

@@ -32,7 +32,7 @@ class ProbVLMAdaptor(Adaptor):
     with `adaptor.inverted = False` it is the variance, which reverses every ranking.
     """
 
-    recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4))
+    recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4), lr=3e-4)
     inverted = True
 
     def __init__(self, embed_dim=512):

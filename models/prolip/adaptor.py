@@ -7,5 +7,5 @@ from models.prolip.loss import prolip_loss
 class ProLIPAdaptor(GaussianAdaptor):
     """Variance lowers the logit of every pair that an image or a text is in."""
 
-    recipes = recipes_of(Recipe("adamw", lr=5e-4, weight_decay=5e-4), start_variance=1.0)
+    recipes = recipes_of(Recipe("adamw", lr=5e-4, weight_decay=5e-4), lr=3e-4, start_variance=1.0)
     loss = staticmethod(prolip_loss)
