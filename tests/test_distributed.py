@@ -15,7 +15,6 @@ import train as train_script
 from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
 from models import METHODS
-from models.base import SMALL
 from tests.conftest import make_cache, write_tiny_clip
 from tests.ranks import BATCHES, REPOSITORY, Ranks, cache, new_adaptor, random_pairs, ranks_of, torchrun, wait_for
 from tests.ranks import steps as steps_of_ranks
@@ -144,7 +143,9 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(1, EPOCHS + 1))
     assert records[0] == before
-    assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(SMALL) | {
+    assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(
+        METHODS["pcmepp"].recipes["small"]
+    ) | {
         "epochs": EPOCHS,
         "batch_size": 50,
     }

@@ -60,7 +60,7 @@ def test_training_writes_a_checkpoint_and_a_log_of_every_epoch(script):
     assert set(content) == {"state_dict", "method", "embed_dim", "recipe", "config"}
     assert content["method"] == "asymvlm-psd"
     assert content["embed_dim"] == 64
-    assert content["recipe"] == asdict(replace(SMALL, batch_size=50, epochs=2))
+    assert content["recipe"] == asdict(replace(METHODS["asymvlm-psd"].recipes["small"], batch_size=50, epochs=2))
     log = [json.loads(line) for line in Path("checkpoints/tiny/3/asymvlm-psd.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in log] == [1, 2]
     assert all(np.isfinite(record["loss"]) and len(record["ladder"]) == 3 for record in log)
@@ -302,14 +302,14 @@ def test_a_finished_run_is_not_trained_again_by_resume(script, one_thread):
     assert path.stat().st_mtime_ns == before
     status, _, last = script(train_script.main, *LONG, "--resume", "--lr", 0.5)
     assert status == 2
-    assert f"{path}: of a run with other settings: lr was 0.001, now 0.5" in last
+    assert f"{path}: of a run with other settings: lr was 0.003, now 0.5" in last
     assert path.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     ("flags", "changes", "expected"),
     [
-        (("--lr", 0.5), {}, "lr was 0.001, now 0.5"),
+        (("--lr", 0.5), {}, "lr was 0.003, now 0.5"),
         (("--epochs", 9), {}, "epochs was 7, now 9"),
         (("--precision", "bf16"), {}, "precision was fp32, now bf16"),
         ((), {"images": 41}, "captions was 120, now 123; images was 40, now 41"),

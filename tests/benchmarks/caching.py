@@ -19,14 +19,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.shapes import world
-from datasets.source import ListUnit
+from datasets.source import UNIT, ListUnit
 from datasets.units import UnitStore
 from tests.benchmarks.machine import describe, in_turn, markdown_table
 from utils.device import pick_device, pick_precision, precision_name
 from utils.embed import CHUNK, embed_units, encode_tokens, in_chunks, text_ends
 from utils.preprocess import load_clip, tokenize
 
-MODEL, PICTURES, TEXTS = "ViT-B-32-quickgelu", 512, 1024
+MODEL, PICTURES, TEXTS = "ViT-B-32-quickgelu", 512, UNIT
+SOME = 512  # texts that are also encoded at the context length
 
 
 def make_pictures(folder, count):
@@ -78,7 +79,7 @@ def main(repeats=3):
 
         def full_length():
             with torch.inference_mode():
-                in_chunks(clip.model.encode_text, tokens, device)
+                in_chunks(clip.model.encode_text, tokens[:SOME], device)
 
         def short():
             with torch.inference_mode():
@@ -93,15 +94,15 @@ def main(repeats=3):
             },
             repeats,
         )
-        text_times = in_turn({"texts at their length": short, "at the context length": full_length}, repeats)
+        text_times = in_turn({"texts at their length": short, "at the context length": full_length}, repeats=1)
     rates = {name: PICTURES / median for name, (median, _, _) in times.items()}
     rows = [[name, f"{rate:.1f}", f"{rates['cache'] / rate:.2f}"] for name, rate in rates.items()]
     print(markdown_table([f"{MODEL}, {precision_name(precision)}", "images/s", "cache_embeddings.py over this"], rows))
-    rates = {name: len(tokens) / median for name, (median, _, _) in text_times.items()}
-    shortest = max(rates.values())
-    rows = [[name, f"{rate:.0f}", f"{shortest / rate:.2f}"] for name, rate in rates.items()]
+    counts = {"texts at their length": len(tokens), "at the context length": min(SOME, len(tokens))}
+    rates = {name: counts[name] / median for name, (median, _, _) in text_times.items()}
+    rows = [[name, f"{rate:.0f}", f"{max(rates.values()) / rate:.2f}"] for name, rate in rates.items()]
     mean = text_ends(clip.model, tokens).float().mean().item()
-    print(f"\n{markdown_table([f'{len(tokens)} texts of {mean:.1f} tokens', 'texts/s', 'times as fast'], rows)}")
+    print(f"\n{markdown_table([f'{len(tokens)} texts of {mean:.1f} tokens', 'texts/s', 'the first over this'], rows)}")
 
 
 if __name__ == "__main__":
