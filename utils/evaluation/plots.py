@@ -27,7 +27,8 @@ LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
 RIGHT = "#009E73"  # the frame of a right answer
 # Of rows whose names are not known here, in their order: Tol's muted colours, other markers, and dashes.
 OTHERS = ("#882255", "#332288", "#44AA99", "#CC6677", "#117733", "#88CCEE", "#AA4499", "#999933", "#DDCC77")
-OTHERS = [{"color": c, "marker": m, "linestyle": s} for s in ("-", "-.", "--") for c, m in zip(OTHERS, "*ph<>X8dH")]
+OTHERS = [(colour, "*ph<>X8dH"[i], dashes) for dashes in ("-", "-.", "--") for i, colour in enumerate(OTHERS)]
+OTHERS = [dict(zip(("color", "marker", "linestyle"), look, strict=True)) for look in OTHERS]
 _others = {}  # name -> look, of the rows that are being drawn
 STYLE = {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 4, "axes.axisbelow": True, "axes.grid": True}
 STYLE |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
@@ -212,9 +213,14 @@ def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), ylim=None, **options):
     return figure, axes[0]
 
 
+def look_of(name):
+    """The colour, marker and dashes of a row of the pictures that are being drawn."""
+    return LOOKS.get(name) or _others[name]
+
+
 def _line(axis, name, x, y, band=None, **options):
     """A method's line in its look, in a band (low, high) or of a deviation."""
-    look = LOOKS.get(name) or _others[name]
+    look = look_of(name)
     axis.plot(x, y, label=name, **look | options)
     if band is not None:
         low, high = band if isinstance(band, tuple) else (y - band, y + band)

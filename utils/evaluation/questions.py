@@ -113,9 +113,7 @@ def example_captions(adaptor, cache, levels=5, each=2):
 def _uncertainty(scorer, texts, z):
     """Uncertainty (T,) of T texts; a UserError where texts have none."""
     uncertainty, method = scorer.text_uncertainty(texts, z), getattr(scorer.adaptor, "method", "an adaptor")
-    need(
-        uncertainty is not None, f"--method {method}: its texts have no uncertainty, only its images have; leave it out"
-    )
+    need(uncertainty is not None, f"--method {method}: its images are uncertain, its texts are not; leave it out")
     return uncertainty
 
 

@@ -20,8 +20,9 @@ FIELDS = ("query", "rank", "top1")  # of every query, which has an uncertainty, 
 class Results:
     """The results of one method and seed.
 
-    The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty, which
-    also is what "t2i" and "i2t" go by where texts have none; "metrics", as `measure` gives them; "ladder", "depth", "intervals", "config".
+    The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty, by
+    which "t2i" and "i2t" go too where texts have none; "metrics", as `measure` gives them; "ladder", "depth",
+    "intervals", "config".
     """
 
     answers: dict  # {"t2i", "i2t"}, as `answer` gives them
