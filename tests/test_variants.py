@@ -11,13 +11,17 @@ from scipy import special, stats
 
 import eval as eval_script
 import train as train_script
+from datasets.embedding import EmbeddingCache
 from models import GROUPS, METHODS
 from models.asymvlm import distributions
 from models.base import SMALL
 from models.layers import unit
 from tests.conftest import load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
+from utils.cli import UserError
 from utils.evaluation import plots
+from utils.evaluation.questions import describe_prompts
+from utils.evaluation.results import load_results
 from utils.evaluation.scorers import AdaptorScorer, Scorer, answer
 
 DIM = 16
@@ -310,13 +314,14 @@ def test_what_asks_for_the_uncertainty_of_a_text_says_that_there_is_none(questio
     status, printed, error = script(eval_script.main, "--dataset", "tiny", "--method", "asymvlm-vmf-image", *question)
     assert (status, printed) == (2, "")
     assert "--method asymvlm-vmf-image: its images are uncertain, its texts are not" in error
+    adaptor, cache = load_adaptor(path), EmbeddingCache("tiny", "val")
+    with pytest.raises(UserError, match="asymvlm-vmf-image"):
+        describe_prompts(adaptor, cache, ["a"], cache.text[:1])
 
 
 def test_rows_of_unknown_names_look_different(monkeypatch, evaluated, tmp_path):
     seen = {}
     monkeypatch.setattr(plots, "_line", lambda axis, name, *_, **__: seen.setdefault(name, dict(plots.look_of(name))))
-    from utils.evaluation.results import load_results
-
     runs = load_results(Path("results/tiny"), "asymvlm-psd-both", [0], "val")
     names = [f"unknown {number}" for number in range(20)]
     plots.draw_all({"asymvlm-psd": runs} | dict.fromkeys(names, runs), [], tmp_path)
