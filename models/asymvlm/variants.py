@@ -14,7 +14,7 @@ from models.asymvlm.distributions import (
     von_mises_fisher_log_prob,
     widest,
 )
-from models.layers import pairwise_products, unit
+from models.layers import at_least_float32, pairwise_products, unit
 
 
 class Frozen(AsymVLM):
@@ -65,12 +65,14 @@ class Both(AsymVLM):
 
     S_ij = E_{x ~ p(x | image_i)} log p(x | text_j), minus the cross-entropy of the two: log p(x_i | text_j) where the
     image's kappa is infinite. Equations and accuracy: distributions.py, `expected_..._log_prob`.
+    eta = D MLP(z) for an image: its mean depends on kappa / D alone, and the product of two small kappas would make all
+    logits alike at the start.
     """
 
     spread = ("image", "text")
 
     def encode_image(self, z):
-        return (self.image_mlp(z),)
+        return (self.embed_dim * at_least_float32(self.image_mlp(z)),)
 
     describe_image = AsymVLM.describe_text
 
