@@ -14,8 +14,7 @@ import cache_embeddings
 import train as train_script
 from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
-from models import GROUPS
-from models.base import SMALL
+from models import GROUPS, METHODS
 from tests.conftest import make_cache, write_tiny_clip
 from tests.ranks import (
     BATCHES,
@@ -155,7 +154,9 @@ def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(work
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(1, EPOCHS + 1))
     assert records[0] == before
-    assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(SMALL) | {
+    assert torch.load(log.with_suffix(".pt"), weights_only=True)["recipe"] == asdict(
+        METHODS["pcmepp"].recipes["small"]
+    ) | {
         "epochs": EPOCHS,
         "batch_size": 50,
     }

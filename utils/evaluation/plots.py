@@ -25,9 +25,9 @@ LOOKS |= {name: LOOKS[name] | {"linestyle": "--"} for name in BASELINES}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
 RIGHT = "#009E73"  # the frame of a right answer
-# Of rows whose names are not known here, in their order: Tol's muted colours, other markers, and dashes.
-OTHERS = ("#882255", "#332288", "#44AA99", "#CC6677", "#117733", "#88CCEE", "#AA4499", "#999933", "#DDCC77")
-OTHERS = [(colour, "*ph<>X8dH"[i], dashes) for dashes in ("-", "-.", "--") for i, colour in enumerate(OTHERS)]
+# Of rows whose names are not known here, in their order: Tol's muted colours, other markers and dashes.
+OTHERS = ("#882255", "#332288", "#CC6677", "#117733", "#AA4499", "#999933", "#44AA99", "#88CCEE", "#DDCC77")
+OTHERS = [(colour, "*ph<>X8dH"[i], dashes) for dashes in ("-.", "-", "--") for i, colour in enumerate(OTHERS)]
 OTHERS = [dict(zip(("color", "marker", "linestyle"), look, strict=True)) for look in OTHERS]
 _others = {}  # name -> look, of the rows that are being drawn
 STYLE = {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 4, "axes.axisbelow": True, "axes.grid": True}
