@@ -68,7 +68,7 @@ class Adaptor(nn.Module):
         raise NotImplementedError
 
     def score(self, image, text):
-        """How well N images match M texts, (N, M), float32 at least, larger = better, from what the encoders returned."""
+        """How well N images match M texts, (N, M), larger = better, float32 at least, from what the encoders return."""
         return cosine_similarity(image[0], text[0])
 
     def start_at(self, variance):
