@@ -100,7 +100,8 @@ def train(run, cache, ladder, precision, shuffle_buffer):
         record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
         record |= {"seconds": time.perf_counter() - start}
         record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}  # scalars
-        run.record(record | {"ladder": ladder and adaptor.adapt_text(ladder[1].to(cache.device))[1].tolist()})
+        uncertainty = adaptor.adapt_text(ladder[1].to(cache.device))[1] if ladder else None  # nor have all texts one
+        run.record(record | {"ladder": None if uncertainty is None else uncertainty.tolist()})
 
 
 def make_optimizer(adaptor, recipe, steps):

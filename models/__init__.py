@@ -1,5 +1,6 @@
 """The methods by the name that --method takes, and the groups of them that it takes too."""
 
+from models.asymvlm import variants
 from models.asymvlm.adaptor import PowerSphericalAdaptor, VonMisesFisherAdaptor
 from models.pcmepp.adaptor import PCMEPPAdaptor
 from models.pfe.adaptor import PFEAdaptor
@@ -14,7 +15,19 @@ METHODS = {
     "pcmepp": PCMEPPAdaptor,
     "prolip": ProLIPAdaptor,
 }
-GROUPS = {"all": tuple(METHODS)}  # the paper's six
+VARIANTS = {
+    "asymvlm-psd-frozen": variants.PowerSphericalFrozen,
+    "asymvlm-vmf-frozen": variants.VonMisesFisherFrozen,
+    "asymvlm-psd-image": variants.PowerSphericalImage,
+    "asymvlm-vmf-image": variants.VonMisesFisherImage,
+    "asymvlm-psd-both": variants.PowerSphericalBoth,
+    "asymvlm-vmf-both": variants.VonMisesFisherBoth,
+    "asymvlm-psd-fixed-temperature": variants.PowerSphericalFixedTemperature,
+    "asymvlm-vmf-fixed-temperature": variants.VonMisesFisherFixedTemperature,
+    "asymvlm-vmf-approximate": variants.VonMisesFisherApproximate,
+}
+GROUPS = {"all": tuple(METHODS), "variants": tuple(VARIANTS)}  # the paper's six; asymvlm's claims, one at a time
+METHODS |= VARIANTS
 
 
 def expand_groups(names):

@@ -36,8 +36,9 @@ class Adaptor(nn.Module):
     """A head on frozen CLIP embeddings, embed_dim = D wide, that knows how uncertain it is.
 
     A method subclasses this and gives `recipes`, `encode_image`, `encode_text`, `describe_text` and `loss`;
-    `describe_image` if its images are uncertain too, and `score` if it ranks by something else than the cosine of the
-    means. Embeddings z are (N, D), raw, of any float type: half precision is raised to float32, float64 stays float64.
+    `describe_image` if its images are uncertain, as one modality at least is; and `score` if it ranks by something else
+    than the cosine of the means. Embeddings z are (N, D), raw, of any float type: half precision is raised to float32,
+    float64 stays float64.
     """
 
     recipes: dict  # name -> Recipe; "paper" and "small" at least
@@ -59,7 +60,7 @@ class Adaptor(nn.Module):
         return encoded[0], None
 
     def describe_text(self, *encoded):
-        """Mean (N, D) and uncertainty (N,) of what `encode_text` returned; larger = less certain."""
+        """Mean (N, D) and uncertainty (N,), or None where texts have none, of what `encode_text` returned."""
         raise NotImplementedError
 
     def loss(self, *encoded):
@@ -67,7 +68,7 @@ class Adaptor(nn.Module):
         raise NotImplementedError
 
     def score(self, image, text):
-        """How well N images match M texts, (N, M), larger = better, from what the encoders returned."""
+        """How well N images match M texts, (N, M), larger = better, float32 at least, from what the encoders return."""
         return cosine_similarity(image[0], text[0])
 
     def start_at(self, variance):
@@ -90,7 +91,7 @@ class Adaptor(nn.Module):
         return self.describe_image(*self.encode_image(at_least_float32(z)))
 
     def adapt_text(self, z):
-        """Text embeddings (N, D) to mean (N, D) and uncertainty (N,); larger = less certain."""
+        """Text embeddings (N, D) to mean (N, D) and uncertainty (N,) or None; larger = less certain."""
         return self.describe_text(*self.encode_text(at_least_float32(z)))
 
     def similarity(self, z_image, z_text):

@@ -210,7 +210,7 @@ def kill_training(rng, kills):
     flags = (*TRAIN, "--epochs", 12, "--save-every", 2, "--resume")
     done, trainings, findings = 0, 0, []
     while done < kills:
-        method = rng.choice(("asymvlm-psd", "asymvlm-vmf", "pcmepp", "probvlm"))
+        method = rng.choice(("asymvlm-psd", "asymvlm-vmf-both", "asymvlm-psd-image", "pcmepp", "probvlm"))
         argv = (*flags, "--method", method)
         shutil.rmtree("checkpoints", ignore_errors=True)
         renames, seconds = count_calls(train_script.main, argv, "replace")

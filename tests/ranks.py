@@ -19,13 +19,14 @@ import torch
 import cache_embeddings
 import train
 from datasets import source
-from models import METHODS
+from models import GROUPS, METHODS
 from utils.cli import run_script
 from utils.distributed import joined, rank, share_of_rank, world_size
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIM = 32
 LIMIT = 60  # seconds, after which a fork hangs
+STEPPED = (*GROUPS["all"], "asymvlm-psd-both", "asymvlm-psd-image", "asymvlm-vmf-frozen")  # every way to be encoded
 BATCHES = (37, 3)  # neither can be shared evenly by 2 or 4 ranks; of the smaller one, one of 4 has nothing
 
 
@@ -41,10 +42,13 @@ def new_adaptor(method):
 
 
 def steps(argv):
-    """One step of every method as train.py does it. Args: argv: the folder to which a file goes of what it was."""
+    """One step of every way to be encoded, as train.py does it.
+
+    Args: argv: the folder to which a file goes of what it was.
+    """
     found, folder = {}, Path(*argv)
     with joined(torch.device("cpu")):
-        for method in METHODS:
+        for method in STEPPED:
             for batch in BATCHES:
                 adaptor = new_adaptor(method)
                 optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["small"], 10)

@@ -33,22 +33,28 @@ def test_results_equal_a_plain_evaluation_with_the_full_matrix(method, script):
     cache, adaptor = EmbeddingCache("tiny", "val"), load_adaptor(f"checkpoints/tiny/0/{method}.pt")
     with torch.no_grad():
         similarity = adaptor.similarity(cache.image.read(), cache.text.read()).numpy()
-        uncertainty = adaptor.adapt_text(cache.text.read())[1].numpy()
+        of_image, of_text = adaptor.adapt_image(cache.image.read())[1], adaptor.adapt_text(cache.text.read())[1]
     image_of_caption = cache.image_of_caption.numpy()
     t2i = similarity.argmax(0) == image_of_caption
     retrieved = similarity.argmax(1)
     i2t = image_of_caption[retrieved] == np.arange(30)
+    if of_text is not None:
+        by_caption, by_image = of_text.numpy(), of_text.numpy()[retrieved]
+    else:  # the image's instead, of the one retrieved or of the one asked
+        by_caption, by_image = of_image.numpy()[similarity.argmax(0)], of_image.numpy()
     assert result["t2i"] == pytest.approx(
-        [part.mean() for part in np.split(t2i[np.argsort(uncertainty, kind="stable")], 10)]
+        [part.mean() for part in np.split(t2i[np.argsort(by_caption, kind="stable")], 10)]
     )
     assert result["i2t"] == pytest.approx(
-        [part.mean() for part in np.split(i2t[np.argsort(uncertainty[retrieved], kind="stable")], 10)]
+        [part.mean() for part in np.split(i2t[np.argsort(by_image, kind="stable")], 10)]
     )
     assert result["metrics"]["t2i"]["R@1"] == pytest.approx(t2i.mean())
     assert set(result["metrics"]["i2t"]) == {"R@1", "R@5", "R@10", "S", "R2", "-S*R2", "AURC", "E-AURC", "ties"}
     assert (queries["t2i_top1"] == similarity.argmax(0)).all()
     assert (queries["i2t_top1"] == retrieved).all()
-    np.testing.assert_allclose(queries["t2i_uncertainty"], uncertainty, rtol=1e-5)
+    whose = "uncertainty" if of_text is not None else "image_uncertainty"
+    np.testing.assert_allclose(queries[f"t2i_{whose}"], by_caption, rtol=1e-5)
+    assert ("t2i_uncertainty" in queries) == (of_text is not None)
 
 
 def test_relevance_gives_the_figures_against_exact_ambiguity(script):

@@ -72,8 +72,8 @@ def load_adaptor(path, device="cpu", method=None):
         device: where it goes.
         method: its name in METHODS, needed only where neither the file nor its name tells: the two asymvlm methods have
             the same parameters in the paper's repository.
-    Returns: Adaptor in eval mode, float32; `config` is what the file tells of its training, or {}, `checkpoint` its
-        SHA-256.
+    Returns: Adaptor in eval mode, float32; `method` is its name, `config` what the file tells of its training, or {},
+        `checkpoint` its SHA-256.
     Raises: UserError naming the file and what is wrong with it; FileNotFoundError if there is none.
     """
     content = load_tensors(path)
@@ -96,7 +96,8 @@ def load_adaptor(path, device="cpu", method=None):
     adaptor = METHODS[name](embed_dim)
     adaptor.load_state_dict(weights)
     config = content.get("config")
-    adaptor.config, adaptor.checkpoint = config if isinstance(config, dict) else {}, sha256(path)
+    adaptor.method, adaptor.config = name, config if isinstance(config, dict) else {}
+    adaptor.checkpoint = sha256(path)
     return adaptor.to(device).eval()
 
 

@@ -20,7 +20,7 @@ import cache_embeddings
 import eval as eval_script
 import train
 from datasets.shapes import world
-from models import METHODS
+from models import GROUPS
 from tests.benchmarks.machine import markdown_table
 
 FIGURES = {f"{figure} {direction}": (direction, figure) for figure in ("R@1", "AURC") for direction in ("t2i", "i2t")}
@@ -34,7 +34,7 @@ ARMS = {
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", nargs="+", default=list(METHODS))
+    parser.add_argument("--method", nargs="+", default=list(GROUPS["all"]))
     parser.add_argument("--seed", nargs="+", default=["0", "1", "2"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ import eval as eval_script
 import train
 from datasets.embedding import EmbeddingCache
 from datasets.write import write_split
-from models import METHODS
+from models import GROUPS, METHODS
 from models.base import SMALL
 from tests.benchmarks.machine import markdown_table
 
@@ -54,7 +54,7 @@ def grid(method):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--dataset", default="shapes")
-    parser.add_argument("--method", nargs="+", default=list(METHODS))
+    parser.add_argument("--method", nargs="+", default=list(GROUPS["all"]))
     parser.add_argument("--seed", nargs="+", default=["0"])
     args = parser.parse_args()
     cache, rows = EmbeddingCache(args.dataset, "train"), []

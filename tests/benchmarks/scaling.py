@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from datasets.pictures import decode_file
-from models import METHODS
+from models import GROUPS, METHODS
 from tests.benchmarks.caching import MODEL, make_pictures
 from tests.benchmarks.machine import describe, markdown_table, seconds
 from tests.benchmarks.train_step import GPU_FLOPS, GPU_SHARE, gpu_seconds, profile_step
@@ -43,7 +43,7 @@ def rank():
     device = pick_device("cpu")
     times = {}
     with joined(device):
-        for method in METHODS:
+        for method in GROUPS["all"]:
             torch.manual_seed(0)
             adaptor = METHODS[method](DIM)
             optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["paper"], 1000)
@@ -136,7 +136,7 @@ def main():
     print(describe(), "\n")
     times = weak_scaling()
     rows = []
-    for method in METHODS:
+    for method in GROUPS["all"]:
         one, two = times[1][method], times[2][method]
         rates = SHARE / one, 2 * SHARE / two
         rows.append(

@@ -13,7 +13,7 @@ import re
 import torch
 
 import train
-from models import METHODS
+from models import GROUPS, METHODS
 from tests.benchmarks.machine import describe, in_turn, markdown_table, matmul_rate, peak_memory
 from tests.textbook import LOSSES, parameters
 from utils.device import pick_device, pick_precision, precision_name
@@ -142,7 +142,7 @@ def main():
     dtype = pick_precision("auto", device)
     print(describe(), "\n")
     rows, rates = [], []
-    for method in METHODS:
+    for method in GROUPS["all"]:
         batch = TEXTBOOK_BATCH.get(method, 2048)
         slow = batch != 2048
         times = in_turn(
@@ -186,7 +186,7 @@ def main():
     if device.type != "cpu":
         return
     shares, rows = {}, []
-    for method in METHODS:
+    for method in GROUPS["all"]:
         shares[method], operations, passes = profile_step(method, 2048)
         step = gpu_seconds(method, 2048, 512, operations, passes)
         flops = necessary_flops(method, 2048, 512)

@@ -174,19 +174,27 @@ def views_of(answers, levels):
         levels: K.
     Returns: {view: {field: array, "levels": K}}. Views: "t2i", "i2t"; "known t2i", ..., if their right answers were
         looked into; "cxc t2i", ..., the same of CxC; "image t2i", ..., whose uncertainty is the image's;
-        "both": fields <direction>_<field>.
+        "both": fields <direction>_<field>, where "uncertainty" is the text's, if texts have any.
     """
-    views = {}
+    views, both = {}, {}
     for d, fields in answers.items():
         asked = fields.get("query", np.arange(len(fields["rank"])))
         fields = {"image": asked} | fields  # the caption's, or the image asked: what is resampled
         cxc = {field.removeprefix("cxc_"): values for field, values in fields.items() if field.startswith("cxc_")}
         views[d] = fields | {"correct": fields["rank"] == 1, "levels": levels}
+        both |= {f"{d}_{field}": values for field, values in views[d].items()}
+        if (uncertainty := uncertainty_of(fields)) is not None:
+            views[d]["uncertainty"] = uncertainty
         views[f"known {d}"] = only_judged(fields)
         views[f"cxc {d}"] = only_judged(cxc | {"image": fields["image"]})
         if "image_uncertainty" in fields:
             views[f"image {d}"] = views[d] | {"uncertainty": fields["image_uncertainty"]}
-    return views | {"both": {f"{d}_{field}": values for d in answers for field, values in views[d].items()}}
+    return views | {"both": both}
+
+
+def uncertainty_of(fields):
+    """What queries are ordered by (Q,): the text's uncertainty, the image's where texts have none, or None."""
+    return fields.get("uncertainty", fields.get("image_uncertainty"))
 
 
 def only_judged(fields):

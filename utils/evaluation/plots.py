@@ -1,5 +1,6 @@
 """Results in, pictures out: a PNG and a PDF each, in one style that is readable in print and without colour vision."""
 
+import itertools
 import textwrap
 
 import matplotlib
@@ -11,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image, ImageOps
 from scipy import stats
 
-from utils.evaluation.figures import DIRECTIONS, only_judged
+from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import risk_coverage
 from utils.evaluation.scorers import BASELINES
 from utils.files import written_aside
@@ -24,7 +25,11 @@ LOOKS |= {name: LOOKS[name] | {"linestyle": "--"} for name in BASELINES}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
 RIGHT = "#009E73"  # the frame of a right answer
-OTHER = {"color": "#882255", "marker": "*"}
+# Of rows whose names are not known here, in their order: Tol's muted colours, other markers and dashes.
+OTHERS = ("#882255", "#332288", "#CC6677", "#117733", "#AA4499", "#999933", "#44AA99", "#88CCEE", "#DDCC77")
+OTHERS = [(colour, "*ph<>X8dH"[i], dashes) for dashes in ("-.", "-", "--") for i, colour in enumerate(OTHERS)]
+OTHERS = [dict(zip(("color", "marker", "linestyle"), look, strict=True)) for look in OTHERS]
+_others = {}  # name -> look, of the rows that are being drawn
 STYLE = {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 4, "axes.axisbelow": True, "axes.grid": True}
 STYLE |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
 POINTS = 200  # of a risk-coverage curve
@@ -51,17 +56,20 @@ def draw_all(results, examples, folder):
     Returns: {file name of the PNG: caption}.
     """
     results = {name: runs for name, runs in results.items() if runs[0].is_uncertain}
+    of_texts = {name: runs for name, runs in results.items() if runs[0].has_uncertain_texts}
     stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
+    _others.clear()
+    _others.update(zip((name for name in results if name not in LOOKS), itertools.cycle(OTHERS), strict=False))
     with plt.rc_context(STYLE):
         pictures = {
-            "levels": _levels(results, "text", lambda run: run.content),
+            "levels": _levels(of_texts, "text", lambda run: run.content),
             "levels-image": _levels(results, "image", lambda run: run.content["by_image"]),
             "risk-coverage": _risk_coverage(results),
-            "length": _against(results, "words", "words in the caption"),
-            "ambiguity": _against(results, "relevant", "images that the caption describes", logarithmic=True),
+            "length": _against(of_texts, "words", "words in the caption"),
+            "ambiguity": _against(of_texts, "relevant", "images that the caption describes", logarithmic=True),
             "captions": _captions(examples),
             "ladder": _ladder(results),
-        } | {f"hierarchy-{stem}": _depth(results, stem) for stem in stems}
+        } | {f"hierarchy-{stem}": _depth(of_texts, stem) for stem in stems}
     for name, picture in pictures.items():
         for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
             path = folder / f"{name}{suffix}"
@@ -88,7 +96,7 @@ def _risk_coverage(results):
     panels = {}
     for direction, title in DIRECTIONS.items():
         answers = {name: [run.answers[direction] for run in runs] for name, runs in results.items()}
-        rows = {name: [_curve(a["rank"] == 1, a["uncertainty"]) for a in runs] for name, runs in answers.items()}
+        rows = {name: [_curve(a["rank"] == 1, uncertainty_of(a)) for a in runs] for name, runs in answers.items()}
         correct = next(iter(answers.values()))[0]["rank"] == 1
         panels[title] = rows | {BEST: [_curve(correct, ~correct)]}
     labels = ("coverage: share of queries kept", "risk: 1 - R@1 among those kept")
@@ -150,7 +158,7 @@ def _against(results, field, label, logarithmic=False):
     """The percentile of a caption's uncertainty against something known about it, a panel a method: median, middle."""
     choose = only_judged if field == "relevant" else dict
     answers = {name: [choose(run.answers["t2i"]) for run in runs] for name, runs in results.items()}
-    if any(field not in runs[0] for runs in answers.values()):
+    if not answers or any(field not in runs[0] for runs in answers.values()):
         return None
     columns, rows = min(4, len(answers)), -(-len(answers) // 4)
     size = {"figsize": (2.0 * columns + 0.4, 1.9 * rows + 0.4), "layout": "constrained"}
@@ -188,7 +196,8 @@ def _steps(values):
 
 def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), ylim=None, **options):
     """Means over seeds in bands of a deviation; panels: {title: {row name: [(x, y), one a seed]}}."""
-    size = {"figsize": (size[0] * len(panels) + 1.5, size[1]), "layout": "constrained"}
+    height = max(size[1], 0.18 * max(map(len, panels.values())) + 0.4)  # of the legend
+    size = {"figsize": (size[0] * len(panels) + 1.5, height), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for name, curves in rows.items():
@@ -204,9 +213,14 @@ def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), ylim=None, **options):
     return figure, axes[0]
 
 
+def look_of(name):
+    """The colour, marker and dashes of a row of the pictures that are being drawn."""
+    return LOOKS.get(name) or _others[name]
+
+
 def _line(axis, name, x, y, band=None, **options):
     """A method's line in its look, in a band (low, high) or of a deviation."""
-    look = LOOKS.get(name, OTHER)
+    look = look_of(name)
     axis.plot(x, y, label=name, **look | options)
     if band is not None:
         low, high = band if isinstance(band, tuple) else (y - band, y + band)

@@ -43,7 +43,7 @@ def describe_prompts(adaptor, cache, texts, z):
         "closest", file names (rows where there are none) of the images that match best, best first.
     """
     scorer = AdaptorScorer(adaptor, cache)
-    uncertainty, captions = scorer.text_uncertainty(texts, z), scorer.text_uncertainty(cache.captions, cache.text)
+    uncertainty, captions = (_uncertainty(scorer, *of) for of in ((texts, z), (cache.captions, cache.text)))
     similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
     answers = []
@@ -64,7 +64,7 @@ def describe_captions(adaptor, cache, most, least):
     """
     lacks = "has no captions.json, so its captions cannot be listed; make the cache with cache_embeddings.py"
     need(cache.captions is not None, f"{cache.folder}: {lacks}")
-    uncertainty = AdaptorScorer(adaptor, cache).text_uncertainty(cache.captions, cache.text)
+    uncertainty = _uncertainty(AdaptorScorer(adaptor, cache), cache.captions, cache.text)
     images_of = {}
     for caption, image in zip(cache.captions, cache.image_of_caption.tolist(), strict=True):
         images_of.setdefault(caption, {})[image] = None
@@ -92,7 +92,11 @@ def example_captions(adaptor, cache, levels=5, each=2):
         logging.info("captions.png is left out: the pictures of %s are not where they were embedded from", cache.folder)
         return []
     scorer, owners = AdaptorScorer(adaptor, cache), cache.image_of_caption.tolist()
-    certain = np.argsort(scorer.text_uncertainty(cache.captions, cache.text), kind="stable")
+    uncertainty = scorer.text_uncertainty(cache.captions, cache.text)
+    if uncertainty is None:
+        logging.info("captions.png is left out: the texts of the first method have no uncertainty")
+        return []
+    certain = np.argsort(uncertainty, kind="stable")
     places = (np.arange(levels * each) + 0.5) / (levels * each) * len(certain)
     captions = torch.from_numpy(certain[places.astype(int)])
     scores = scorer.score(torch.arange(len(cache.image)), captions)  # (N, captions)
@@ -104,6 +108,13 @@ def example_captions(adaptor, cache, levels=5, each=2):
         answer = {"caption": cache.captions[caption], "level": number // each + 1, "right": right}
         answers.append(answer | {"pictures": [files[image] for image in images]})
     return answers
+
+
+def _uncertainty(scorer, texts, z):
+    """Uncertainty (T,) of T texts; a UserError where texts have none."""
+    uncertainty, method = scorer.text_uncertainty(texts, z), getattr(scorer.adaptor, "method", "an adaptor")
+    need(uncertainty is not None, f"--method {method}: its images are uncertain, its texts are not; leave it out")
+    return uncertainty
 
 
 def _image_name(cache, image):

@@ -1,5 +1,6 @@
 """A scorer in, what its evaluation finds out, in two files: .json (figures, intervals) and .npz (one entry a query)."""
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,20 +8,21 @@ import torch
 
 from utils.cli import need
 from utils.evaluation.bootstrap import interval
-from utils.evaluation.figures import DIRECTIONS, FOLDS, hierarchy, measure, measure_resamples
+from utils.evaluation.figures import DIRECTIONS, FOLDS, hierarchy, measure, measure_resamples, uncertainty_of
 from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
 from utils.evaluation.scorers import BASELINES, answer, recall_in_folds
 from utils.files import load_arrays, load_json, save_json, written_aside
 
-FIELDS = ("query", "rank", "top1", "uncertainty")  # of every query
+FIELDS = ("query", "rank", "top1")  # of every query, which has an uncertainty, too
 
 
 @dataclass
 class Results:
     """The results of one method and seed.
 
-    The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty;
-    "metrics", as `measure` gives them; "ladder", "depth", "intervals", "config".
+    The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty, by
+    which "t2i" and "i2t" go too where texts have none; "metrics", as `measure` gives them; "ladder", "depth",
+    "intervals", "config".
     """
 
     answers: dict  # {"t2i", "i2t"}, as `answer` gives them
@@ -30,16 +32,21 @@ class Results:
     @classmethod
     def of(cls, answers, levels):
         """The results that follow from answers alone."""
-        by_text, by_image = (
-            {d: recall_by_level(a["rank"] == 1, a[by], levels) for d, a in answers.items() if by in a}
-            for by in ("uncertainty", "image_uncertainty")
+        by_query, by_image = (
+            {d: recall_by_level(a["rank"] == 1, of(a), levels) for d, a in answers.items() if of(a) is not None}
+            for of in (uncertainty_of, lambda fields: fields.get("image_uncertainty"))
         )
-        return cls(answers, {"metrics": measure(answers, levels), "by_image": by_image} | by_text)
+        return cls(answers, {"metrics": measure(answers, levels), "by_image": by_image} | by_query)
 
     @property
     def is_uncertain(self):
         """Whether the scorer has an uncertainty."""
         return "t2i" in self.content
+
+    @property
+    def has_uncertain_texts(self):
+        """Whether it is the text's."""
+        return "uncertainty" in self.answers["t2i"]
 
     def bootstrap(self, levels, resamples):
         """Add draws and intervals; gives itself back."""
@@ -66,10 +73,12 @@ class Results:
         is_of = config.get("split") if isinstance(config, dict) else None
         need(is_of == split, f"{path}.json: results of the split {is_of}, not {split}; evaluate again")
         answers = {d: {key[4:]: values for key, values in arrays.items() if key[:4] == f"{d}_"} for d in DIRECTIONS}
-        problem = f"{path}.npz: has not one entry a query of {', '.join(FIELDS)} in both directions; evaluate again"
+        wanted = f"{', '.join(FIELDS)}, uncertainty"
+        problem = f"{path}.npz: has not one entry a query of {wanted} in both directions; evaluate again"
         for fields in answers.values():
             shapes = {values.shape for values in fields.values()}
-            need(fields.keys() >= {*FIELDS} and len(shapes) == 1 and len(*shapes) == 1, problem)
+            is_whole = fields.keys() >= {*FIELDS} and uncertainty_of(fields) is not None
+            need(is_whole and len(shapes) == 1 and len(*shapes) == 1, problem)
         return cls(answers, content)
 
 
@@ -107,6 +116,9 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
     results = Results.of(answer(scorer, cache), levels)
     if folds > 1:
         results.content["metrics"][FOLDS.key] = recall_in_folds(scorer, cache, folds)
+    if results.is_uncertain and not results.has_uncertain_texts:
+        logging.info("%s: its texts have no uncertainty: levels are the image's, and prompts left out", scorer.name)
+        ladder = chains = None
     if ladder is not None and scorer.on_ladder:
         values = scorer.text_uncertainty(*ladder[:2]).tolist()
         results.content["ladder"] = [{"prompt": p, "uncertainty": u} for p, u in zip(ladder[0], values, strict=True)]

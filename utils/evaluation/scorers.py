@@ -88,11 +88,10 @@ class AdaptorScorer(Scorer):
 
     def text_uncertainty(self, texts, z):
         encoded = self.text if z is self.cache.text else self.encode(self.adaptor.encode_text, z)
-        return self.adaptor.describe_text(*encoded)[1].double().cpu().numpy()
+        return _array(self.adaptor.describe_text(*encoded)[1])
 
     def image_uncertainty(self):
-        uncertainty = self.adaptor.describe_image(*self.image)[1]
-        return None if uncertainty is None else uncertainty.double().cpu().numpy()
+        return _array(self.adaptor.describe_image(*self.image)[1])
 
 
 BASELINES = (SoftmaxEntropy.name, CaptionLength.name)  # those with an uncertainty
@@ -111,6 +110,11 @@ def every_scorer(cache, adaptors):
 def _read(rows):
     """Rows of a cache, wherever they lie, as a tensor; a tensor is one already."""
     return rows if isinstance(rows, torch.Tensor) else rows.read()
+
+
+def _array(uncertainty):
+    """An uncertainty as a float64 array; None stays None."""
+    return None if uncertainty is None else uncertainty.double().cpu().numpy()
 
 
 def count_words(texts):

@@ -124,6 +124,8 @@ def differences(results):
             if figure.column:
                 a, b = (_over_seeds(runs, section, figure)[0] for runs in results.values())
                 draws = [_draws(runs, section, figure, side) for side, runs in enumerate(results.values())]
+                if any(of_one is None for of_one in draws):  # a figure that one of them has not
+                    continue
                 difference = draws[0] - draws[1]
                 limits, row = interval(difference), ["undefined", "", ""]
                 if limits is not None and None not in (a, b):
