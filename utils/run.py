@@ -100,8 +100,10 @@ class Run:
         bar = self.exits.enter_context(tqdm(**pairs, **look))
         for epoch in range(len(self.log) + 1, self.recipe.epochs + 1):
             yield epoch, bar
-            validated = {f"held-out {name}": f"{x:.4f}" for name, x in self.log[-1].get("validation", {}).items()}
-            bar.set_postfix(epoch=f"{epoch}/{self.recipe.epochs}", loss=f"{self.log[-1]['loss']:.4f}", **validated)
+            held_out = self.log[-1].get("validation", {})
+            found = {"loss": self.log[-1]["loss"]} | {f"held-out {name}": value for name, value in held_out.items()}
+            found = {name: f"{value:.4f}" for name, value in found.items()}
+            bar.set_postfix({"epoch": f"{epoch}/{self.recipe.epochs}"} | found)
         bar.close()
         if self.keeps_best:
             self.adaptor.load_state_dict(self.best)

@@ -9,9 +9,8 @@ from utils.device import autocast
 from utils.evaluation.metrics import aurc, recall_at
 from utils.evaluation.scorers import AdaptorScorer, Scorer, answer
 
-FELL = """note: %s: R@1 on the held-out images is %.3f, the frozen CLIP's %.3f: the data are few, or it was trained too \
-little; eval.py --score frozen ranks by the CLIP and takes the uncertainty alone from the method"""
-FALLS = 0.1  # of the frozen CLIP's R@1, whose loss is told
+FALLS = 0.1  # of the frozen CLIP's R@1: a loss that is told
+FELL = "note: %s: R@1 on the held-out images is %.3f, the frozen CLIP's %.3f; eval.py --score frozen keeps the CLIP's"
 
 
 class HeldOut:
