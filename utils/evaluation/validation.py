@@ -47,11 +47,11 @@ class HeldOut:
 def retrieval(scorer, cache):
     """R@1 and AURC of both directions, {"t2i", "i2t": {"R@1", "AURC"}}, AURC where there is an uncertainty.
 
-    The uncertainty is the caption's, as in an evaluation; the image's where captions have none.
+    Args: scorer: Scorer of the cache.
     """
     figures = {}
     for direction, fields in answer(scorer, cache).items():
-        correct, uncertainty = fields["rank"] == 1, fields.get("uncertainty", fields.get("image_uncertainty"))
         figures[direction] = {"R@1": recall_at(fields["rank"], 1)}
-        figures[direction] |= {} if uncertainty is None else {"AURC": aurc(correct, uncertainty)["AURC"]}
+        if "uncertainty" in fields:
+            figures[direction] |= {"AURC": aurc(fields["rank"] == 1, fields["uncertainty"])["AURC"]}
     return figures
