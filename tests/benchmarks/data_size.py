@@ -82,9 +82,11 @@ def draw(found, sizes, path):
                 values = [[run[figure] for run in found[name, share]] for share in shares]
                 mean, deviation = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
                 images = [sizes[share] for share in shares]
-                (line,) = panel.plot(images, mean, label=name, **LOOKS.get(name, {"marker": "*", "linestyle": "--"}))
+                (line,) = panel.plot(images, mean, label=name, **LOOKS.get(name, {"marker": "*", "color": "#882255"}))
                 panel.fill_between(images, mean - deviation, mean + deviation, alpha=0.15, color=line.get_color())
             panel.set(xscale="log", xlabel="train images", ylabel=f"{figure}, text-to-image")
+            panel.set_xticks([*sizes.values()], [f"{size:,}" for size in sizes.values()])
+            panel.minorticks_off()
         picture.legend(
             *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ROWS), frameon=False
         )
