@@ -77,12 +77,13 @@ def draw(found, sizes, path):
     with plt.rc_context(STYLE):
         picture, panels = plt.subplots(1, len(FIGURES), figsize=(7.2, 2.8), layout="constrained")
         for panel, figure in zip(panels, FIGURES, strict=True):
-            for name in ROWS:
+            for number, name in enumerate(ROWS):
                 shares = [share for share in sizes if (name, share) in found]
                 values = [[run[figure] for run in found[name, share]] for share in shares]
                 mean, deviation = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
                 images = [sizes[share] for share in shares]
-                (line,) = panel.plot(images, mean, label=name, **LOOKS.get(name, {"marker": "*", "color": "#882255"}))
+                look = LOOKS.get(name, {"marker": "*", "color": f"C{number + 4}"})
+                (line,) = panel.plot(images, mean, label=name, **look)
                 panel.fill_between(images, mean - deviation, mean + deviation, alpha=0.15, color=line.get_color())
             panel.set(xscale="log", xlabel="train images", ylabel=f"{figure}, text-to-image")
             panel.set_xticks([*sizes.values()], [f"{size:,}" for size in sizes.values()])
