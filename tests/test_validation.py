@@ -18,7 +18,7 @@ from tests.ranks import Ranks
 from tests.test_train import die, interrupt, read_log, stop_in_epoch
 from utils.cli import UserError, run_script
 from utils.evaluation import validation
-from utils.evaluation.validation import HeldOut
+from utils.evaluation.validation import HeldOut, retrieval
 
 HELD = ("--validation", 0.2)
 RUN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 7, "--batch-size", 50, "--save-every", 2, *HELD)
@@ -279,6 +279,12 @@ def test_the_frozen_recall_is_that_of_the_cosine(workdir):
     )
     right = (z_text @ z_image.T).argmax(dim=1) == held_out.image_of_caption
     assert HeldOut(held_out, torch.float32).frozen == right.float().mean().item()
+
+
+def test_where_captions_have_no_uncertainty_the_images_counts(monkeypatch):
+    fields = {"rank": np.array([1, 2]), "image_uncertainty": np.array([0.1, 0.2])}
+    monkeypatch.setattr(validation, "answer", lambda *_: {"t2i": fields, "i2t": {"rank": np.array([1, 1])}})
+    assert retrieval(None, None) == {"t2i": {"R@1": 0.5, "AURC": 0.25}, "i2t": {"R@1": 1.0}}
 
 
 def test_ranks_hold_the_same_images_out_and_keep_the_same_epoch(script):

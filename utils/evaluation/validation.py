@@ -47,11 +47,11 @@ class HeldOut:
 def retrieval(scorer, cache):
     """R@1 and AURC of both directions, {"t2i", "i2t": {"R@1", "AURC"}}, AURC where there is an uncertainty.
 
-    Args: scorer: Scorer of the cache.
+    The uncertainty is the caption's, or the image's where captions have none. Args: scorer: Scorer of the cache.
     """
     figures = {}
     for direction, fields in answer(scorer, cache).items():
+        correct, uncertainty = fields["rank"] == 1, fields.get("uncertainty", fields.get("image_uncertainty"))
         figures[direction] = {"R@1": recall_at(fields["rank"], 1)}
-        if "uncertainty" in fields:
-            figures[direction] |= {"AURC": aurc(fields["rank"] == 1, fields["uncertainty"])["AURC"]}
+        figures[direction] |= {} if uncertainty is None else {"AURC": aurc(correct, uncertainty)["AURC"]}
     return figures
