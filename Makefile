@@ -1,6 +1,7 @@
 # make demo: everything, on the built-in data set. make test: the tests. make faults: many kills and broken files.
 # All make their own environment in .venv first.
 # make tables DATASET=coco: six methods, three seeds, tables and plots of a cached data set; results/coco/README.md shows all.
+# make ablation DATASET=coco: the variants too, and one table of all; what is trained already is not trained again.
 PYTHON ?= python3
 CONSTRAINTS ?= -c tests/constraints.txt
 DATASET ?= shapes
@@ -10,7 +11,7 @@ RIVALS := asymvlm-vmf probvlm pfe pcmepp prolip
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test faults tables lint bench clean about-demo about-test
+.PHONY: demo test faults tables ablation lint bench clean about-demo about-test
 
 demo: about-demo .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
@@ -26,6 +27,12 @@ about-demo:
 tables: .venv/installed
 	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE)
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
+
+ablation: .venv/installed
+	$(RUN) train.py --dataset $(DATASET) --method all variants --seed $(SEEDS) --recipe $(RECIPE) --resume
+	$(RUN) eval.py --dataset $(DATASET) --method variants --seed $(SEEDS) --no-plots --resamples 0
+	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
+	$(RUN) -m utils.evaluation.ablation --dataset $(DATASET) --method all variants --seed $(SEEDS)
 
 test: about-test .venv/installed-tests
 	$(RUN) -m pytest -q

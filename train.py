@@ -17,7 +17,7 @@ from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
 from models import GROUPS, METHODS, expand_groups
 from utils.checkpoint import checkpoint_path
-from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number
+from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number, share
 from utils.device import autocast, pick_device, pick_precision, precision_name
 from utils.distributed import average_gradients, gather, joined, share_of_rank
 from utils.run import Run, check_finite
@@ -33,11 +33,17 @@ def main(argv=None):
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)  # one in many files stays on the disk
-    ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
+    ladder, held_out = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta), None
+    if args.validation:
+        from utils.evaluation.validation import HeldOut  # scipy takes a second to import
+
+        cache, held_out = cache.hold_out(args.validation)
+        held_out = HeldOut(held_out, precision)
     config = {"dataset": args.dataset, "seed": None, "recipe": args.recipe, "precision": precision_name(precision)}
     config |= {"device": device.type, "captions": len(cache.text), "images": len(cache.image)}
     config |= {"clip": cache.clip_id.sums(), "cache": cache.digest}
     config |= {"shuffle_buffer": args.shuffle_buffer} if cache.mapped else {}  # --resume refuses another config
+    config |= {"validation": args.validation, "keep": args.keep} if held_out else {}
     if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
         logging.warning(STARVES, len(cache.text))
     with joined(device):
@@ -45,7 +51,7 @@ def main(argv=None):
             path = checkpoint_path(args.dataset, seed, method)
             recipe = replace(METHODS[method].recipes[args.recipe], **args.changes)
             with Run(path, recipe, config | {"seed": seed}, args.resume, args.save_every) as run:
-                train(run, cache, ladder, precision, args.shuffle_buffer)
+                train(run, cache, ladder, precision, args.shuffle_buffer, held_out)
 
 
 def parse(argv):
@@ -62,6 +68,8 @@ def parse(argv):
     add("--lr", type=non_negative)
     add("--weight-decay", type=non_negative)
     add("--shuffle-buffer", type=positive, default=BUFFER, help="captions shuffled together in a cache of many files")
+    add("--validation", type=share, default=0, metavar="SHARE", help="of the images that is held out, as 0.1")
+    add("--keep", default="last", choices=("last", "best"), help="epoch; best: of the least held-out AURC")
     add("--save-every", type=positive, default=10, help="epochs between two saved states of the run (default: 10)")
     add("--resume", action="store_true", help="go on where a run was saved; the result is that of an unbroken run")
     add("--device", default="auto")
@@ -70,16 +78,20 @@ def parse(argv):
     args.method, args.seed = expand_groups(args.method), list(dict.fromkeys(args.seed))
     changes = {key: getattr(args, key) for key in ("epochs", "batch_size", "optimizer", "lr", "weight_decay")}
     args.changes = {key: value for key, value in changes.items() if value is not None}
+    if args.keep == "best" and not args.validation:
+        parser.error("--keep best: needs held-out images to judge by; add --validation 0.1")
     for method in args.method:
         if args.recipe not in METHODS[method].recipes:
             parser.error(f"--recipe {args.recipe}: {method} has {', '.join(METHODS[method].recipes)}")
     return args
 
 
-def train(run, cache, ladder, precision, shuffle_buffer):
+def train(run, cache, ladder, precision, shuffle_buffer, held_out=None):
     """Train one adaptor as its run says, from its seed on, or from where the run was saved.
 
-    Args: ladder: prompts as `load_texts` returns them, or None; their uncertainties go into the log.
+    Args:
+        ladder: prompts as `load_texts` returns them, or None; their uncertainties go into the log.
+        held_out: HeldOut, which is measured after every epoch, or None.
     """
     seed_everything(run.config["seed"])
     adaptor = METHODS[run.method](cache.embed_dim).to(cache.device)
@@ -100,8 +112,11 @@ def train(run, cache, ladder, precision, shuffle_buffer):
         record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
         record |= {"seconds": time.perf_counter() - start}
         record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}  # scalars
+        record |= {"validation": held_out.measure(adaptor, run.recipe.batch_size)} if held_out else {}
         uncertainty = adaptor.adapt_text(ladder[1].to(cache.device))[1] if ladder else None  # nor have all texts one
         run.record(record | {"ladder": None if uncertainty is None else uncertainty.tolist()})
+    if held_out and run.log:
+        held_out.compare(run.kept(), run.path)
 
 
 def make_optimizer(adaptor, recipe, steps):

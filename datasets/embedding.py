@@ -11,6 +11,7 @@ The first three files are the paper repository's; a cache that has only these is
 file lies in shards, image-00000.pt and so on (datasets/write.py), and is read through the same class.
 """
 
+import copy
 import functools
 import hashlib
 from pathlib import Path
@@ -18,12 +19,13 @@ from pathlib import Path
 import torch
 
 from datasets.checks import ANEW, check_meta, load_image_of_caption, load_list, load_relevance
-from datasets.rows import BUFFER, in_batches, open_rows, shard_file
+from datasets.rows import BUFFER, RowsInMemory, SomeRows, in_batches, open_rows, shard_file
 from utils.cli import UserError, need
 from utils.files import digest, load_json
 from utils.preprocess import ClipId
 
 ROOT = Path("embeddings")
+HELD_OUT = 20_000  # images at most: more make R@1 no surer, and every epoch longer
 
 
 class EmbeddingCache:
@@ -109,6 +111,40 @@ class EmbeddingCache:
         self.image.to(device), self.text.to(device)
         self.image_of_caption = self.image_of_caption.to(self.text.device)
         return self
+
+    def of_images(self, chosen):
+        """The part of this cache that is of some images: an EmbeddingCache that reads this one's rows.
+
+        Args: chosen: bool, one an image, (N,).
+        Returns: images and captions in the order that they have here, numbered anew. It has this cache's digest, and
+            nobody looked for further right answers.
+        """
+        chosen = chosen.to(self.image_of_caption.device)
+        images, captions = chosen.nonzero().flatten(), chosen[self.image_of_caption].nonzero().flatten()
+        need(len(captions), f"{self.folder}: the {len(images)} images that were drawn have no caption; draw more")
+        part = copy.copy(self)
+        part.image, part.text = SomeRows(self.image, images), SomeRows(self.text, captions)
+        part.image_of_caption = torch.searchsorted(images, self.image_of_caption[captions])
+        part.captions = self.captions and [self.captions[row] for row in captions.tolist()]
+        part.images = self.images and [self.images[row] for row in images.tolist()]
+        part.digest, part.relevance, part.judgements = self.digest, None, {}
+        return part
+
+    def hold_out(self, share, seed=0):
+        """Draw a share of the images, with their captions, that is not to be trained on.
+
+        Args: share: in (0, 1); at most HELD_OUT images are drawn.
+        Returns: EmbeddingCaches of the others, and of those that were drawn, whose embeddings are in memory.
+        """
+        images = len(self.image)
+        count = min(max(round(share * images), 1), HELD_OUT)
+        need(count < images, f"{self.folder}: of {images} images, {share:g} leave none to train on; hold out fewer")
+        is_held = torch.zeros(images, dtype=torch.bool)
+        is_held[torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count]] = True
+        others, held_out = self.of_images(~is_held), self.of_images(is_held)
+        held_out.image, held_out.text = (RowsInMemory(rows.read()) for rows in (held_out.image, held_out.text))
+        held_out.mapped = False
+        return others, held_out.to(self.device)
 
     def pairs(self, captions):
         """The pairs of captions (B,), int64 rows as `batches` yields them: (z_image (B, D), z_text (B, D))."""

@@ -128,6 +128,35 @@ class RowsOnDisk:
         return self._open[number]
 
 
+class SomeRows:
+    """Rows of other Rows, wherever those lie, numbered anew. Args: rows; chosen (n,): their numbers, which ascend."""
+
+    def __init__(self, rows, chosen):
+        self._rows, self._chosen = rows, chosen.to(rows.device)
+        self.shape, self.dtype, self.device = (len(chosen), rows.shape[1]), rows.dtype, rows.device
+
+    def __len__(self):
+        return len(self._chosen)
+
+    def __getitem__(self, rows):
+        return self._rows[self._chosen[rows]]
+
+    def to(self, device):
+        """These rows, whose others have moved to a device, or go there from now on when they are read."""
+        self.__init__(self._rows.to(device), self._chosen)
+        return self
+
+    def read(self):
+        """All of them, (n, D), in memory."""
+        return self._rows[self._chosen]
+
+    def order(self, generator, buffer=BUFFER):
+        """Yield the row numbers of an epoch in the order of the other rows, without those that are not chosen."""
+        for rows in self._rows.order(generator, buffer):
+            place = torch.searchsorted(self._chosen, rows).clamp(max=len(self) - 1)
+            yield place[self._chosen[place] == rows]
+
+
 def shard_file(folder, kind, number):
     """<folder>/<kind>-00000.pt, or .json for captions and file names."""
     return folder / f"{kind}-{number:05d}.{'pt' if kind in ('image', 'text') else 'json'}"

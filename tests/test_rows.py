@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datasets import rows as rows_module
-from datasets.rows import RowsInMemory, RowsOnDisk, in_batches, shuffled
+from datasets.rows import RowsInMemory, RowsOnDisk, SomeRows, in_batches, shuffled
 from tests.conftest import REPOSITORY
 from utils.cli import UserError
 from utils.files import save_json, save_tensors, sha256
@@ -28,7 +28,15 @@ def on_disk(z, sizes=SIZES):
     return RowsOnDisk(Path(), "image", index, z.shape[1], z.dtype)
 
 
-@pytest.mark.parametrize("make", [RowsInMemory, on_disk])
+def some(of):
+    """Makes the same rows of twice as many, of which every other is chosen."""
+    return lambda z: SomeRows(of(z.repeat_interleave(2, dim=0)), torch.arange(0, 2 * len(z), 2))
+
+
+MAKERS = [RowsInMemory, on_disk, some(RowsInMemory), some(lambda z: on_disk(z, (5, 0, 7))), some(some(RowsInMemory))]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_rows_are_read_the_same_way_wherever_they_lie(workdir, make, dtype):
     z = torch.randn(6, 4).to(dtype)
@@ -47,7 +55,7 @@ def test_rows_are_read_the_same_way_wherever_they_lie(workdir, make, dtype):
     assert torch.equal(order, again)
 
 
-@pytest.mark.parametrize("make", [RowsInMemory, on_disk])
+@pytest.mark.parametrize("make", MAKERS)
 def test_rows_come_on_the_device_that_is_asked_for(workdir, make):
     rows = make(torch.randn(6, 4)).to("meta")
     numbers = torch.tensor([5, 0], device=rows.device)
@@ -147,9 +155,11 @@ def write_large(name, files, rows=2048, width=1024):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: anonymous memory cannot be read")
-def test_training_on_a_cache_of_300_mb_takes_no_100_mb_more_than_on_a_small_one(workdir):
+@pytest.mark.parametrize("share", [0, 0.05])
+def test_training_on_a_cache_of_300_mb_takes_no_100_mb_more_than_on_a_small_one(workdir, share):
     sizes = {"small": write_large("small", 2), "large": write_large("large", 20)}
     flags = "--recipe small --epochs 1 --batch-size 256 --optimizer sgd --shuffle-buffer 5000 --device cpu"
+    flags += f" --validation {share}"
     done = subprocess.run(
         [sys.executable, "-c", ANONYMOUS, *flags.split()],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},

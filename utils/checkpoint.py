@@ -12,6 +12,8 @@ from utils.files import differences, load_tensors, save_tensors, sha256
 from utils.paper import translate
 from utils.preprocess import ClipId
 
+OPTIONAL = ("validation", "keep")  # of a config: what a run without held-out images does not have
+
 
 def checkpoint_path(name, seed, method):
     """checkpoints/<name>/<seed>/<method>.pt"""
@@ -59,6 +61,7 @@ def load_run(path, recipe, config):
     saved = content["config"]
     if isinstance(saved.get("clip"), dict):  # once without the sums of files
         config = config | {"clip": {key: config["clip"].get(key) for key in saved["clip"]}}
+    config = {key: None for key in OPTIONAL if key in saved} | config
     changed = differences(saved, config) or differences(content["recipe"], asdict(recipe))
     cure = "resume it with those, or start anew, without --resume"
     need(not changed, f"{path}: of a run with other settings: {changed}; {cure}")

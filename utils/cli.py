@@ -63,6 +63,14 @@ def non_negative(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
 
 
+def share(text):
+    """An argparse type: a number of at least 0 and below 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share of at least 0 and below 1")
+
+
 def folder_name(text):
     """An argparse type: the name of a folder, which leads nowhere else; "texts" is that of a cache's further texts."""
     if text != os.path.basename(text) or text in ("", "texts") or text.startswith(".") or not text.isprintable():

@@ -21,7 +21,8 @@ class Run:
 
     Args:
         path: of the checkpoint, <method>.pt; <method>.jsonl, the log, and <method>.resume.pt, the state, lie beside it.
-        config: dict of plain types: what else the run depends on, "seed" and "captions" among it.
+        config: dict of plain types: what else the run depends on, "seed" and "captions" among it. With "keep": "best"
+            the checkpoint has the weights of the epoch that did best on held-out images (`kept`), else the last.
         resume: go on where a run with this recipe and config was saved.
         save_every: epochs after which the state is saved.
     Raises: UserError if another process is at work on it, or if what was saved is of another run.
@@ -31,6 +32,7 @@ class Run:
         self.path, self.state_path, self.method = path, path.with_suffix(".resume.pt"), path.stem
         self.recipe, self.config, self.resume, self.save_every = recipe, config, resume, save_every
         self.log, self.state = [], None  # a record an epoch; what there is to save of the last that this process did
+        self.keeps_best, self.best = config.get("keep") == "best", None  # weights of the best epoch so far
 
     def __enter__(self):
         self.exits = contextlib.ExitStack()
@@ -67,12 +69,15 @@ class Run:
         if saved is None:
             return
         try:
+            self.log = [{"epoch": epoch, **record} for epoch, record in enumerate(saved["log"], start=1)]
+            if self.keeps_best:
+                self.best, _ = saved["best"], self.kept()
+                adaptor.load_state_dict(self.best)  # only to see that it fits
             adaptor.load_state_dict(saved["state_dict"])
             optimizer.load_state_dict(saved["progress"]["optimizer"])
             schedule.load_state_dict(saved["progress"]["schedule"])
             shuffling.set_state(saved["progress"]["order"])
             torch.set_rng_state(saved["progress"]["random"])
-            self.log = [{"epoch": epoch, **record} for epoch, record in enumerate(saved["log"], start=1)]
         except Exception as error:  # noqa: BLE001  a file of other things raises nearly anything in this block
             reason = " ".join(str(error).split())[:120]
             what = f"{self.state_path}: not the state of such a run"
@@ -95,23 +100,43 @@ class Run:
         bar = self.exits.enter_context(tqdm(**pairs, **look))
         for epoch in range(len(self.log) + 1, self.recipe.epochs + 1):
             yield epoch, bar
-            bar.set_postfix(epoch=f"{epoch}/{self.recipe.epochs}", loss=f"{self.log[-1]['loss']:.4f}")
+            held_out = self.log[-1].get("validation", {})
+            found = {"loss": self.log[-1]["loss"]} | {f"held-out {name}": value for name, value in held_out.items()}
+            found = {name: f"{value:.4f}" for name, value in found.items()}
+            bar.set_postfix({"epoch": f"{epoch}/{self.recipe.epochs}"} | found)
         bar.close()
+        if self.keeps_best:
+            self.adaptor.load_state_dict(self.best)
+            logging.info("%s: weights of epoch %d, the best on the held-out images", self.path, self.kept()["epoch"])
         if is_first():
             save_adaptor(self.adaptor, self.method, self.recipe, self.config, self.path)
             self.state_path.unlink(missing_ok=True)
         logging.info("%s: %s", self.path, json.dumps(asdict(self.recipe)))
 
     def record(self, record):
-        """Note an epoch that went well: a dict of plain types, "loss" among them, for the log."""
+        """Note an epoch that went well: a dict of plain types, for the log.
+
+        Args: record: "epoch", "loss" and, to keep the best, "validation" among it, a dict that has "AURC".
+        """
         self.log.append(record)
         self.log_file.write(json.dumps(record) + "\n")
         progress = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         progress |= {"order": self.shuffling.get_state(), "random": torch.get_rng_state()}
         content = describe(self.adaptor, self.method, self.recipe, self.config)
         self.state = content | {"progress": copied(progress), "log": list(self.log)}
+        if self.keeps_best:
+            self.best = content["state_dict"] if self.kept() is record else self.best
+            self.state["best"] = self.best
         if len(self.log) % self.save_every == 0 and is_first():
             save_tensors(self.state, self.state_path)
+
+    def kept(self):
+        """The record of the epoch whose weights are kept so far: the last, or the first of the least held-out AURC.
+
+        AURC and not the loss: tables compare methods by it, and it falls only where the right answers are found and the
+        wrong ones are known to be uncertain; a contrastive loss depends on the batch size.
+        """
+        return min(self.log, key=lambda record: record["validation"]["AURC"]) if self.keeps_best else self.log[-1]
 
 
 def check_finite(losses, adaptor, method, epoch):
