@@ -157,7 +157,7 @@ def report(results, title, flags, folder, examples):
     words = (f"--{flag} {' '.join(map(str, v)) if isinstance(v, list) else v}" for flag, v in flags.items())
     page = results_page(title, f"python eval.py {' '.join(words)}", texts, pictures)
     save_texts(texts | {"README.md": page}, folder)
-    logging.info("written to %s: a .json and .npz for every method and seed, README.md, tables and plots\n", folder)
+    logging.info("written to %s: README.md, tables and plots; and a .json and .npz for every method and seed\n", folder)
     print(texts["report.txt"], end="")
 
 

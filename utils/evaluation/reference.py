@@ -13,6 +13,7 @@ TILE = 2048  # reference images that are read and compared at a time, each tile 
 TEXTS = 1024  # texts that are compared at a time
 FITTED_ON = 2048  # captions
 LEAST_SCALE, MOST_SCALE = 1.0, 1000.0  # where a fit ends: pairs matched no better than at random, or without an error
+ROUNDING = 1e-6  # of a mean cosine: the likelihood of pairs that are all told apart rises without end, ever more slowly
 
 
 def open_reference(load, cache, size=None):
@@ -58,27 +59,26 @@ class Reference:
         Args:
             text (T, D): embeddings.
             scales: logit scales s, or inverse temperatures, S of them.
-        Returns: (S, 3, T) float64 on the CPU: log sum_i exp(s c_i), mean sum_i p_i c_i and sum_i p_i c_i^2.
+        Returns: (S, 2, T) float64 on the CPU: log sum_i exp(s c_i), and the mean cosine sum_i p_i c_i.
         """
         parts, image_rows = unit(text.to(self.device)).split(TEXTS), self.rows.to(self.train.image.device)
-        found = torch.tensor([-torch.inf, 0, 0], dtype=torch.float64)[None, :, None].repeat(len(scales), 1, len(text))
+        found = torch.tensor([-torch.inf, 0], dtype=torch.float64)[None, :, None].repeat(len(scales), 1, len(text))
         for tile in image_rows.split(TILE):
             image = unit(self.train.image[tile].to(self.device))
             for part, so_far in zip(parts, found.split(TEXTS, dim=2), strict=True):
                 cosine = pairwise_products(image, part)  # (tile, part)
                 for scale, known in zip(scales, so_far, strict=True):
-                    logits = scale * cosine
-                    p = logits.softmax(dim=0)
-                    new = torch.stack([logits.logsumexp(dim=0), (p * cosine).sum(dim=0), (p * cosine**2).sum(dim=0)])
-                    new = new.cpu().double()  # (3, part)
-                    total = torch.logaddexp(known[0], new[0])
-                    known[1:] = (known[0] - total).exp() * known[1:] + (new[0] - total).exp() * new[1:]
+                    log_sum, logits = known[0], scale * cosine
+                    more, mean = logits.logsumexp(dim=0), (logits.softmax(dim=0) * cosine).sum(dim=0)  # of the tile
+                    more, mean = more.cpu().double(), mean.cpu().double()  # (part,)
+                    total = torch.logaddexp(log_sum, more)
+                    known[1] = (log_sum - total).exp() * known[1] + (more - total).exp() * mean
                     known[0] = total
         return found
 
     def entropies(self, text, scales):
         """The entropy of each softmax in nats, log sum_i exp(s c_i) - s sum_i p_i c_i: (S, T) float64."""
-        total, mean, _ = self.softmax(text, scales).unbind(dim=1)
+        total, mean = self.softmax(text, scales).unbind(dim=1)
         return total - torch.tensor(scales, dtype=torch.float64)[:, None] * mean
 
     @torch.inference_mode()
@@ -98,7 +98,7 @@ class Reference:
         own = (unit(image) * unit(text)).sum(dim=1).double().mean().item()
 
         def slope(log_scale):  # of the mean log likelihood
-            return own - self.softmax(text, [math.exp(log_scale)])[0, 1].mean().item()
+            return own - self.softmax(text, [math.exp(log_scale)])[0, 1].mean().item() - ROUNDING
 
         low, high = math.log(LEAST_SCALE), math.log(MOST_SCALE)
         if slope(low) <= 0:
