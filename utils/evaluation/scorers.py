@@ -60,10 +60,6 @@ class RankedByFrozen(Scorer):
     def ranking(self):
         return self.frozen.ranking
 
-    @property
-    def logit_scale(self):
-        return self.cache.meta.get("logit_scale") or LOGIT_SCALE
-
 
 class SoftmaxEntropy(RankedByFrozen):
     """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats."""
@@ -71,11 +67,9 @@ class SoftmaxEntropy(RankedByFrozen):
     name, needs = "softmax-entropy", "gallery"
 
     def text_uncertainty(self, texts, z):
-        entropy = []
+        scale, entropy = logit_scale(self.cache), []
         for part in _read(z).to(self.cache.device).split(ROWS_AT_ONCE):
-            log_p = (self.logit_scale * pairwise_products(self.frozen.image, unit(part))).log_softmax(
-                dim=0
-            )  # (N, rows)
+            log_p = (scale * pairwise_products(self.frozen.image, unit(part))).log_softmax(dim=0)  # (N, rows)
             entropy.append(-(log_p.exp() * log_p).sum(dim=0))
         return torch.cat(entropy).double().cpu().numpy()
 
@@ -198,7 +192,7 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
 def reference_entropies(frozen, reference):
     """The two of them, which compare texts with the reference images at once: a list of Scorers."""
     kinds = [ReferenceEntropy, FittedReferenceEntropy]
-    scales = [RankedByFrozen(frozen).logit_scale, reference.fit_scale()]
+    scales = [logit_scale(frozen.cache), reference.fit_scale()]
     scales = [scale for scale in scales if scale is not None]
     entropies = functools.cache(lambda z: reference.entropies(_read(z), scales))
     facts = [{"reference": len(reference), "reference_cache": reference.train.digest, "logit_scale": s} for s in scales]
@@ -208,6 +202,11 @@ def reference_entropies(frozen, reference):
 def _read(rows):
     """Rows of a cache, wherever they lie, as a tensor; a tensor is one already."""
     return rows if isinstance(rows, torch.Tensor) else rows.read()
+
+
+def logit_scale(cache):
+    """What the CLIP of a cache multiplies its cosines by."""
+    return cache.meta.get("logit_scale") or LOGIT_SCALE
 
 
 def _array(uncertainty):
