@@ -20,7 +20,7 @@ from utils.files import written_aside
 NAMES = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip", *BASELINES)
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#000000", "#000000", "#7F7F7F", "#7F7F7F")
 LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Px+1|", strict=True)}
-LOOKS |= {name: LOOKS[name] | {"linestyle": "--"} for name in BASELINES}
+LOOKS |= {name: LOOKS[name] | {"linestyle": d} for name, d in zip(BASELINES, ("--", "-.", "-.", "--"), strict=True)}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
 RIGHT = "#009E73"  # the frame of a right answer
