@@ -83,7 +83,7 @@ def result_files(folder, name, seed):
 
 
 def result_name(method, score):
-    """ "asymvlm-psd", or "asymvlm-psd.frozen" where the frozen CLIP ranks; a baseline has one name."""
+    """A name of results, such as "asymvlm-psd.frozen" where the frozen CLIP ranks; a baseline has one name."""
     return method if method in BASELINES or method.endswith(SUFFIXES[score]) else method + SUFFIXES[score]
 
 

@@ -231,16 +231,15 @@ def rank(score, cache):
     score_of = {"t2i": lambda captions, images: score(images, captions).T, "i2t": score}
     for number, (name, right_of) in enumerate(cache.judgements.items()):
         for direction, gallery in (("t2i", cache.image), ("i2t", cache.text)):
-            query, right, score_one = found[direction]["query"], right_of[direction], score_of[direction]
+            query, right, score_all = found[direction]["query"], right_of[direction], score_of[direction]
             rows = [row for row, asked in enumerate(query) if len(right[asked])]
             asked = torch.from_numpy(query[rows])
-            score_asked = lambda q, rows, score=score_one, asked=asked: score(asked[q], rows)  # noqa: E731
+            score_asked = lambda q, rows, score=score_all, asked=asked: score(asked[q], rows)  # noqa: E731
             relevance = [right[one] for one in asked]
             for field, values in rank_relevant(score_asked, relevance, len(gallery)).items():
-                everyone = judged[direction][f"{name}_{field}" if number else field] = np.zeros(
-                    len(query), values.dtype
-                )
+                everyone = np.zeros(len(query), values.dtype)
                 everyone[rows] = values
+                judged[direction][f"{name}_{field}" if number else field] = everyone
     return found, judged
 
 
