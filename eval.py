@@ -3,6 +3,7 @@
 python eval.py --uncer_levels 10
 python eval.py --dataset shapes --method all --seed 0 1 2
 python eval.py --dataset shapes --seed 0 1 2 --compare asymvlm-psd prolip
+python eval.py --dataset shapes --method all --score frozen
 python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
 python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
 """
@@ -23,8 +24,9 @@ from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
 from utils.evaluation.bootstrap import CONFIDENCE, LEAST, RESAMPLES
-from utils.evaluation.results import evaluate, load_results, save_texts
-from utils.evaluation.scorers import BASELINES, every_scorer
+from utils.evaluation.reference import open_reference
+from utils.evaluation.results import SUFFIXES, evaluate, load_results, result_name, save_texts
+from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, every_scorer
 from utils.report import results_page
 
 
@@ -33,14 +35,15 @@ def main(argv=None):
     folder, split = Path("results") / args.dataset, f"{args.dataset}/{args.split}"
     seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
     if args.compare:
-        runs = {method: load_results(folder, method, args.seed, args.split) for method in args.compare}
+        runs = {name: load_results(folder, name, args.seed, args.split) for name in args.compare}
         heading = f"{split}, {' against '.join(args.compare)}, {seeds}"
         return compare(runs, heading, args.uncer_levels, args.resamples, folder)
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split).to(device)
     if args.prompts or args.most_uncertain or args.least_uncertain:
         adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
-        answers = ask(adaptors, cache, args.dataset, args.prompts, args.most_uncertain, args.least_uncertain)
+        lists = args.most_uncertain, args.least_uncertain
+        answers = ask(adaptors, cache, args.dataset, args.score, args.prompts, *lists)
         return print(json.dumps(answers, indent=1) if args.json else tables.rows_as_tables(answers))
     check_counts(cache, args.uncer_levels, args.folds)
     adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
@@ -48,16 +51,21 @@ def main(argv=None):
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
     config["cache"] = cache.digest
-    results = {}
-    for scorer in every_scorer(cache, adaptors):
+    train = partial(EmbeddingCache, args.dataset, "train", mapped=True)
+    results, reference = {}, open_reference(train, cache, args.reference)
+    for scorer in every_scorer(cache, adaptors, args.score, reference):
         run = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains)
         if run.is_uncertain:
             run.bootstrap(args.uncer_levels, args.resamples)
-            run.save(folder, config | {"method": scorer.name, "seed": scorer.seed, "checkpoint": scorer.checkpoint})
+            run.save(folder, config | scorer.config)
         results.setdefault(scorer.name, []).append(run)
     title = f"{split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}"
-    flags = ("dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples")
-    examples = None if args.no_plots else questions.example_captions(next(iter(adaptors.values())), cache)
+    flags = ["dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples"]
+    flags += [flag for flag in ("score", "reference") if getattr(args, flag) not in (PUBLISHED, None)]
+    if args.score != PUBLISHED:
+        title, folder = f"{title}; all ranked by the {args.score} cosine", folder / args.score
+    first = next(iter(adaptors.values()))
+    examples = None if args.no_plots else questions.example_captions(first, cache, score=args.score)
     report(results, title, {flag: getattr(args, flag) for flag in flags}, folder, examples)
 
 
@@ -77,11 +85,15 @@ def parse(argv):
     add("--folds", type=positive, default=1, help=folds)
     resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
     add("--resamples", type=whole_number, default=RESAMPLES, help=resamples)
+    score = "what ranks: as the paper's repository does, or the frozen CLIP's cosine (default: %(default)s)"
+    add("--score", choices=SCORES, default=PUBLISHED, help=score)
+    reference = "train images that reference-entropy compares texts with (default: all)"
+    add("--reference", type=positive, metavar="N", help=reference)
     add("--no-plots", action="store_true", help="tables only")
     add("--other-clip", action="store_true", help="evaluate heads on the embeddings of another CLIP than theirs")
     add("--device", default="auto")
     add = parser.add_argument_group("instead of an evaluation").add_argument
-    pair = f"paired bootstrap of two methods evaluated before, or of {baselines}"
+    pair = f"paired bootstrap of two methods evaluated before (under --score frozen: METHOD.frozen), or of {baselines}"
     add("--compare", nargs=2, metavar=("A", "B"), default=(), help=pair)
     add("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
     add("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
@@ -90,7 +102,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.method = expand_groups(args.method)
     args.seed = list(dict.fromkeys(args.seed))
-    unknown = next((method for method in args.compare if method not in (*METHODS, *BASELINES)), None)
+    args.compare = [result_name(name, args.score) for name in args.compare]
+    known = {*BASELINES, *(method + suffix for method in METHODS for suffix in SUFFIXES.values())}
+    unknown = next((name for name in args.compare if name not in known), None)
     asks = bool(args.prompts) + bool(args.most_uncertain or args.least_uncertain)
     several = bool(args.compare) + asks > 1
     asking = "--prompts, --most-uncertain and --least-uncertain"
@@ -143,7 +157,7 @@ def report(results, title, flags, folder, examples):
     words = (f"--{flag} {' '.join(map(str, v)) if isinstance(v, list) else v}" for flag, v in flags.items())
     page = results_page(title, f"python eval.py {' '.join(words)}", texts, pictures)
     save_texts(texts | {"README.md": page}, folder)
-    logging.info("written to %s: a .json and .npz for every method and seed, README.md, tables and plots\n", folder)
+    logging.info("written to %s: README.md, tables and plots; and a .json and .npz for every method and seed\n", folder)
     print(texts["report.txt"], end="")
 
 
@@ -155,12 +169,12 @@ def compare(runs, heading, levels, resamples, folder):
     print(text, end="")
 
 
-def ask(adaptors, cache, dataset, prompts, most, least):
+def ask(adaptors, cache, dataset, score, prompts, most, least):
     """How uncertain prompts are, or else the most and least uncertain captions: {method, seed: [dict, one a text]}."""
     if prompts:
         texts, clip = questions.prompts_from(prompts), clip_id(dataset)
         z = to_dtype(encode_texts(clip.load(cache.device), texts), clip.dtype, texts)
-        describe = partial(questions.describe_prompts, texts=texts, z=z)
+        describe = partial(questions.describe_prompts, texts=texts, z=z, score=score)
     else:
         describe = partial(questions.describe_captions, most=most, least=least)
     return {f"{method}, seed {seed}": describe(adaptor, cache) for (method, seed), adaptor in adaptors.items()}

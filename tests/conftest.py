@@ -110,8 +110,8 @@ def make_cache(name, images=40, captions_per_image=3, dim=64, seed=0, splits=("t
 
 def load_result(name, seed, method):
     """The JSON of a result and its npz as a dict of arrays."""
-    path = Path("results") / name / str(seed) / method
-    return json.loads(path.with_suffix(".json").read_text()), dict(np.load(path.with_suffix(".npz")))
+    folder = Path("results") / name / str(seed)
+    return json.loads((folder / f"{method}.json").read_text()), dict(np.load(folder / f"{method}.npz"))
 
 
 def all_bytes(folder):

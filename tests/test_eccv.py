@@ -18,7 +18,7 @@ from datasets.karpathy import KarpathyCaptions
 from tests.conftest import SHAPES_CLIP, coco_sample, load_result, make_cache, write_flickr30k, write_karpathy_coco
 from utils.cli import UserError
 from utils.evaluation.figures import measure
-from utils.evaluation.scorers import answer
+from utils.evaluation.scorers import answer, rank
 
 pytestmark = pytest.mark.usefixtures("without_eccv_caption")
 
@@ -184,8 +184,7 @@ def test_figures_are_those_of_the_package_on_random_rankings(judged, seed, monke
         judgements=found,
     )
     scorer = SimpleNamespace(
-        cache=cache,
-        score=lambda images, captions: similarity[images][:, captions],
+        ranking=rank(lambda images, captions: similarity[images][:, captions], cache),
         text_uncertainty=lambda texts, z: np.arange(len(texts), dtype=float),
         image_uncertainty=lambda: None,
     )

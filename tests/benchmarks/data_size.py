@@ -21,12 +21,12 @@ import torch
 
 from datasets.embedding import EmbeddingCache
 from models import METHODS
-from models.layers import unit
 from tests.benchmarks.machine import markdown_table
 from tests.benchmarks.recipes import mean_and_deviation, trained
 from utils.device import pick_precision
 from utils.evaluation.plots import LOOKS, STYLE, plt
-from utils.evaluation.scorers import AdaptorScorer, SoftmaxEntropy
+from utils.evaluation.reference import Reference
+from utils.evaluation.scorers import AdaptorScorer, Scorer, reference_entropies
 from utils.evaluation.validation import HeldOut, retrieval
 from utils.files import save_json
 
@@ -36,22 +36,6 @@ ROWS = (*(name for name in ("asymvlm-psd", "asymvlm-psd-frozen", "probvlm", "pro
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FIGURES = ("R@1", "AURC")
 MEASURED = Path("results/benchmarks/data_size.json")
-
-
-class ReferenceEntropy(SoftmaxEntropy):
-    """The frozen CLIP; uncertain is a text whose softmax over the images of another cache has a large entropy."""
-
-    def __init__(self, cache, reference):
-        super().__init__(cache)
-        self.gallery, self.reference = self.image, unit(reference.image.read())
-
-    def score(self, images, captions):
-        self.image = self.gallery
-        return super().score(images, captions)
-
-    def text_uncertainty(self, texts, z):
-        self.image = self.reference
-        return super().text_uncertainty(texts, z)
 
 
 def part_of(cache, share, seed):
@@ -65,7 +49,8 @@ def part_of(cache, share, seed):
 def measure(name, part, val, seed, epochs):
     """What a row of the table finds on val after that part: {"R@1", "AURC"} of text-to-image."""
     if name == REFERENCE:
-        return retrieval(ReferenceEntropy(val, part), val)["t2i"]
+        with torch.inference_mode():
+            return retrieval(reference_entropies(Scorer(val), Reference(part))[0], val)["t2i"]
     cache, held_out = part.hold_out(0.1, seed)
     recipe = replace(METHODS[name].recipes["small"], epochs=epochs)
     adaptor = trained(name, recipe, cache, seed, HeldOut(held_out, pick_precision("auto", cache.device)))

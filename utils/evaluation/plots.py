@@ -14,14 +14,14 @@ from scipy import stats
 
 from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import risk_coverage
-from utils.evaluation.scorers import BASELINES
+from utils.evaluation.scorers import BASELINES, BESIDE
 from utils.files import written_aside
 
 # Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell them apart in grey.
 NAMES = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip", *BASELINES)
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#000000", "#7F7F7F")
-LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Pxx", strict=True)}
-LOOKS |= {name: LOOKS[name] | {"linestyle": "--"} for name in BASELINES}
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#000000", "#000000", "#7F7F7F", "#7F7F7F")
+LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Px+1|", strict=True)}
+LOOKS |= {name: LOOKS[name] | {"linestyle": d} for name, d in zip(BASELINES, ("--", "-.", "-.", "--"), strict=True)}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
 RIGHT = "#009E73"  # the frame of a right answer
@@ -47,7 +47,7 @@ CAPTIONS = {
 
 
 def draw_all(results, examples, folder):
-    """Draw every picture that the results allow, and remove those from before.
+    """Draw every picture that the results allow, without second rows of a method, and remove those from before.
 
     Args:
         results: {row name: [Results, one a seed]}.
@@ -55,7 +55,7 @@ def draw_all(results, examples, folder):
         folder: where the files go.
     Returns: {file name of the PNG: caption}.
     """
-    results = {name: runs for name, runs in results.items() if runs[0].is_uncertain}
+    results = {name: runs for name, runs in results.items() if runs[0].is_uncertain and not name.endswith(BESIDE)}
     of_texts = {name: runs for name, runs in results.items() if runs[0].has_uncertain_texts}
     stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
     _others.clear()
@@ -150,7 +150,8 @@ def _ladder(results):
 
 def _depth(results, stem):
     """Mean percentile of uncertainty by depth in caption chains."""
-    rows = {name: [_steps(run.content["depth"][stem]) for run in runs] for name, runs in results.items()}
+    depths = {name: [run.content.get("depth") for run in runs] for name, runs in results.items()}
+    rows = {name: [_steps(depth[stem]) for depth in runs] for name, runs in depths.items() if all(runs)}
     return _lines({"": rows}, "depth in the chain (1 = most general)", "percentile of uncertainty", (3.8, 2.9))[0]
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.layers import cosine_similarity
 from utils.cli import UserError, need
 from utils.evaluation.results import Results
-from utils.evaluation.scorers import AdaptorScorer
+from utils.evaluation.scorers import FROZEN, PUBLISHED, AdaptorScorer, Scorer
 from utils.evaluation.tables import differences
 
 CLOSEST = 3  # images that are named for a prompt
@@ -32,19 +33,24 @@ def prompts_from(arguments):
 
 
 @torch.inference_mode()
-def describe_prompts(adaptor, cache, texts, z):
+def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED):
     """How uncertain prompts are among a cache's captions, and what they match.
 
     Args:
         adaptor, cache: of one width.
         texts: T strings.
         z (T, D): their embeddings.
+        score: what ranks, of SCORES.
     Returns: dicts, most certain last: "prompt", "uncertainty", "percentile" of captions that are more certain and
         "closest", file names (rows where there are none) of the images that match best, best first.
+    Raises: UserError if the adaptor's texts have no uncertainty.
     """
     scorer = AdaptorScorer(adaptor, cache)
     uncertainty, captions = (_uncertainty(scorer, *of) for of in ((texts, z), (cache.captions, cache.text)))
-    similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
+    if score == FROZEN:
+        similarity = cosine_similarity(cache.image.read(), z.to(cache.device))  # (N, T)
+    else:
+        similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
     answers = []
     for row in np.argsort(-uncertainty, kind="stable").tolist():
@@ -60,7 +66,7 @@ def describe_captions(adaptor, cache, most, least):
     """So many of the most and least uncertain captions of a cache, each distinct one once.
 
     Returns: dicts of "caption", "uncertainty", "images", how many carry it, and "image", the first; most certain last.
-    Raises: UserError if the cache does not know its captions.
+    Raises: UserError if the cache does not know its captions, or as `describe_prompts`.
     """
     lacks = "has no captions.json, so its captions cannot be listed; make the cache with cache_embeddings.py"
     need(cache.captions is not None, f"{cache.folder}: {lacks}")
@@ -78,14 +84,15 @@ def describe_captions(adaptor, cache, most, least):
 
 
 @torch.inference_mode()
-def example_captions(adaptor, cache, levels=5, each=2):
+def example_captions(adaptor, cache, levels=5, each=2, score=PUBLISHED):
     """Captions from the most certain to the least, and the pictures that match them best.
 
     Args:
         adaptor, cache: of one width.
         levels, each: how many levels of equally many captions, and captions of each.
+        score: what ranks, of SCORES.
     Returns: dicts: "caption", "level", from 1, "pictures", paths, best first, and "right", a bool for each of them;
-        an empty list, and a line in the log, where captions or pictures are not there.
+        an empty list, and a line in the log, where captions, their uncertainty or pictures are not there.
     """
     files = [cache.image_file(row) for row in range(len(cache.image))] if cache.images else []
     if cache.captions is None or not files or None in files or not all(file.exists() for file in files):
@@ -99,7 +106,8 @@ def example_captions(adaptor, cache, levels=5, each=2):
     certain = np.argsort(uncertainty, kind="stable")
     places = (np.arange(levels * each) + 0.5) / (levels * each) * len(certain)
     captions = torch.from_numpy(certain[places.astype(int)])
-    scores = scorer.score(torch.arange(len(cache.image)), captions)  # (N, captions)
+    ranker = Scorer(cache) if score == FROZEN else scorer
+    scores = ranker.score(torch.arange(len(cache.image)), captions)  # (N, captions)
     closest = scores.topk(min(CLOSEST, len(scores)), dim=0).indices.T.tolist()
     judged = next((judged["t2i"] for judged in cache.judgements.values()), [()] * len(owners))
     answers = []

@@ -9,7 +9,7 @@ import torch
 TILE = 512  # images of a tile; its captions are as many as so many images have
 
 
-def rank_queries(score, image_of_caption, images, uncertainty=None):
+def rank_queries(score, image_of_caption, images):
     """Answer every query of both directions, a tile of the similarity matrix at a time.
 
     The columns of a tile are the captions of as many images as it has rows, so that all right pairs lie in the tiles on
@@ -18,19 +18,17 @@ def rank_queries(score, image_of_caption, images, uncertainty=None):
         score: function of (image rows (n,), caption rows (m,)), int64 tensors, that returns the similarities (n, m).
         image_of_caption (M,): image rows.
         images: N.
-        uncertainty (M,): of the captions, or None.
     Returns: {"t2i": of M captions, "i2t": of the images that have a caption}, arrays with one entry a query:
-        query (its row), top1 (row of the first answer), rank (of the first right answer, 1 = best) and, where given,
-        uncertainty, of the caption itself (t2i) or of the caption retrieved (i2t).
+        query (its row), top1 (row of the first answer) and rank (of the first right answer, 1 = best).
     Raises: ValueError if a similarity is not a number.
 
     Example: two images, two captions each; caption 1 prefers the wrong image, and image 1 a caption of image 0.
     >>> s = torch.tensor([[0.9, 0.4, 0.1, 0.2], [0.3, 0.8, 0.7, 0.6]])
-    >>> answers = rank_queries(lambda i, j: s[i][:, j], np.array([0, 0, 1, 1]), 2, np.array([1.0, 4.0, 2.0, 3.0]))
+    >>> answers = rank_queries(lambda i, j: s[i][:, j], np.array([0, 0, 1, 1]), 2)
     >>> answers["t2i"]["rank"].tolist(), answers["t2i"]["top1"].tolist()
     ([1, 2, 1, 1], [0, 1, 1, 1])
-    >>> answers["i2t"]["rank"].tolist(), answers["i2t"]["top1"].tolist(), answers["i2t"]["uncertainty"].tolist()
-    ([1, 2], [0, 1], [1.0, 4.0])
+    >>> answers["i2t"]["rank"].tolist(), answers["i2t"]["top1"].tolist()
+    ([1, 2], [0, 1])
     """
     image_of_caption = torch.as_tensor(np.asarray(image_of_caption), dtype=torch.int64)
     tile_of_caption = image_of_caption // TILE
@@ -52,11 +50,7 @@ def rank_queries(score, image_of_caption, images, uncertainty=None):
             i2t.aim(image[best], right[best], columns[best])
         t2i.run(columns, tile.T, rows)
         i2t.run(rows, tile, columns)
-    answers = {"t2i": t2i.answers(torch.arange(len(image_of_caption))), "i2t": i2t.answers(image_of_caption.unique())}
-    if uncertainty is not None:
-        answers["t2i"]["uncertainty"] = np.asarray(uncertainty)
-        answers["i2t"]["uncertainty"] = np.asarray(uncertainty)[answers["i2t"]["top1"]]
-    return answers
+    return {"t2i": t2i.answers(torch.arange(len(image_of_caption))), "i2t": i2t.answers(image_of_caption.unique())}
 
 
 class _Race:

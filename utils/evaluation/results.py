@@ -10,9 +10,10 @@ from utils.cli import need
 from utils.evaluation.bootstrap import interval
 from utils.evaluation.figures import DIRECTIONS, FOLDS, hierarchy, measure, measure_resamples, uncertainty_of
 from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
-from utils.evaluation.scorers import BASELINES, answer, recall_in_folds
+from utils.evaluation.scorers import BASELINES, FROZEN, PUBLISHED, answer, recall_in_folds
 from utils.files import load_arrays, load_json, save_json, written_aside
 
+SUFFIXES = {PUBLISHED: "", FROZEN: f".{FROZEN}"}  # of the name of a method's results, by what ranks
 FIELDS = ("query", "rank", "top1")  # of every query, which has an uncertainty, too
 
 
@@ -28,6 +29,7 @@ class Results:
     answers: dict  # {"t2i", "i2t"}, as `answer` gives them
     content: dict
     draws: dict = field(default_factory=dict)  # as `measure_resamples` gives them
+    needs: str = ""  # as `Scorer` has it; not in the files
 
     @classmethod
     def of(cls, answers, levels):
@@ -55,26 +57,27 @@ class Results:
         return self
 
     def save(self, folder, config):
-        """Write the two files to results/<name>/; config says how they were made, "method" and "seed" among it."""
-        path = result_path(folder, config["method"], config["seed"])
-        save_json(self.content | {"config": config}, path.with_suffix(".json"), indent=1)
+        """Write the two files to results/<name>/; config says how they were made, as `Scorer.config` among it."""
+        name = config["method"] + SUFFIXES[config.get("score", PUBLISHED)]
+        document, table = result_files(folder, name, config["seed"])
+        save_json(self.content | {"config": config}, document, indent=1)
         arrays = {f"{d}_{name}": values for d, fields in self.answers.items() for name, values in fields.items()}
-        with written_aside(path.with_suffix(".npz")) as file:
+        with written_aside(table) as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, path, split):
-        """Read what `save` wrote, at a path without suffix.
+    def load(cls, document, table, split):
+        """Read what `save` wrote, a .json and an .npz.
 
         Raises: UserError if it is something else, or of another split.
         """
-        content, arrays = load_json(path.with_suffix(".json")), load_arrays(path.with_suffix(".npz"))
+        content, arrays = load_json(document), load_arrays(table)
         config = content.get("config") if isinstance(content, dict) else None
         is_of = config.get("split") if isinstance(config, dict) else None
-        need(is_of == split, f"{path}.json: results of the split {is_of}, not {split}; evaluate again")
+        need(is_of == split, f"{document}: results of the split {is_of}, not {split}; evaluate again")
         answers = {d: {key[4:]: values for key, values in arrays.items() if key[:4] == f"{d}_"} for d in DIRECTIONS}
         wanted = f"{', '.join(FIELDS)}, uncertainty"
-        problem = f"{path}.npz: has not one entry a query of {wanted} in both directions; evaluate again"
+        problem = f"{table}: has not one entry a query of {wanted} in both directions; evaluate again"
         for fields in answers.values():
             shapes = {values.shape for values in fields.values()}
             is_whole = fields.keys() >= {*FIELDS} and uncertainty_of(fields) is not None
@@ -82,23 +85,30 @@ class Results:
         return cls(answers, content)
 
 
-def result_path(folder, method, seed):
-    """Where results lie under results/<name>/, without suffix; baselines have no seed."""
-    return folder / ("baselines" if method in BASELINES else str(seed)) / method
+def result_files(folder, name, seed):
+    """The .json and .npz of results under results/<name>/, named as by `result_name`; baselines have no seed."""
+    path = folder / ("baselines" if name in BASELINES else str(seed)) / name
+    return path.with_name(f"{name}.json"), path.with_name(f"{name}.npz")
 
 
-def load_results(folder, method, seeds, split):
-    """What was saved of a method: a list of Results, one a seed.
+def result_name(method, score):
+    """A name of results, such as "asymvlm-psd.frozen" where the frozen CLIP ranks; a baseline has one name."""
+    return method if method in BASELINES or method.endswith(SUFFIXES[score]) else method + SUFFIXES[score]
+
+
+def load_results(folder, name, seeds, split):
+    """What was saved under a name: a list of Results, one a seed.
 
     Raises: UserError if one is missing, or as `Results.load`.
     """
-    paths = dict.fromkeys(result_path(folder, method, seed) for seed in seeds)
-    flags = f"--method {'all' if method in BASELINES else method} --seed {' '.join(map(str, seeds))}"
-    for path in paths:
-        is_there = path.with_suffix(".npz").exists() and path.with_suffix(".json").exists()
-        command = f"python eval.py --dataset {folder.name} {flags}"
-        need(is_there, f"{path}.npz: no such results; make them with {command}")
-    return [Results.load(path, split) for path in paths]
+    files = dict.fromkeys(result_files(folder, name, seed) for seed in seeds)
+    method, _, score = name.partition(".")
+    flags = f"--method {'all' if name in BASELINES else method} --seed {' '.join(map(str, seeds))}"
+    command = f"python eval.py --dataset {folder.name} {flags}{score and f' --score {score}'}"
+    for pair in files:
+        missing = next((file for file in reversed(pair) if not file.exists()), None)
+        need(missing is None, f"{missing}: no such results; make them with {command}")
+    return [Results.load(*pair, split) for pair in files]
 
 
 @torch.inference_mode()
@@ -116,6 +126,7 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
     results = Results.of(answer(scorer, cache), levels)
     if folds > 1:
         results.content["metrics"][FOLDS.key] = recall_in_folds(scorer, cache, folds)
+    results.needs = scorer.needs
     if results.is_uncertain and not results.has_uncertain_texts:
         logging.info("%s: its texts have no uncertainty: levels are the image's, and prompts left out", scorer.name)
         ladder = chains = None

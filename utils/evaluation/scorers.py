@@ -1,5 +1,7 @@
 """What ranks images and captions, baselines and adaptors alike, behind one interface; its answers to all queries."""
 
+import functools
+
 import numpy as np
 import torch
 
@@ -9,21 +11,30 @@ from utils.evaluation.ranking import rank_queries, rank_relevant
 
 ROWS_AT_ONCE = 4096  # that are encoded
 LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its upper bound, which OpenAI's models reach
+PUBLISHED, FROZEN = SCORES = "published", "frozen"  # what ranks: what the paper's repository ranks by; the frozen CLIP
+SOME, ALIKE = 256, 1e-3  # rows that tell whether scores are the same cosines, and how much rounding may change them
 
 
 class Scorer:
     """How well a cache's images and captions match, and how uncertain they are; this one is the frozen CLIP: it is not.
 
     Attributes:
-        name, seed: of its results.
-        checkpoint: SHA-256 of an adaptor's file.
+        name: of its row.
+        needs: what its uncertainty takes beside the text: "gallery", "reference" images, true "pairs", "training".
         on_ladder: whether ratios of its uncertainties mean something.
+        config: what its results' config says of it.
     """
 
-    name, seed, checkpoint, on_ladder = "frozen cosine", None, None, False
+    name, needs, on_ladder = "frozen cosine", "-", False
 
     def __init__(self, cache):
         self.cache, self.image, self.text = cache, unit(_read(cache.image)), unit(_read(cache.text))
+        self.config = {"method": self.name, "seed": None, "checkpoint": None}
+
+    @functools.cached_property
+    def ranking(self):
+        """What `rank` finds by this score."""
+        return rank(self.score, self.cache)
 
     def score(self, images, captions):
         """Similarities (N, M), larger = better, of rows of the cache: images (N,), captions (M,)."""
@@ -38,20 +49,57 @@ class Scorer:
         return None
 
 
-class SoftmaxEntropy(Scorer):
+class RankedByFrozen(Scorer):
+    """What ranks as the frozen CLIP does, a Scorer whose ranking it shares; a subclass has the uncertainty."""
+
+    def __init__(self, frozen):
+        self.cache, self.frozen, self.score = frozen.cache, frozen, frozen.score
+        self.config = frozen.config | {"method": self.name}
+
+    @property
+    def ranking(self):
+        return self.frozen.ranking
+
+
+class SoftmaxEntropy(RankedByFrozen):
     """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats."""
 
-    name = "softmax-entropy"
+    name, needs = "softmax-entropy", "gallery"
 
     def text_uncertainty(self, texts, z):
-        scale, entropy = self.cache.meta.get("logit_scale") or LOGIT_SCALE, []
+        scale, entropy = logit_scale(self.cache), []
         for part in _read(z).to(self.cache.device).split(ROWS_AT_ONCE):
-            log_p = (scale * pairwise_products(self.image, unit(part))).log_softmax(dim=0)  # (N, rows)
+            log_p = (scale * pairwise_products(self.frozen.image, unit(part))).log_softmax(dim=0)  # (N, rows)
             entropy.append(-(log_p.exp() * log_p).sum(dim=0))
         return torch.cat(entropy).double().cpu().numpy()
 
 
-class CaptionLength(Scorer):
+class ReferenceEntropy(RankedByFrozen):
+    """Uncertain is a text whose softmax over fixed reference images, not the gallery's, has a large entropy, in nats.
+
+    Args:
+        entropies: function of embeddings (T, D), as `Reference.entropies` of some logit scales.
+        number: which of them.
+        facts: for the config.
+    """
+
+    name, needs = "reference-entropy", "reference"
+
+    def __init__(self, frozen, entropies, number, facts):
+        super().__init__(frozen)
+        self.entropies, self.number, self.config = entropies, number, self.config | facts
+
+    def text_uncertainty(self, texts, z):
+        return self.entropies(z)[self.number].numpy()
+
+
+class FittedReferenceEntropy(ReferenceEntropy):
+    """The same at the logit scale that makes true pairs of the reference images' split most likely."""
+
+    name, needs = "reference-entropy-fitted", "reference, pairs"
+
+
+class CaptionLength(RankedByFrozen):
     """Uncertain is a text of few words."""
 
     name = "caption-length"
@@ -63,12 +111,12 @@ class CaptionLength(Scorer):
 class AdaptorScorer(Scorer):
     """An adaptor; the cache is encoded once."""
 
-    on_ladder = True
+    needs, on_ladder = "training", True
 
     @torch.inference_mode()
     def __init__(self, adaptor, cache, name=None, seed=None):
-        self.cache, self.adaptor, self.name, self.seed = cache, adaptor, name, seed
-        self.checkpoint = getattr(adaptor, "checkpoint", None)
+        self.cache, self.adaptor, self.name = cache, adaptor, name
+        self.config = {"method": name, "seed": seed, "checkpoint": getattr(adaptor, "checkpoint", None)}
         self.image = self.encode(adaptor.encode_image, cache.image)
         self.text = self.encode(adaptor.encode_text, cache.text)
 
@@ -93,18 +141,62 @@ class AdaptorScorer(Scorer):
     def image_uncertainty(self):
         return _array(self.adaptor.describe_image(*self.image)[1])
 
+    @torch.inference_mode()
+    def scores_like(self, other):
+        """Whether its scores are those of another scorer, as far as some rows tell."""
+        rows = [torch.arange(0, n, -(-n // SOME)) for n in map(len, (self.cache.image, self.cache.text))]
+        return torch.allclose(self.score(*rows), other.score(*rows), rtol=0, atol=ALIKE)
 
-BASELINES = (SoftmaxEntropy.name, CaptionLength.name)  # those with an uncertainty
+
+class FrozenScore(RankedByFrozen):
+    """The uncertainty of an adaptor, an AdaptorScorer, where the frozen CLIP ranks."""
+
+    def __init__(self, frozen, scorer, name):
+        super().__init__(frozen)
+        self.name, self.needs, self.on_ladder = name, scorer.needs, scorer.on_ladder
+        self.text_uncertainty, self.image_uncertainty = scorer.text_uncertainty, scorer.image_uncertainty
+        self.config = scorer.config | {"score": FROZEN}
 
 
-def every_scorer(cache, adaptors):
-    """Yield a Scorer for each baseline and then for each adaptor of {(method, seed): Adaptor}, one at a time."""
-    yield Scorer(cache)
-    yield SoftmaxEntropy(cache)
+BASELINES = tuple(s.name for s in (SoftmaxEntropy, ReferenceEntropy, FittedReferenceEntropy, CaptionLength))
+BESIDE = ", frozen score"  # the end of the name of a method's second row
+
+
+def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
+    """Yield a Scorer for each baseline and then for each adaptor, one at a time.
+
+    Args:
+        cache: EmbeddingCache.
+        adaptors: {(method, seed): Adaptor}.
+        score: what ranks, of SCORES; where it is the published one and not the frozen CLIP's cosine, the adaptor is
+            followed by its FrozenScore.
+        reference: Reference, or None.
+    """
+    frozen = Scorer(cache)
+    yield frozen
+    yield SoftmaxEntropy(frozen)
+    if reference is not None:
+        yield from reference_entropies(frozen, reference)
     if cache.captions is not None:
-        yield CaptionLength(cache)
+        yield CaptionLength(frozen)
     for (method, seed), adaptor in adaptors.items():
-        yield AdaptorScorer(adaptor, cache, method, seed)
+        scorer = AdaptorScorer(adaptor, cache, method, seed)
+        if score == FROZEN:
+            yield FrozenScore(frozen, scorer, method)
+            continue
+        yield scorer
+        if not scorer.scores_like(frozen):
+            yield FrozenScore(frozen, scorer, method + BESIDE)
+
+
+def reference_entropies(frozen, reference):
+    """The two of them, which compare texts with the reference images at once: a list of Scorers."""
+    kinds = [ReferenceEntropy, FittedReferenceEntropy]
+    scales = [logit_scale(frozen.cache), reference.fit_scale()]
+    scales = [scale for scale in scales if scale is not None]
+    entropies = functools.cache(lambda z: reference.entropies(_read(z), scales))
+    facts = [{"reference": len(reference), "reference_cache": reference.train.digest, "logit_scale": s} for s in scales]
+    return [kind(frozen, entropies, number, facts[number]) for number, kind in enumerate(kinds[: len(scales)])]
 
 
 def _read(rows):
@@ -112,8 +204,13 @@ def _read(rows):
     return rows if isinstance(rows, torch.Tensor) else rows.read()
 
 
+def logit_scale(cache):
+    """What the CLIP of a cache multiplies its cosines by."""
+    return cache.meta.get("logit_scale") or LOGIT_SCALE
+
+
 def _array(uncertainty):
-    """An uncertainty as a float64 array; None stays None."""
+    """An uncertainty (N,) that may be None as a float64 array, or None."""
     return None if uncertainty is None else uncertainty.double().cpu().numpy()
 
 
@@ -122,35 +219,49 @@ def count_words(texts):
     return np.array([len(text.split()) for text in texts], dtype=np.float64)
 
 
-def answer(scorer, cache):
-    """Answer every query of a cache.
+@torch.inference_mode()
+def rank(score, cache):
+    """Answer every query of a cache, whatever the uncertainty.
 
-    Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank_queries` gives and, where known, "words" of the
-        caption, "image" that it is of, "image_uncertainty" of the image retrieved (t2i) or asked (i2t), and what
-        `rank_relevant` gives, 0 where nobody looked; of further sets of judgements, with the set's name before it.
+    Args: score: as `Scorer.score`.
+    Returns: two dicts {"t2i", "i2t"} of arrays with one entry a query: what `rank_queries` gives; and what
+        `rank_relevant` gives, 0 where nobody looked, of further sets of judgements with the set's name before it.
     """
-    image_of_caption = cache.image_of_caption.cpu().numpy()
-    uncertainty, image_uncertainty = scorer.text_uncertainty(cache.captions, cache.text), scorer.image_uncertainty()
-    answers = rank_queries(scorer.score, image_of_caption, len(cache.image), uncertainty)
-    t2i, i2t = answers["t2i"], answers["i2t"]
-    if cache.captions is not None:
-        t2i["words"] = count_words(cache.captions)
-    if image_uncertainty is not None:
-        t2i["image_uncertainty"] = image_uncertainty[t2i["top1"]]
-        i2t["image_uncertainty"] = image_uncertainty[i2t["query"]]
-    t2i["image"] = image_of_caption
-    score_of = {"t2i": lambda captions, images: scorer.score(images, captions).T, "i2t": scorer.score}
+    found, judged = rank_queries(score, cache.image_of_caption.cpu().numpy(), len(cache.image)), {"t2i": {}, "i2t": {}}
+    score_of = {"t2i": lambda captions, images: score(images, captions).T, "i2t": score}
     for number, (name, right_of) in enumerate(cache.judgements.items()):
         for direction, gallery in (("t2i", cache.image), ("i2t", cache.text)):
-            fields, right, score = answers[direction], right_of[direction], score_of[direction]
-            judged = [row for row, query in enumerate(fields["query"]) if len(right[query])]
-            asked = torch.from_numpy(fields["query"][judged])
-            relevance = [right[query] for query in asked]
-            score_asked = lambda q, rows, score=score, asked=asked: score(asked[q], rows)  # noqa: E731
+            query, right, score_all = found[direction]["query"], right_of[direction], score_of[direction]
+            rows = [row for row, asked in enumerate(query) if len(right[asked])]
+            asked = torch.from_numpy(query[rows])
+            score_asked = lambda q, rows, score=score_all, asked=asked: score(asked[q], rows)  # noqa: E731
+            relevance = [right[one] for one in asked]
             for field, values in rank_relevant(score_asked, relevance, len(gallery)).items():
-                everyone = fields[f"{name}_{field}" if number else field] = np.zeros(len(fields["query"]), values.dtype)
-                everyone[judged] = values
-    return answers
+                everyone = np.zeros(len(query), values.dtype)
+                everyone[rows] = values
+                judged[direction][f"{name}_{field}" if number else field] = everyone
+    return found, judged
+
+
+def answer(scorer, cache):
+    """The answer to every query of a cache, and how uncertain it is.
+
+    Returns: {"t2i", "i2t"}, arrays with one entry a query: what `rank` gives and, where known, "uncertainty" of the
+        caption asked (t2i) or retrieved (i2t), "image_uncertainty" of the image retrieved (t2i) or asked (i2t), "words"
+        of the caption, and "image" that it is of.
+    """
+    found, judged = scorer.ranking
+    uncertainty, image_uncertainty = scorer.text_uncertainty(cache.captions, cache.text), scorer.image_uncertainty()
+    t2i, i2t = answers = {d: dict(fields) for d, fields in found.items()}.values()
+    for fields, caption, image in ((t2i, "query", "top1"), (i2t, "top1", "query")):
+        if uncertainty is not None:
+            fields["uncertainty"] = uncertainty[fields[caption]]
+        if fields is t2i and cache.captions is not None:
+            fields["words"] = count_words(cache.captions)
+        if image_uncertainty is not None:
+            fields["image_uncertainty"] = image_uncertainty[fields[image]]
+    t2i["image"] = cache.image_of_caption.cpu().numpy()
+    return {d: fields | judged[d] for d, fields in zip(found, answers, strict=True)}
 
 
 def recall_in_folds(scorer, cache, folds):

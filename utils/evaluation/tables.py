@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.evaluation.bootstrap import interval, over_seeds, p_value
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, hierarchy
-from utils.evaluation.scorers import BASELINES
+from utils.evaluation.scorers import BASELINES, BESIDE
 
 COMPARED = [section for section in SECTIONS if section.compared]
 NOTE = """Resampled: images, each with all its captions, and, of several seeds, the seeds; the interval is of the mean
@@ -61,14 +61,19 @@ def number(mean, deviation=None, digits=3):
 def write_all(results, title):
     """The texts of a results folder: {file name: text}."""
     stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
-    compared = tables_of(results)
+    compared, needs = tables_of(results), needs_of(results)
     detailed = tables_of(results, [*(section for section in SECTIONS if not section.compared), *map(hierarchy, stems)])
     return {
-        "comparison.md": markdown(compared),
+        "comparison.md": markdown(compared, needs=needs),
         "details.md": markdown(detailed) + intervals(results),
         "comparison.csv": comma_separated(compared | detailed),
         "report.txt": f"{title}\n\n{screen(results)}\n",
     }
+
+
+def needs_of(results):
+    """What the uncertainty of each row takes beside the text: {row name: str}."""
+    return {name: runs[0].needs for name, runs in results.items()}
 
 
 def _plain(section, figure, name, cells):
@@ -81,19 +86,25 @@ def _bold(section, figure, name, cells):
     return f"**{number(*cells[name])}**" if is_best else number(*cells[name])
 
 
-def _rows(section, table, text):
-    """[[row name, text of a cell, ...], ...], `text` being a function (section, figure, row name, cells)."""
-    names = next(iter(table.values()))
-    return [[name, *(text(section, figure, name, cells) for figure, cells in table.items())] for name in names]
+def _rows(section, table, text, needs=None):
+    """A table's rows of strings, header first but without the first cell; with `needs_of`, these are the last column.
+
+    Args: text: function (section, figure, row name, cells).
+    """
+    rows = [["", *(figure.name for figure in table)]]
+    for name in next(iter(table.values())):
+        rows.append([name, *(text(section, figure, name, cells) for figure, cells in table.items())])
+    return [[*row, needs.get(row[0], "needs")] for row in rows] if needs else rows
 
 
-def markdown(tables, text=_bold, suffix=""):
+def markdown(tables, text=_bold, suffix="", needs=None):
     """Tables, as `tables_of` gives them, as markdown, the best figure of every column in bold."""
     parts = []
     for section, table in tables.items():
-        rows = [[section.title + suffix, *(figure.name for figure in table)], *_rows(section, table, text)]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        parts.append("\n".join([lines[0], "|---|" + "---:|" * len(table), *lines[1:]]))
+        header, *rows = _rows(section, table, text, needs)
+        lines = [f"| {' | '.join(row)} |" for row in ([section.title + suffix, *header[1:]], *rows)]
+        alignment = "|---|" + "---:|" * len(table) + ("---|" if needs else "")
+        parts.append("\n".join([lines[0], alignment, *lines[1:]]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,9 +170,10 @@ def screen(results):
         title = f"{title}: R@1 by uncertainty level, from the most certain queries (1) to the least\n"
         parts.append(title + text_table(["", *map(str, range(1, len(rows[0])))], rows))
     for section, table in tables_of(results).items():
-        header = ["", *(figure.name for figure in table)]
-        parts.append(f"{section.title}\n{text_table(header, _rows(section, table, _plain))}")
-    ladders = _means(results, lambda run: [rung["uncertainty"] for rung in run.content.get("ladder", ())])
+        header, *rows = _rows(section, table, _plain, needs_of(results))
+        parts.append(f"{section.title}\n{text_table(header, rows)}")
+    once = {name: runs for name, runs in results.items() if not name.endswith(BESIDE)}
+    ladders = _means(once, lambda run: [rung["uncertainty"] for rung in run.content.get("ladder", ())])
     if ladders:
         prompts = [rung["prompt"] for rung in results[next(iter(ladders))][0].content["ladder"]]
         rows = [[prompt, *(f"{mean[i]:.4e}" for mean in ladders.values())] for i, prompt in enumerate(prompts)]
