@@ -145,7 +145,7 @@ class AdaptorScorer(Scorer):
     def scores_like(self, other):
         """Whether its scores are those of another scorer, as far as some rows tell."""
         rows = [torch.arange(0, n, -(-n // SOME)) for n in map(len, (self.cache.image, self.cache.text))]
-        return torch.allclose(self.score(*rows), other.score(*rows), rtol=0, atol=ALIKE)
+        return torch.allclose(self.score(*rows).double(), other.score(*rows).double(), rtol=0, atol=ALIKE)
 
 
 class FrozenScore(RankedByFrozen):
