@@ -65,6 +65,7 @@ def write_all(results, title):
     detailed = tables_of(results, [*(section for section in SECTIONS if not section.compared), *map(hierarchy, stems)])
     return {
         "comparison.md": markdown(compared, needs=needs),
+        "t2i.md": markdown({section: of for section, of in compared.items() if section.key == "t2i"}, needs=needs),
         "details.md": markdown(detailed) + intervals(results),
         "comparison.csv": comma_separated(compared | detailed),
         "report.txt": f"{title}\n\n{screen(results)}\n",
