@@ -2,6 +2,7 @@
 
 import itertools
 import textwrap
+import warnings
 
 import matplotlib
 
@@ -74,8 +75,8 @@ def draw_all(results, examples, folder):
         for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
             path = folder / f"{name}{suffix}"
             path.unlink(missing_ok=True)
-            if picture is not None:
-                with written_aside(path) as file:
+            if picture is not None:  # a caption may have a character that the font has not
+                with written_aside(path) as file, warnings.catch_warnings(action="ignore", category=UserWarning):
                     picture.savefig(file, format=suffix[1:], metadata=metadata)
         plt.close(picture)
     captions = {f"hierarchy-{stem}": DEPTH.format(stem) for stem in stems}
