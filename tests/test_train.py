@@ -427,3 +427,27 @@ def test_a_state_from_before_sums_were_kept_is_resumed_and_one_of_another_clip_i
         save_tensors(content, tmp_path / "state.pt")
         with pytest.raises(UserError, match="other settings") if refused else contextlib.nullcontext():
             assert load_run(tmp_path / "state.pt", recipe, {"seed": 0, "clip": clip}) == content
+
+
+def test_a_state_from_before_variances_could_be_started_goes_on_as_it_was_begun(script):
+    make_cache("tiny")
+    run = ("--dataset", "tiny", "--method", "pcmepp", "--recipe", "small", "--batch-size", 50, "--epochs", 3)
+    path = Path("checkpoints/tiny/0/pcmepp.pt")
+    states = []
+
+    def stop_after_two(content, file):
+        states.append(content)
+        save_tensors(content, file)
+        if len(states) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.run.save_tensors", stop_after_two)
+        assert script(train_script.main, *run, "--save-every", 1)[0] == 130
+    state = torch.load(path.with_suffix(".resume.pt"), weights_only=True)
+    assert state["recipe"].pop("start_variance") == 1.0
+    save_tensors(state, path.with_suffix(".resume.pt"))
+    assert script(train_script.main, *run, "--resume")[0] == 0
+    content = torch.load(path, weights_only=True)
+    assert content["recipe"] == state["recipe"] | {"start_variance": None}
+    assert len(path.with_suffix(".jsonl").read_text().splitlines()) == 3

@@ -62,7 +62,8 @@ def load_run(path, recipe, config):
     if isinstance(saved.get("clip"), dict):  # once without the sums of files
         config = config | {"clip": {key: config["clip"].get(key) for key in saved["clip"]}}
     config = {key: None for key in OPTIONAL if key in saved} | config
-    changed = differences(saved, config) or differences(content["recipe"], asdict(recipe))
+    known = {field: value for field, value in asdict(recipe).items() if field in content["recipe"]}  # not of later ones
+    changed = differences(saved, config) or differences(content["recipe"], known)
     cure = "resume it with those, or start anew, without --resume"
     need(not changed, f"{path}: of a run with other settings: {changed}; {cure}")
     return content
