@@ -27,9 +27,10 @@ SMALL = Recipe("adamw", lr=1e-3, weight_decay=0.05, batch_size=1024, epochs=10)
 DEMO = replace(SMALL, batch_size=256, epochs=1)
 
 
-def recipes_of(paper, **small):
-    """The recipes of a method: the paper repository's, and SMALL and DEMO with some fields changed, by name."""
-    return {"paper": paper, "small": replace(SMALL, **small), "demo": replace(DEMO, **small)}
+def recipes_of(paper, lr, start_variance=None):
+    """The recipes of a method: the paper repository's; SMALL with this learning rate; and DEMO."""
+    small, demo = (replace(recipe, start_variance=start_variance) for recipe in (SMALL, DEMO))
+    return {"paper": paper, "small": replace(small, lr=lr), "demo": demo}
 
 
 class Adaptor(nn.Module):

@@ -61,7 +61,7 @@ def test_recipes_are_the_papers_and_the_small_one(method):
         200,
     )
     small, demo = (METHODS[method].recipes[name] for name in ("small", "demo"))
-    assert replace(demo, epochs=small.epochs, batch_size=small.batch_size) == small
+    assert replace(demo, epochs=small.epochs, batch_size=small.batch_size, lr=small.lr) == small
     assert (small.epochs, small.batch_size) == (SMALL.epochs, SMALL.batch_size)  # the same budget for all
 
 
