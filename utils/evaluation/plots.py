@@ -138,7 +138,8 @@ def _ladder(results):
         if "ladder" in runs[0].content:
             prompts = [rung["prompt"] for rung in runs[0].content["ladder"]]
             values = np.array([[rung["uncertainty"] for rung in run.content["ladder"]] for run in runs])
-            rows[name] = [(np.exp(np.log(values / values[:, :1]).mean(axis=0)), range(len(prompts)))]
+            with np.errstate(divide="ignore", invalid="ignore"):  # of an uncertainty that is 0, nothing is drawn
+                rows[name] = [(np.exp(np.log(values / values[:, :1]).mean(axis=0)), range(len(prompts)))]
     if not rows:
         return None
     size = (6.0, 0.42 * len(prompts) + 1.2)
