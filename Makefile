@@ -38,7 +38,7 @@ test: about-test .venv/installed-tests
 	$(RUN) -m pytest -q
 
 about-test:
-	@echo "runs all tests: some 6 minutes on two cores, after the installation"
+	@echo "runs all tests: some 8 minutes on two cores, after the installation"
 
 faults: .venv/installed-tests
 	$(RUN) -m tests.faults
