@@ -20,10 +20,10 @@ from utils.checkpoint import checkpoint_path
 from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number, share
 from utils.device import autocast, pick_device, pick_precision, precision_name
 from utils.distributed import average_gradients, gather, joined, share_of_rank
+from utils.optimizer import OPTIMIZERS, make_optimizer
 from utils.run import Run, check_finite
 from utils.seed import seed_everything
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 SMALL_CACHE = 100_000  # captions, under which --recipe small is the better choice
 STARVES = "note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small"
 
@@ -61,7 +61,8 @@ def parse(argv):
     names, choices = f"{', '.join(METHODS)}, or {', '.join(GROUPS)}", [*METHODS, *GROUPS]
     add("--method", nargs="+", default=["asymvlm-psd"], choices=choices, metavar="METHOD", help=names)
     add("--seed", nargs="+", type=seed_number, default=[0])
-    add("--recipe", default="paper", help="paper (made for COCO), small (caches under some 100,000 captions) or demo")
+    recipes = "paper (made for COCO), original (the methods' own authors'), small (under some 100,000 captions), demo"
+    add("--recipe", default="paper", help=recipes)
     add("--epochs", type=positive)
     add("--batch-size", type=positive)
     add("--optimizer", choices=sorted(OPTIMIZERS))
@@ -75,7 +76,7 @@ def parse(argv):
     add("--device", default="auto")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the matrix products")
     args = parser.parse_args(argv)
-    args.method, args.seed = expand_groups(args.method), list(dict.fromkeys(args.seed))
+    args.method, args.seed = expand_groups(args.method, args.recipe), list(dict.fromkeys(args.seed))
     changes = {key: getattr(args, key) for key in ("epochs", "batch_size", "optimizer", "lr", "weight_decay")}
     args.changes = {key: value for key, value in changes.items() if value is not None}
     if args.keep == "best" and not args.validation:
@@ -96,48 +97,50 @@ def train(run, cache, ladder, precision, shuffle_buffer, held_out=None):
     seed_everything(run.config["seed"])
     adaptor = METHODS[run.method](cache.embed_dim).to(cache.device)
     adaptor.start_at(run.recipe.start_variance)
-    steps = -(-len(cache.text) // run.recipe.batch_size)  # an epoch; the last batch may be smaller
+    steps = run.recipe.steps(len(cache.text))  # an epoch
     optimizer, schedule = make_optimizer(adaptor, run.recipe, steps * run.recipe.epochs)
     shuffling = torch.Generator().manual_seed(run.config["seed"])
     run.restore(adaptor, optimizer, schedule, shuffling)
+    recipe = run.recipe
     for epoch, bar in run.epochs():
         start, losses = time.perf_counter(), []
-        for rows in cache.batches(run.recipe.batch_size, shuffling, shuffle_buffer):
+        adaptor.train()
+        batches = itertools.islice(cache.batches(recipe.batch_size, shuffling, shuffle_buffer), steps)
+        for number, rows in enumerate(batches):
             # Every rank draws the same rows and encodes its share; the loss is that of all rows (utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
-            losses.append(step(adaptor, pairs, len(rows), optimizer, schedule, precision))
+            weight = number / steps if epoch == recipe.ramped_epoch else 1.0
+            losses.append(step(adaptor, pairs, len(rows), optimizer, schedule, precision, weight, recipe.clip_norm))
             bar.update(len(rows))
         losses = torch.stack(losses)
-        check_finite(losses, adaptor, run.method, epoch)
+        check_finite(losses, adaptor.eval(), run.method, epoch)
         record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
         record |= {"seconds": time.perf_counter() - start}
         record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}  # scalars
-        record |= {"validation": held_out.measure(adaptor, run.recipe.batch_size)} if held_out else {}
+        record |= {"validation": held_out.measure(adaptor, recipe.batch_size)} if held_out else {}
         uncertainty = adaptor.adapt_text(ladder[1].to(cache.device))[1] if ladder else None  # nor have all texts one
         run.record(record | {"ladder": None if uncertainty is None else uncertainty.tolist()})
     if held_out and run.log:
         held_out.compare(run.kept(), run.path)
 
 
-def make_optimizer(adaptor, recipe, steps):
-    """The optimiser of a recipe, and the cosine from lr to min_lr over so many steps."""
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
-    options |= {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
-    optimizer = OPTIMIZERS[recipe.optimizer](adaptor.parameters(), **options)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, recipe.min_lr)
-
-
-def step(adaptor, pairs, total, optimizer, schedule, precision):
+def step(adaptor, pairs, total, optimizer, schedule, precision, weight=1.0, clip_norm=None):
     """One optimiser step on B pairs.
 
-    Args: pairs: this rank's share of them, (b, D) and (b, D). total: B.
+    Args:
+        pairs: this rank's share of them, (b, D) and (b, D).
+        total: B.
+        weight: of the loss.
+        clip_norm: what the gradient's norm is cut to; None: not cut.
     Returns: the loss, (), still on the device: nothing here waits for it.
     """
     with autocast(pairs[0].device, precision):
         loss = adaptor.loss(*gather(adaptor.encode(*pairs), total))
     optimizer.zero_grad()
-    loss.backward()
+    (weight * loss).backward()
     average_gradients(adaptor.parameters())
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(adaptor.parameters(), clip_norm)
     optimizer.step()
     schedule.step()
     return loss.detach()

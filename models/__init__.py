@@ -26,11 +26,18 @@ VARIANTS = {
     "asymvlm-vmf-fixed-temperature": variants.VonMisesFisherFixedTemperature,
     "asymvlm-vmf-approximate": variants.VonMisesFisherApproximate,
 }
-GROUPS = {"all": tuple(METHODS), "variants": tuple(VARIANTS)}  # the paper's six; asymvlm's claims, one at a time
-METHODS |= VARIANTS
+ORIGINALS = {}
+# The paper's six; asymvlm's claims, one at a time; the rivals as their own authors build them.
+GROUPS = {"all": tuple(METHODS), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
+METHODS |= VARIANTS | ORIGINALS
 
 
-def expand_groups(names):
-    """The methods that a list of names and groups stands for, each once, members of groups first."""
+def expand_groups(names, recipe=None):
+    """The methods that a list of names and groups stands for, each once, members of groups first.
+
+    Args: recipe: what they are trained by: under "original", `pfe` stands for `pfe-original`, where there is one.
+    """
     members = [method for name in names for method in GROUPS.get(name, ())]
-    return list(dict.fromkeys([*members, *(name for name in names if name not in GROUPS)]))
+    members = [*members, *(name for name in names if name not in GROUPS)]
+    forms = [form if (form := f"{method}-{recipe}") in METHODS else method for method in members]
+    return list(dict.fromkeys(forms))

@@ -12,14 +12,26 @@ from models.layers import at_least_float32, cosine_similarity, mlp, total_varian
 class Recipe:
     """How a method is trained."""
 
-    optimizer: str  # "sgd" or "adamw"
-    lr: float  # falls to min_lr on a cosine, step by step
-    weight_decay: float  # on every parameter
+    optimizer: str  # "sgd", "adam" or "adamw"
+    lr: float  # falls to min_lr on a cosine, step by step, if `drops` does not say otherwise
+    weight_decay: float  # on every parameter, if `decayed_from` does not say otherwise
     batch_size: int = 2048  # pairs a step
     epochs: int = 200  # passes over the captions
     momentum: float = 0.9  # of SGD
     min_lr: float = 1e-6
     start_variance: float | None = None  # before the first step, all dimensions together; None: as the layers give it
+    drops: tuple | None = None  # shares of the steps, after each of which lr is a tenth; (): constant; None: the cosine
+    warm_up: float = 0.0  # share of the steps in which lr rises from 0 on a line, before the cosine of the others
+    betas: tuple = (0.9, 0.999)  # of Adam and AdamW
+    decayed_from: int = 0  # dimensions that a decayed parameter has at least: 1: no learnt scalars, 2: matrices alone
+    clip_norm: float | None = None  # of the gradient
+    ramped_epoch: int | None = None  # in which the loss is weighted from 0 to 1
+    averaged_after: float = 1.0  # share of the epochs: the weights at the end of each later one are averaged
+    max_steps: int | None = None  # an epoch
+
+    def steps(self, captions):
+        """Steps of an epoch over so many captions; the last batch may be smaller."""
+        return min(-(-captions // self.batch_size), self.max_steps or captions)
 
 
 # For caches under some 100,000 captions, where the paper's recipe (289 steps an epoch on COCO) starves; and for a look.
@@ -37,9 +49,9 @@ class Adaptor(nn.Module):
     """A head on frozen CLIP embeddings, embed_dim = D wide, that knows how uncertain it is.
 
     A method subclasses this and gives `recipes`, `encode_image`, `encode_text`, `describe_text` and `loss`;
-    `describe_image` if its images are uncertain, as one modality at least is; and `score` if it ranks by something else
-    than the cosine of the means. Embeddings z are (N, D), raw, of any float type: half precision is raised to float32,
-    float64 stays float64.
+    `describe_image` if its images are uncertain, as one modality at least is; `score` if it ranks by something else
+    than the cosine of the means; and `own_score` if its authors do. Embeddings z are (N, D), raw, of any float type:
+    half precision is raised to float32, float64 stays float64.
     """
 
     recipes: dict  # name -> Recipe; "paper" and "small" at least
@@ -71,6 +83,10 @@ class Adaptor(nn.Module):
     def score(self, image, text):
         """How well N images match M texts, (N, M), larger = better, float32 at least, from what the encoders return."""
         return cosine_similarity(image[0], text[0])
+
+    def own_score(self, image, text):
+        """The same by the score that the method's own authors rank by, which their variances enter."""
+        return self.score(image, text)
 
     def start_at(self, variance):
         """Let every distribution start with this variance, summed over the dimensions; None: leave it as it is."""

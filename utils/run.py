@@ -22,7 +22,8 @@ class Run:
     Args:
         path: of the checkpoint, <method>.pt; <method>.jsonl, the log, and <method>.resume.pt, the state, lie beside it.
         config: dict of plain types: what else the run depends on, "seed" and "captions" among it. With "keep": "best"
-            the checkpoint has the weights of the epoch that did best on held-out images (`kept`), else the last.
+            the checkpoint has the weights of the epoch that did best on held-out images (`kept`), else those of the
+            last, or the average that the recipe asks for.
         resume: go on where a run with this recipe and config was saved.
         save_every: epochs after which the state is saved.
     Raises: UserError if another process is at work on it, or if what was saved is of another run.
@@ -33,6 +34,7 @@ class Run:
         self.recipe, self.config, self.resume, self.save_every = recipe, config, resume, save_every
         self.log, self.state = [], None  # a record an epoch; what there is to save of the last that this process did
         self.keeps_best, self.best = config.get("keep") == "best", None  # weights of the best epoch so far
+        self.average = None  # of the weights at the ends of the epochs that the recipe averages
 
     def __enter__(self):
         self.exits = contextlib.ExitStack()
@@ -76,6 +78,9 @@ class Run:
             if self.keeps_best:
                 self.best, _ = saved["best"], self.kept()
                 adaptor.load_state_dict(self.best)  # only to see that it fits
+            self.average = saved.get("average")
+            if self.average is not None:
+                adaptor.load_state_dict(self.average)
             adaptor.load_state_dict(saved["state_dict"])
             optimizer.load_state_dict(saved["progress"]["optimizer"])
             schedule.load_state_dict(saved["progress"]["schedule"])
@@ -97,20 +102,23 @@ class Run:
         log_path = self.path.with_suffix(".jsonl") if is_first() else os.devnull
         self.log_file = self.exits.enter_context(open(log_path, "w", buffering=1, encoding="utf-8"))  # noqa: SIM115
         self.log_file.writelines(json.dumps(record) + "\n" for record in self.log)
-        name, captions = f"{self.method}, seed {self.config['seed']}", self.config["captions"]
-        pairs = {"initial": len(self.log) * captions, "total": self.recipe.epochs * captions, "unit": "pair"}
+        name, recipe = f"{self.method}, seed {self.config['seed']}", self.recipe
+        captions = min(self.config["captions"], recipe.steps(self.config["captions"]) * recipe.batch_size)  # an epoch
+        pairs = {"initial": len(self.log) * captions, "total": recipe.epochs * captions, "unit": "pair"}
         look = {"desc": name, "unit_scale": True, "mininterval": 0.5, "disable": not is_first()}
         bar = self.exits.enter_context(tqdm(**pairs, **look))
-        for epoch in range(len(self.log) + 1, self.recipe.epochs + 1):
+        for epoch in range(len(self.log) + 1, recipe.epochs + 1):
             yield epoch, bar
             held_out = self.log[-1].get("validation", {})
             found = {"loss": self.log[-1]["loss"]} | {f"held-out {name}": value for name, value in held_out.items()}
             found = {name: f"{value:.4f}" for name, value in found.items()}
-            bar.set_postfix({"epoch": f"{epoch}/{self.recipe.epochs}"} | found)
+            bar.set_postfix({"epoch": f"{epoch}/{recipe.epochs}"} | found)
         bar.close()
         if self.keeps_best:
             self.adaptor.load_state_dict(self.best)
             logging.info("%s: weights of epoch %d, the best on the held-out images", self.path, self.kept()["epoch"])
+        elif self.average is not None:
+            self.adaptor.load_state_dict(self.average)
         if is_first():
             save_adaptor(self.adaptor, self.method, self.recipe, self.config, self.path)
             self.state_path.unlink(missing_ok=True)
@@ -130,6 +138,11 @@ class Run:
         if self.keeps_best:
             self.best = content["state_dict"] if self.kept() is record else self.best
             self.state["best"] = self.best
+        averaged = len(self.log) - round(self.recipe.averaged_after * self.recipe.epochs)  # epochs, this one included
+        if averaged > 0:
+            weights, average = content["state_dict"], self.average or content["state_dict"]
+            self.average = {name: torch.lerp(average[name], weights[name], 1 / averaged) for name in weights}
+            self.state["average"] = self.average
         if len(self.log) % self.save_every == 0 and is_first():
             save_tensors(self.state, self.state_path)
 

@@ -18,7 +18,7 @@ class AsymVLM(Adaptor):
     other choices of what is a point and what a distribution.
     """
 
-    recipes = recipes_of(Recipe("sgd", lr=1e-2, weight_decay=5e-4), lr=3e-3)
+    recipes = recipes_of(paper := Recipe("sgd", lr=1e-2, weight_decay=5e-4), lr=3e-3) | {"original": paper}
     spread = ("text",)  # the modalities whose embeddings become distributions
     log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M), log C(kappa) + kappa kernel(mu.x)
     log_normalizer = kernel = None  # (kappa (M,), D) -> (M,); (cosine) -> the same shape

@@ -22,19 +22,19 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, adaptor, batch_size):
-        """The mean loss over batches, the same every time, and text-to-image: {"loss", "R@1", "AURC"}, floats.
+        """Of an adaptor in eval mode, the mean loss over batches, the same every time, and text-to-image.
+
+        Returns: {"loss", "R@1", "AURC"}, floats.
 
         Raises: UserError if a similarity is not a number.
         """
         batches = self.cache.batches(batch_size, torch.Generator().manual_seed(0))
-        adaptor.eval()
         with autocast(self.cache.device, self.precision):
             losses = [adaptor(*self.cache.pairs(rows)) for rows in batches]
         try:
             found = retrieval(AdaptorScorer(adaptor, self.cache), self.cache)["t2i"]
         except ValueError as error:
             raise UserError(f"--validation: {error} on the held-out images; try a smaller --lr") from None
-        adaptor.train()
         return {"loss": torch.stack(losses).mean().item()} | found
 
     def compare(self, record, path):
