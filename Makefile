@@ -35,10 +35,10 @@ ablation: .venv/installed
 	$(RUN) -m utils.evaluation.ablation --dataset $(DATASET) --method all variants --seed $(SEEDS)
 
 test: about-test .venv/installed-tests
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 about-test:
-	@echo "runs all tests: some 8 minutes on two cores, after the installation"
+	@echo "runs all tests: some 5 minutes on two cores, after the installation"
 
 faults: .venv/installed-tests
 	$(RUN) -m tests.faults
