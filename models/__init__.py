@@ -25,6 +25,8 @@ VARIANTS = {
     "asymvlm-psd-fixed-temperature": variants.PowerSphericalFixedTemperature,
     "asymvlm-vmf-fixed-temperature": variants.VonMisesFisherFixedTemperature,
     "asymvlm-vmf-approximate": variants.VonMisesFisherApproximate,
+    "asymvlm-psd-anchored": variants.PowerSphericalAnchored,
+    "asymvlm-vmf-anchored": variants.VonMisesFisherAnchored,
 }
 ORIGINALS = {}
 # The paper's six; asymvlm's claims, one at a time; the rivals as their own authors build them.
