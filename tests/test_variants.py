@@ -93,6 +93,32 @@ def test_frozen_scores_with_the_density_and_its_own_mean(name):
     torch.testing.assert_close(adaptor.similarity(z_image, z_text), expected, rtol=1e-12, atol=1e-12)
 
 
+# -anchored.
+
+
+@EACH
+def test_anchored_is_the_scaled_direction_of_the_clip_moved_by_a_linear_step(name):
+    adaptor, z = make(f"asymvlm-{name}-anchored").double(), embeddings(50)
+    hidden = z
+    for layer in adaptor.text_mlp[:-1]:
+        hidden = layer(hidden)
+    (eta,) = adaptor.encode_text(z)
+    for row in range(50):
+        a = hidden[row] @ adaptor.log_kappa.weight[0] + adaptor.log_kappa.bias[0]
+        b = adaptor.text_mlp[-1].weight @ hidden[row] + adaptor.text_mlp[-1].bias
+        expected = 20 * (0.3 * a).exp() * (z[row] / z[row].norm() + 0.2 * b / DIM**0.5)
+        torch.testing.assert_close(eta[row], expected, rtol=1e-10, atol=0)
+
+
+@EACH
+def test_anchored_starts_with_the_ranking_of_the_clip_and_one_kappa(name):
+    adaptor, z = make(f"asymvlm-{name}-anchored", 512), embeddings(200, 512, dtype=torch.float32)
+    mean, uncertainty = adaptor.adapt_text(z)
+    assert (mean * unit(z)).sum(dim=1).min() > 0.9999
+    assert ((1 / uncertainty > 18) & (1 / uncertainty < 22)).all()
+    assert torch.isfinite(adaptor.adapt_text(1e6 * z)[1]).all()  # unlike anything that it was trained on
+
+
 # -image.
 
 

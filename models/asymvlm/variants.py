@@ -98,9 +98,9 @@ class FixedTemperature(AsymVLM):
 class Anchored(AsymVLM):
     """A text starts where the frozen CLIP has it, and is moved from there by a short step that weight decay shortens.
 
-    eta = START_KAPPA exp(RATE a) (unit(z) + REACH b / sqrt(D)), a (N, 1) and b (N, D) linear in the last hidden layer of
-    the MLP, near 0 at the start; kappa = ||eta|| and mu = eta / kappa, as ever. REACH holds mu back where kappa learns,
-    so that the CLIP's ranking stays nearly as it is where data are few; RATE holds kappa's logarithm back.
+    eta = START_KAPPA exp(RATE a) (unit(z) + REACH b / sqrt(D)), a (N, 1) and b (N, D) linear in the MLP's last hidden
+    layer and near 0 at the start; kappa = ||eta|| and mu = eta / kappa, as ever. REACH holds mu back where kappa
+    learns, so that the CLIP's ranking stays nearly as it is where data are few; RATE holds log kappa back.
     """
 
     recipes = AsymVLM.recipes | {"small": replace(AsymVLM.recipes["small"], lr=1e-3)}
