@@ -17,7 +17,7 @@ from utils.files import locked, save_tensors
 
 
 class Run:
-    """One training run. If a signal, a UserError or a lost rank stops its block, the state of the last good epoch is saved.
+    """One training run. If a signal, a UserError or a lost rank stops its block, the last good epoch is saved.
 
     Args:
         path: of the checkpoint, <method>.pt; <method>.jsonl, the log, and <method>.resume.pt, the state, lie beside it.

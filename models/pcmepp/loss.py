@@ -1,6 +1,5 @@
 """PCME++'s loss: the expected squared distance of two Gaussians as the logit of a match, over all pairs of a batch."""
 
-import torch
 from torch.nn import functional as F
 
 from models.layers import full_precision, pairwise_products, pairwise_sigmoid_loss, same_rows, total_variance
@@ -53,7 +52,7 @@ def original_loss(mean_image, log_var_image, mean_text, log_var_text, shift, neg
 
 def soft_cross_entropy(logits, match):
     """Mean over all pairs of the cross-entropy with the label 1 - 1e-4 of a match and 1e-4 else, (B, B) each -> ()."""
-    labels = torch.where(match, 1 - SMOOTHING, SMOOTHING).to(logits)
+    labels = SMOOTHING + (1 - 2 * SMOOTHING) * match.to(logits)
     return -(labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits)).mean()
 
 

@@ -33,8 +33,8 @@ class NarrowBayesCap(BayesCap):
 class ProbVLMOriginal(ProbVLMAdaptor):
     """Reconstructs unit(z) of a text and 100 unit(z) of an image, which are what its networks read.
 
-    uncertainty = 1 / mean_d u of a text, mean_d u of an image, u = aleatoric + epistemic (`variance_of_passes`), without
-    a gradient; with `adaptor.inverted = False` it is mean_d u of both.
+    uncertainty = 1 / mean_d u of a text, mean_d u of an image, u = aleatoric + epistemic (`variance_of_passes`),
+    without a gradient; with `adaptor.inverted = False` it is mean_d u of both.
     """
 
     recipes = {
