@@ -29,9 +29,8 @@ ARGUMENTS = {
     "probvlm": [f"{name}_{m}" for m in MODALITIES for name in ("mean", "inv_alpha", "beta", "z")],
 }
 LOSSES = {"pfe": mutual_likelihood_loss, "pcmepp": matching_loss, "prolip": prolip_loss, "probvlm": probvlm_loss}
-MEMORY_LIMIT = (
-    0.7 * 1024
-)  # MB above the interpreter with torch imported, for a step at B = 2048, D = 512 (a (B, B, D) tensor takes 2 GB at B = 1024)
+MEMORY_LIMIT = 0.7 * 1024  # MB above the interpreter with torch imported, for a step at D = 512, where a
+# (B, B, D) tensor takes 8 GB at B = 2048 and 2 GB at B = 1024
 MEMORY_SCRIPT = """
 import re, sys, torch
 from models import METHODS
