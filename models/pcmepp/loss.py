@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from models.layers import full_precision, pairwise_products, pairwise_sigmoid_loss, same_rows, total_variance
 
-# The authors' own, which the paper's code leaves out (arXiv 2305.18171, sec. 4.1, and their code).
+# The author's own, which the paper's code leaves out (arXiv 2305.18171, sec. 3, and the author's code).
 SMOOTHING = 1e-4  # a match has the label 1 - 1e-4, another pair 1e-4
 VIB_WEIGHT = 1e-4  # of each modality's information bottleneck
 PSEUDO_WEIGHT = 0.1  # of the pseudo-positives of rows and of columns
@@ -40,7 +40,7 @@ def original_loss(mean_image, log_var_image, mean_text, log_var_text, shift, neg
     logit_ij = -negative_scale d(i, j) + shift; BCE is the mean over all pairs. M_ij is whether text j describes image
     i, of which equal means are the same one; labels are smoothed. P_rows and P_columns: `pseudo_positives`. KL:
     `information_bottleneck`.
-    Source: arXiv 2305.18171, eq. 3, with the weights of the authors' code.
+    Source: arXiv 2305.18171, sec. 3, with the weights of the author's code.
     """
     distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)
     logits, match = shift - negative_scale * distance, same_rows(mean_image)

@@ -1,4 +1,4 @@
-"""PCME++ as its own author trains it: `pcmepp-original` (arXiv 2305.18171, sec. 3 and 4.1, and the author's code)."""
+"""PCME++ as its own author trains it: `pcmepp-original` (arXiv 2305.18171, sec. 3, and the author's code)."""
 
 from torch import nn
 
@@ -18,7 +18,9 @@ class PCMEPPOriginal(PCMEPPAdaptor):
 
     recipes = {
         "original": Recipe(
-            *("adamw", 5e-4, 1e-4),
+            "adamw",
+            lr=5e-4,
+            weight_decay=1e-4,
             batch_size=128,
             epochs=25,
             drops=(15 / 25,),

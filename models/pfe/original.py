@@ -38,7 +38,7 @@ class PFEOriginal(PFEAdaptor):
     """
 
     recipes = {
-        "original": Recipe(*("sgd", 1e-3, 5e-4), batch_size=256, epochs=5, momentum=0.9, drops=(2 / 3,), decayed_from=2)
+        "original": Recipe("sgd", lr=1e-3, weight_decay=5e-4, batch_size=256, epochs=5, drops=(2 / 3,), decayed_from=2)
     }
 
     def __init__(self, embed_dim=512):

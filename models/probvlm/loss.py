@@ -74,7 +74,7 @@ def variance_of_passes(passes):
     variance(mean_k 1/alpha_k, mean_k beta_k) + sqrt(Var_k[variance_k] Var_k[mean_k]), Var_k with K - 1 below.
     Args: passes: K >= 2 of (mean, 1/alpha, beta), (N, D) each, one after the other; only sums of them are kept.
     Returns: (N, D), up to 1e28, in float64 where the device has it, as the square of a variance is beyond float32.
-    Source: arXiv 2307.00398, sec. 3.3, in the form of the authors' code.
+    Source: arXiv 2307.00398, sec. 3, in the form of the authors' code.
     """
     for k, (mean, inv_alpha, beta) in enumerate(passes, start=1):
         found = [widest(x) for x in (inv_alpha, beta, variance(inv_alpha, beta), mean)]

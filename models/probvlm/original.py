@@ -37,9 +37,7 @@ class ProbVLMOriginal(ProbVLMAdaptor):
     without a gradient; with `adaptor.inverted = False` it is mean_d u of both.
     """
 
-    recipes = {
-        "original": Recipe(*("adam", 8e-5, 0.0), batch_size=64, epochs=500, drops=(), max_steps=2001)  # lr constant
-    }
+    recipes = {"original": Recipe("adam", lr=8e-5, weight_decay=0, batch_size=64, epochs=500, drops=(), max_steps=2001)}
     bayescap = NarrowBayesCap
 
     def encode_image(self, z):

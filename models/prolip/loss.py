@@ -10,7 +10,7 @@ from models.layers import full_precision, pairwise_products, pairwise_sigmoid_lo
 LOGIT_SCALE, LOGIT_BIAS = 1.0, 0.0  # fixed in the paper's code; ProLIP itself learns them
 VIB_BETA = 1e-5  # weight of the information bottleneck, as in the paper's code
 
-# The authors' own, which the paper's code leaves out or changes (arXiv 2410.18857, sec. 3.3, and their code).
+# The authors' own, which the paper's code leaves out or changes (arXiv 2410.18857, sec. 3, and their code).
 ORIGINAL_VIB_BETA = 1e-4
 INCLUSION_WEIGHT = 1e-7  # of the inclusion loss, image in text
 INCLUSION_SCALE, INCLUSION_EPS = 1000.0, -20.0  # of the difference's logit; added to -log_var
@@ -60,7 +60,7 @@ def original_loss(mean_image, log_var_image, mean_text, log_var_text, log_scale,
 def inclusion_loss(mean, log_var, other_mean, other_log_var):
     """I(1, 2) = mean_bd -log sigmoid(1000 [H(1, 2) - H(2, 1)]), small if Gaussian 1 is included in 2, (B, D) -> ().
 
-    Source: arXiv 2410.18857, sec. 3.3. H: `inclusion`.
+    Source: arXiv 2410.18857, sec. 3. H: `inclusion`.
     """
     one, other = (mean, log_var), (other_mean, other_log_var)
     return -F.logsigmoid(INCLUSION_SCALE * (inclusion(*one, *other) - inclusion(*other, *one))).mean()

@@ -21,8 +21,10 @@ class ProLIPOriginal(ProLIPAdaptor):
     uncertainty = sum_d var. The masked views of the inclusion losses are left out: they need the encoder.
     """
 
-    recipes = {  # 200 epochs and a fiftieth of the steps to warm up are ours: theirs is pre-training on 12.8B pairs
-        "original": Recipe(*("adamw", 5e-4, 0.2), batch_size=512, betas=(0.9, 0.95), decayed_from=2, warm_up=0.02)
+    recipes = {  # 200 epochs and a fiftieth of the steps to warm up are ours: theirs is pre-training
+        "original": Recipe(
+            "adamw", lr=5e-4, weight_decay=0.2, batch_size=512, betas=(0.9, 0.95), decayed_from=2, warm_up=0.02
+        )
     }
 
     @staticmethod
