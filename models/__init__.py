@@ -3,9 +3,13 @@
 from models.asymvlm import variants
 from models.asymvlm.adaptor import PowerSphericalAdaptor, VonMisesFisherAdaptor
 from models.pcmepp.adaptor import PCMEPPAdaptor
+from models.pcmepp.original import PCMEPPOriginal
 from models.pfe.adaptor import PFEAdaptor
+from models.pfe.original import PFEOriginal
 from models.probvlm.adaptor import ProbVLMAdaptor
+from models.probvlm.original import ProbVLMOriginal
 from models.prolip.adaptor import ProLIPAdaptor
+from models.prolip.original import ProLIPOriginal
 
 METHODS = {
     "asymvlm-psd": PowerSphericalAdaptor,
@@ -28,7 +32,12 @@ VARIANTS = {
     "asymvlm-psd-anchored": variants.PowerSphericalAnchored,
     "asymvlm-vmf-anchored": variants.VonMisesFisherAnchored,
 }
-ORIGINALS = {}
+ORIGINALS = {
+    "probvlm-original": ProbVLMOriginal,
+    "pfe-original": PFEOriginal,
+    "pcmepp-original": PCMEPPOriginal,
+    "prolip-original": ProLIPOriginal,
+}
 # The paper's six; asymvlm's claims, one at a time; the rivals as their own authors build them.
 GROUPS = {"all": tuple(METHODS), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
 METHODS |= VARIANTS | ORIGINALS

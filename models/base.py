@@ -54,7 +54,7 @@ class Adaptor(nn.Module):
     half precision is raised to float32, float64 stays float64.
     """
 
-    recipes: dict  # name -> Recipe; "paper" and "small" at least
+    recipes: dict  # name -> Recipe: "paper" and "small" at least, or "original" alone
 
     def __init__(self, embed_dim=512):
         super().__init__()
@@ -122,10 +122,12 @@ class GaussianAdaptor(Adaptor):
     mean = unit(z), log_var = MLP(unit(z)), (N, D) each; uncertainty = mean_d exp(log_var).
     """
 
+    trunk = staticmethod(mlp)  # embed_dim -> Sequential, (N, D) -> (N, D), that ends in a linear layer
+
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
-        self.image_head = nn.ModuleDict({"log_var": mlp(embed_dim)})
-        self.text_head = nn.ModuleDict({"log_var": mlp(embed_dim)})
+        self.image_head = nn.ModuleDict({"log_var": self.trunk(embed_dim)})
+        self.text_head = nn.ModuleDict({"log_var": self.trunk(embed_dim)})
 
     def encode_image(self, z):
         mean = unit(z)

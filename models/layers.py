@@ -1,8 +1,9 @@
-"""What the methods share: the MLP trunk, unit vectors, sums over all pairs, and logs that are never half-precision."""
+"""What the methods share: layers, unit vectors, sums over all pairs, and logs that are never half-precision."""
 
 import functools
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,6 +33,11 @@ def full_precision(function):
         return function(*(at_least_float32(a) if isinstance(a, torch.Tensor) else a for a in arguments), **options)
 
     return raised
+
+
+def widest(x):
+    """x in float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()  # Apple's GPU has no float64
 
 
 @full_precision
@@ -67,3 +73,96 @@ def pairwise_sigmoid_loss(logits):
     """
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1  # (B, B)
     return -F.logsigmoid(signs * logits).sum()
+
+
+def same_rows(x):
+    """Which rows of x (B, D) are equal: (B, B), bool. Equal embeddings are taken for one image: there are no ids."""
+    _, number = torch.unique(x, dim=0, return_inverse=True)  # (B,)
+    return number[:, None] == number
+
+
+# Several ranks encode a share of the batch each; what follows sees the whole batch, so that they equal one.
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) times a weight plus a bias, in training by the whole batch's statistics, (B, D).
+
+    Both statistics are also kept as running averages, which take their place in evaluation; var is the mean squared
+    deviation, and 0 for a batch of one.
+
+    Args: decay: of the running averages, a step. affine: whether weight and bias are learnt, or are 1 and 0.
+    """
+
+    def __init__(self, width, decay, eps, affine=True):
+        super().__init__()
+        self.decay, self.eps = decay, eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x):
+        """This rank's share (b, D) of a batch -> (b, D), at least float32."""
+        x = at_least_float32(x)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        rows = sum(rows_of_ranks(x))
+        mean = sum_over_ranks(x.sum(dim=0)) / rows
+        var = sum_over_ranks((x - mean).square().sum(dim=0)) / rows
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 1 - self.decay)
+            self.running_var.lerp_(var, 1 - self.decay)
+        x = (x - mean) * (var + self.eps).rsqrt()
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+class Dropout(nn.Module):
+    """In training, sets a share p of x (B, ...) to 0 and divides the rest by 1 - p.
+
+    The mask is drawn for the whole batch on the CPU, whose generator is the same on all ranks, and which --resume
+    restores.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or not self.p:
+            return x
+        rows = rows_of_ranks(x)
+        kept = (torch.rand(sum(rows), *x.shape[1:]) >= self.p).split(rows)[dist.get_rank() if len(rows) > 1 else 0]
+        return x * kept.to(x) / (1 - self.p)
+
+
+def rows_of_ranks(x):
+    """How many rows each rank has of a batch: [b], of which this one's are x (b, ...)."""
+    if not dist.is_initialized():
+        return [len(x)]
+    rows = torch.zeros(dist.get_world_size(), device=x.device)
+    rows[dist.get_rank()] = len(x)
+    return [int(b) for b in sum_over_ranks(rows)]
+
+
+def sum_over_ranks(x):
+    """A tensor summed over the ranks, with a gradient: that of the sum of the ranks' losses.
+
+    Raises: ConnectionError if one of them is gone.
+    """
+    return _SumOverRanks.apply(x) if dist.is_initialized() else x
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        summed = x.clone()
+        try:
+            dist.all_reduce(summed)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][:160]
+            raise ConnectionError(f"lost another process of this run ({reason}); go on with --resume") from None
+        return summed
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverRanks.apply(gradient)

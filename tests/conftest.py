@@ -27,6 +27,7 @@ import cache_embeddings
 from datasets.registry import DATASETS
 from datasets.texts import write_texts
 from datasets.write import write_split
+from models import METHODS
 from utils.cli import run_script
 from utils.preprocess import load_clip
 
@@ -106,6 +107,11 @@ def make_cache(name, images=40, captions_per_image=3, dim=64, seed=0, splits=("t
         write_split(Path("embeddings") / name / split, **(content | changes))
     ladder = torch.tensor(rng.normal(size=(3, dim)), dtype=torch.float16)
     write_texts(name, "ladder", ladder, ["a photo", "a photo of a cat", "a photo of a black cat"], {})
+
+
+def recipe_of(method):
+    """The name of the recipe for small caches or, of a method that has none but its authors', of that one."""
+    return "small" if "small" in METHODS[method].recipes else "original"
 
 
 def load_result(name, seed, method):

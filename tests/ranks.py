@@ -20,13 +20,17 @@ import cache_embeddings
 import train
 from datasets import source
 from models import GROUPS, METHODS
+from tests.conftest import recipe_of
 from utils.cli import run_script
 from utils.distributed import joined, rank, share_of_rank, world_size
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIM = 32
 LIMIT = 60  # seconds, after which a fork hangs
-STEPPED = (*GROUPS["all"], "asymvlm-psd-both", "asymvlm-psd-image", "asymvlm-vmf-frozen")  # every way to be encoded
+STEPPED = (  # every way to be encoded
+    *(*GROUPS["all"], "asymvlm-psd-both", "asymvlm-psd-image", "asymvlm-vmf-frozen"),
+    *("probvlm-original", "pfe-original"),  # of which dropout and batch norm see the whole batch
+)
 BATCHES = (37, 3)  # neither can be shared evenly by 2 or 4 ranks; of the smaller one, one of 4 has nothing
 
 
@@ -51,11 +55,12 @@ def steps(argv):
         for method in STEPPED:
             for batch in BATCHES:
                 adaptor = new_adaptor(method)
-                optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["small"], 10)
+                optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes[recipe_of(method)], 10)
                 pairs = [share_of_rank(z) for z in random_pairs(batch)]
                 loss = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32)
                 gradients = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
                 found[f"{method} {batch}"] = {"loss": loss, "share": len(pairs[0]), "gradients": gradients}
+                found[f"{method} {batch}"]["buffers"] = dict(adaptor.named_buffers())
         torch.save(found, folder / f"{rank()}-of-{world_size()}.pt")
 
 

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from models import GROUPS, METHODS
-from models.base import SMALL
+from models.base import SMALL, GaussianAdaptor
+from tests.conftest import recipe_of
 from utils.checkpoint import load_adaptor, save_adaptor
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 
 
 def make(method, dim=64, dtype=torch.float32):
+    """An untrained adaptor in eval mode, so that nothing is drawn, and a row's results depend on no other row."""
     torch.manual_seed(0)
-    return METHODS[method](dim).to(dtype)
+    return METHODS[method](dim).to(dtype).eval()
 
 
 def embeddings(n, dim=64, dtype=torch.float32, seed=0):
@@ -37,9 +39,10 @@ def assert_every_parameter_is_trained(adaptor):
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_methods_are_the_six_of_the_paper_and_the_variants():
+def test_methods_are_the_six_of_the_paper_the_variants_and_the_originals():
     assert GROUPS["all"] == ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip")
-    assert list(METHODS) == [*GROUPS["all"], *GROUPS["variants"]]
+    assert GROUPS["originals"] == ("probvlm-original", "pfe-original", "pcmepp-original", "prolip-original")
+    assert list(METHODS) == [*GROUPS["all"], *GROUPS["variants"], *GROUPS["originals"]]
 
 
 @pytest.mark.parametrize("method", GROUPS["all"])
@@ -71,14 +74,15 @@ def test_a_recipe_starts_the_variances_where_the_method_has_any(method):
     before = [part.clone() for part in adaptor.encode(z, z)]
     adaptor.start_at(None)
     assert all(torch.equal(a, b) for a, b in zip(adaptor.encode(z, z), before, strict=True))
-    if METHODS[method].recipes["small"].start_variance is None:
+    if not isinstance(adaptor, GaussianAdaptor):
+        assert all(recipe.start_variance is None for recipe in adaptor.recipes.values())
         with pytest.raises(NotImplementedError, match="start_variance"):
             adaptor.start_at(1.0)
         return
     adaptor.start_at(2.0)
     for mean, uncertainty in (adaptor.adapt_image(z), adaptor.adapt_text(z)):
         assert torch.equal(mean, before[0])
-        total = 64 * uncertainty  # all dimensions together
+        total = uncertainty if method.endswith("-original") else 64 * uncertainty  # all dimensions together
         assert ((total > 1.5) & (total < 2.6)).all()
 
 
@@ -102,7 +106,7 @@ def test_shapes_at_any_width(method, dim):
 
 @EVERY
 def test_loss_is_finite_and_reaches_every_parameter(method):
-    adaptor = make(method)
+    adaptor = make(method).train()
     assert all(parameter.requires_grad for parameter in adaptor.parameters())
     loss = adaptor(embeddings(32), embeddings(32, seed=1))
     loss.backward()
@@ -129,6 +133,18 @@ def test_similarity_is_the_score_of_what_the_encoders_return(method):
 
 
 @EVERY
+def test_own_score_is_of_all_pairs_as_they_stand(method):
+    adaptor = make(method, dtype=torch.float64)
+    z_image, z_text = embeddings(7, dtype=torch.float64), embeddings(9, dtype=torch.float64, seed=1)
+    rows, columns = torch.randperm(7), torch.randperm(9)
+    score = adaptor.own_score(adaptor.encode_image(z_image), adaptor.encode_text(z_text))
+    assert score.shape == (7, 9)
+    assert score.dtype == torch.float64
+    shuffled = adaptor.own_score(adaptor.encode_image(z_image[rows]), adaptor.encode_text(z_text[columns]))
+    torch.testing.assert_close(shuffled, score[rows][:, columns], rtol=1e-10, atol=1e-12)
+
+
+@EVERY
 def test_bfloat16_autocast_trains_close_to_float32(method):
     adaptor = make(method)
     z_image, z_text = embeddings(32), embeddings(32, seed=1)
@@ -137,9 +153,10 @@ def test_bfloat16_autocast_trains_close_to_float32(method):
         loss = adaptor(z_image, z_text)
         similarity = adaptor.similarity(z_image, z_text)
         (mean_image, of_image), (mean, of_text) = adaptor.adapt_image(z_image), adaptor.adapt_text(z_text)
-    loss.backward()
-    assert_every_parameter_is_trained(adaptor)
-    assert {x.dtype for x in (loss, mean, mean_image)} == {torch.float32}
+        trained = adaptor.train()(z_image, z_text)
+    trained.backward()
+    assert_every_parameter_is_trained(adaptor.eval())
+    assert {x.dtype for x in (loss, trained, mean, mean_image)} == {torch.float32}
     assert similarity.dtype in (torch.float32, torch.float64)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
     for found, expected in ((of_image, adaptor.adapt_image(z_image)[1]), (of_text, adaptor.adapt_text(z_text)[1])):
@@ -195,8 +212,9 @@ def test_permuting_the_rows_permutes_what_is_reported(method):
 
 
 @EVERY
-def test_batch_of_one(method):
-    adaptor = make(method)
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_of_one(method, training):
+    adaptor = make(method).train(training)
     z_image, z_text = embeddings(1), embeddings(1, seed=1)
     loss = adaptor(z_image, z_text)
     loss.backward()
@@ -207,8 +225,9 @@ def test_batch_of_one(method):
 
 
 @EVERY
-def test_zero_embeddings_are_finite(method):
-    adaptor = make(method)
+@pytest.mark.parametrize("training", [True, False])
+def test_zero_embeddings_are_finite(method, training):
+    adaptor = make(method).train(training)
     zero = torch.zeros(4, 64)
     loss = adaptor(zero, zero)
     loss.backward()
@@ -220,7 +239,7 @@ def test_zero_embeddings_are_finite(method):
 
 @EVERY
 def test_a_few_steps_lower_the_loss(method):
-    adaptor = make(method)
+    adaptor = make(method).train()
     z_image = embeddings(32)
     z_text = z_image + 3 * embeddings(32, seed=1)  # so that the CLIP's direction is not the answer already
     optimizer = torch.optim.AdamW(adaptor.parameters(), lr=1e-3)
@@ -238,10 +257,10 @@ def test_a_few_steps_lower_the_loss(method):
 def test_saved_adaptor_loads_as_it_was(method, tmp_path):
     adaptor = make(method)
     with torch.no_grad():
-        for parameter in adaptor.parameters():
-            parameter.add_(0.01)  # nothing is at its initial value
+        for value in (*adaptor.parameters(), *adaptor.buffers()):
+            value.add_(0.01)  # nothing is at its initial value
     path = tmp_path / f"{method}.pt"
-    save_adaptor(adaptor, method, adaptor.recipes["small"], {"seed": 0}, path)
+    save_adaptor(adaptor, method, adaptor.recipes[recipe_of(method)], {"seed": 0}, path)
     loaded = load_adaptor(path)
     assert type(loaded) is METHODS[method]
     assert not loaded.training

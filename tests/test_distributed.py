@@ -84,6 +84,8 @@ def test_a_step_of_several_ranks_is_that_of_one(method, ranks, batch, steps):
         assert relative(flat(rank["gradients"]), flat(exact)) <= 1e-5
         for name, gradient in exact.items():  # of 3 pairs, a temperature's is a small difference of large numbers
             assert relative(rank["gradients"][name], gradient) <= (1e-5 if batch == 37 else 1e-4), name
+        for name, buffer in adaptor.named_buffers():
+            assert relative(rank["buffers"][name], buffer) <= 1e-6, name
     assert all(
         torch.equal(rank["gradients"][name], found[0]["gradients"][name])
         for rank in found

@@ -14,7 +14,7 @@ import train as train_script
 from datasets.embedding import EmbeddingCache
 from models import METHODS
 from models.base import SMALL
-from tests.conftest import REPOSITORY, load_result, make_cache
+from tests.conftest import REPOSITORY, load_result, make_cache, recipe_of
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.evaluation.scorers import AdaptorScorer
 
@@ -25,7 +25,7 @@ QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size"
 @pytest.mark.parametrize("method", METHODS)
 def test_results_equal_a_plain_evaluation_with_the_full_matrix(method, script):
     make_cache("tiny", images=30, captions_per_image=4)
-    assert script(train_script.main, *QUICK, "--method", method)[0] == 0
+    assert script(train_script.main, *QUICK, "--method", method, "--recipe", recipe_of(method))[0] == 0
     status, printed, _ = script(eval_script.main, "--dataset", "tiny", *PLAIN, "--method", method, "--uncer_levels", 10)
     assert status == 0
     assert method in printed

@@ -19,7 +19,7 @@ from datasets.write import write_split
 from models import GROUPS, METHODS, expand_groups
 from models.base import SMALL, Adaptor
 from models.layers import mlp
-from tests.conftest import REPOSITORY, load_result, make_cache
+from tests.conftest import REPOSITORY, load_result, make_cache, recipe_of
 from utils.checkpoint import load_adaptor, load_run, save_adaptor
 from utils.cli import UserError
 from utils.device import pick_precision
@@ -245,16 +245,17 @@ LONG = ("--dataset", "tiny", "--recipe", "small", "--epochs", 7, "--batch-size",
 def test_resumed_run_equals_unbroken_run(method, script, monkeypatch, one_thread):
     make_cache("tiny")
     path = Path(f"checkpoints/tiny/0/{method}.pt")
-    assert script(train_script.main, *LONG, "--method", method)[0] == 0
+    run = (*LONG, "--method", method, "--recipe", recipe_of(method))
+    assert script(train_script.main, *run)[0] == 0
     whole, log = path.read_bytes(), read_log(method)
     path.unlink()
     for flags, epoch in (((), 4), (("--resume",), 6)):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             stop_in_epoch(patch, epoch, die)
-            script(train_script.main, *LONG, "--method", method, *flags)
+            script(train_script.main, *run, *flags)
         assert not path.exists()
         assert len(torch.load(path.with_suffix(".resume.pt"), weights_only=True)["log"]) == (2 if epoch == 4 else 4)
-    assert script(train_script.main, *LONG, "--method", method, "--resume")[0] == 0
+    assert script(train_script.main, *run, "--resume")[0] == 0
     assert path.read_bytes() == whole
     assert read_log(method) == log
     assert sorted(file.name for file in path.parent.iterdir()) == sorted([path.name, f"{method}.jsonl"])
@@ -400,13 +401,12 @@ def test_two_runs_of_one_method_and_seed_are_refused(script, one_thread):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_one_and_a_batch_all_alike_are_trained_on(method, script, one_thread):
     make_cache("tiny", images=3, captions_per_image=1)
-    assert (
-        script(train_script.main, *QUICK, "--method", method, "--batch-size", 2)[0] == 0
-    )  # the last batch is one pair
+    run = (*QUICK, "--method", method, "--recipe", recipe_of(method))
+    assert script(train_script.main, *run, "--batch-size", 2)[0] == 0  # the last batch is one pair
     for split in ("train", "val"):
         alike = torch.ones(4, 64).half()
         write_split(Path("embeddings/alike") / split, alike, alike, [0, 1, 2, 3], ["a"] * 4, ["a.png"] * 4, None, {})
-    assert script(train_script.main, *QUICK, "--method", method, "--dataset", "alike")[0] == 0
+    assert script(train_script.main, *run, "--dataset", "alike")[0] == 0
 
 
 def test_bfloat16_that_is_not_native_is_told_to_be_slow(monkeypatch, caplog):

@@ -17,7 +17,7 @@ from utils.files import locked, save_tensors
 
 
 class Run:
-    """One training run. If its block is stopped by a signal or a UserError, the state of the last good epoch is saved.
+    """One training run. If a signal, a UserError or a lost rank stops its block, the last good epoch is saved.
 
     Args:
         path: of the checkpoint, <method>.pt; <method>.jsonl, the log, and <method>.resume.pt, the state, lie beside it.
@@ -46,7 +46,7 @@ class Run:
 
     def __exit__(self, kind, stop, traceback):
         with self.exits:
-            if not isinstance(stop, KeyboardInterrupt | UserError):
+            if not isinstance(stop, KeyboardInterrupt | UserError | ConnectionError):
                 return
             for number in (signal.SIGINT, signal.SIGTERM):  # torchrun may send both
                 self.exits.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))

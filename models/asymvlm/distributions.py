@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch.nn import functional as F
 
-from models.layers import full_precision, pairwise_products
+from models.layers import full_precision, pairwise_products, widest
 
 KAPPA_MIN = 1e-6  # keeps mu = eta / kappa and 1/kappa finite where eta = 0
 LEAST_ORDER = 7  # v of D = 16, from which on six terms suffice
@@ -178,11 +178,6 @@ def _expansion(kappa, v):
     series = ((1 / s)[..., None] ** powers * coefficients).sum(dim=-1)
     constant = v * math.log(v) + math.log(2 * math.pi * v) / 2
     return -(constant - v * s + v * torch.log1p(s) + torch.log(s) / 2 - torch.log1p(series))
-
-
-def widest(x):
-    """x in float64, where the device has it."""
-    return x if x.device.type == "mps" else x.double()  # Apple's GPU has no float64
 
 
 @functools.cache  # making it stops a GPU

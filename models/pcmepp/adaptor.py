@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.base import GaussianAdaptor, Recipe, recipes_of
-from models.pcmepp.loss import matching_loss
+from models.pcmepp.loss import closed_form_sampled_distance, matching_loss
 
 SHIFT, NEGATIVE_SCALE = 5.0, 5.0  # initial values, as in the paper's code
 
@@ -22,3 +22,7 @@ class PCMEPPAdaptor(GaussianAdaptor):
     def loss(self, mean_image, log_var_image, mean_text, log_var_text):
         """The matching loss over all B^2 pairs, with the learnt shift and scale."""
         return matching_loss(mean_image, log_var_image, mean_text, log_var_text, self.shift, self.negative_scale)
+
+    def own_score(self, image, text):
+        """-d(i, j), the expected squared distance, (N, M)."""
+        return -closed_form_sampled_distance(*image, *text)

@@ -2,7 +2,7 @@
 
 from models.base import Adaptor, Recipe, recipes_of
 from models.layers import mlp
-from models.pfe.loss import mutual_likelihood_loss, variance
+from models.pfe.loss import mutual_likelihood_loss, mutual_likelihood_score, variance
 
 
 class PFEAdaptor(Adaptor):
@@ -27,3 +27,7 @@ class PFEAdaptor(Adaptor):
     describe_image = describe_text
 
     loss = staticmethod(mutual_likelihood_loss)  # of the true pairs; there are no negatives
+
+    def own_score(self, image, text):
+        """The mutual likelihood score, (N, M), without a gradient."""
+        return mutual_likelihood_score(*image, *text)

@@ -3,26 +3,32 @@
 from torch import nn
 
 from models.base import Adaptor, Recipe, recipes_of
-from models.layers import HIDDEN, at_least_float32
+from models.layers import HIDDEN, Dropout, at_least_float32
 from models.probvlm.loss import mean_variance, positive, probvlm_loss
 
 
 class BayesCap(nn.Module):
     """The network of one modality: a residual trunk, and heads for the three parameters of a generalised Gaussian."""
 
+    hidden, dropout = HIDDEN, 0.0  # width of the hidden layers; share of them that is dropped in training
+    positive = staticmethod(positive)  # what makes 1/alpha and beta positive
+
     def __init__(self, embed_dim):
         super().__init__()
-        layers = [nn.Linear(embed_dim, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
-        layers += [nn.Dropout(0.0)]  # drops nothing; it keeps the indices of the paper's checkpoints
-        self.mod = nn.Sequential(*layers, nn.Linear(HIDDEN, embed_dim))
+        layers = [nn.Linear(embed_dim, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.hidden), nn.ReLU()]
+        self.mod = nn.Sequential(*layers, Dropout(self.dropout), nn.Linear(self.hidden, embed_dim))
         self.block_mu, self.block_alpha, self.block_beta = (
             nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)) for _ in range(3)
         )
 
     def forward(self, z):
         """(N, D) -> mean, 1/alpha > 0 and beta > 0, (N, D) each."""
-        h = self.mod(z) + z  # (N, D)
-        return at_least_float32(self.block_mu(h)), positive(self.block_alpha(h)), positive(self.block_beta(h))
+        return self.heads(self.mod(z) + z)
+
+    def heads(self, h):
+        """The same from what the trunk gives, (N, D)."""
+        mean, inv_alpha, beta = self.block_mu(h), self.block_alpha(h), self.block_beta(h)
+        return at_least_float32(mean), self.positive(inv_alpha), self.positive(beta)
 
 
 class ProbVLMAdaptor(Adaptor):
@@ -33,12 +39,13 @@ class ProbVLMAdaptor(Adaptor):
     """
 
     recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4), lr=3e-4)
+    bayescap = BayesCap
     inverted = True
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
-        self.image_bayescap = BayesCap(embed_dim)
-        self.text_bayescap = BayesCap(embed_dim)
+        self.image_bayescap = self.bayescap(embed_dim)
+        self.text_bayescap = self.bayescap(embed_dim)
 
     def encode_image(self, z):
         return *self.image_bayescap(z), z

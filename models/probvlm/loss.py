@@ -7,7 +7,7 @@ the shape, one each a coordinate. All constants are those of the authors' code.
 import torch
 from torch.nn import functional as F
 
-from models.layers import full_precision
+from models.layers import full_precision, widest
 
 PARAMETER_EPS = 1e-4  # added to 1/alpha and beta in the loss: log and 1/beta stay finite where softplus is 0
 RESIDUAL_RANGE = (1e-4, 1e3)  # of the residual's term: one outlier does not carry the batch
@@ -49,15 +49,40 @@ def _reconstruction_loss(mean, inv_alpha, beta, z, z_other):
     return fit(z) + CROSS_WEIGHT * fit(z_other)
 
 
-@full_precision
 def mean_variance(inv_alpha, beta):
-    """mean_d alpha^2 Gamma(3/b) / Gamma(1/b), the variance of a generalised Gaussian, averaged over the coordinates.
+    """`variance`, averaged over the coordinates: (N, D) each -> (N,)."""
+    return variance(inv_alpha, beta).mean(dim=-1)
+
+
+@full_precision
+def variance(inv_alpha, beta):
+    """alpha^2 Gamma(3/b) / Gamma(1/b), the variance of a generalised Gaussian, of every coordinate.
 
     alpha = 1 / (inv_alpha + 1e-5), clipped to [1e-4, 5]; b = beta + 0.1, clipped to [0.1, 5].
     Args: inv_alpha (N, D), beta (N, D), both >= 0.
-    Returns: (N,), from 1e-9 to 6e26: the ratio of the Gammas is taken in logarithms.
+    Returns: (N, D), from 1e-9 to 6e26: the ratio of the Gammas is taken in logarithms.
     Source: arXiv 2307.00398, sec. 3; the clips are the authors' code's.
     """
     alpha = (1 / (inv_alpha + INV_ALPHA_EPS)).clamp(*ALPHA_RANGE)
     b = (beta + BETA_OFFSET).clamp(*BETA_RANGE)
-    return (alpha.square() * (torch.lgamma(3 / b) - torch.lgamma(1 / b)).exp()).mean(dim=-1)
+    return alpha.square() * (torch.lgamma(3 / b) - torch.lgamma(1 / b)).exp()
+
+
+def variance_of_passes(passes):
+    """How uncertain several passes through a network with dropout are of each coordinate: aleatoric and epistemic.
+
+    variance(mean_k 1/alpha_k, mean_k beta_k) + sqrt(Var_k[variance_k] Var_k[mean_k]), Var_k with K - 1 below.
+    Args: passes: K >= 2 of (mean, 1/alpha, beta), (N, D) each, one after the other; only sums of them are kept.
+    Returns: (N, D), up to 1e28, in float64 where the device has it, as the square of a variance is beyond float32.
+    Source: arXiv 2307.00398, sec. 3, in the form of the authors' code.
+    """
+    for k, (mean, inv_alpha, beta) in enumerate(passes, start=1):
+        found = [widest(x) for x in (inv_alpha, beta, variance(inv_alpha, beta), mean)]
+        if k == 1:
+            averages, squares = found, [0.0] * 4
+            continue
+        shifts = [x - average for x, average in zip(found, averages, strict=True)]
+        averages = [average + shift / k for average, shift in zip(averages, shifts, strict=True)]
+        squares = [s + shift**2 * (k - 1) / k for s, shift in zip(squares, shifts, strict=True)]  # Welford's
+    of_variance, of_mean = (s / (k - 1) for s in squares[2:])
+    return variance(*averages[:2]) + (of_variance * of_mean).sqrt()

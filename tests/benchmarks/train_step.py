@@ -26,7 +26,8 @@ def make_step(method, batch, embed_dim, precision="auto"):
     device = pick_device("auto")
     torch.manual_seed(0)
     adaptor = METHODS[method](embed_dim).to(device)
-    optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes["paper"], 10_000)
+    recipe = next(iter(adaptor.recipes.values()))  # the paper's, or its authors'
+    optimizer, schedule = train.make_optimizer(adaptor, recipe, 10_000)
     pairs = [torch.randn(batch, embed_dim, dtype=torch.float16).to(device) for _ in range(2)]
     dtype = pick_precision(precision, device)
     return lambda: train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
