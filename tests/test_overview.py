@@ -138,6 +138,32 @@ def test_what_becomes_of_leads_in_a_world_where_it_is_known(workdir, script):
         assert summary in printed
 
 
+def test_a_lead_is_the_difference_that_compare_prints(workdir, script):
+    for method, right in (("asymvlm-psd", 0.5), ("pfe", 0.45)):
+        save_world(method, right, 0.5, (0, 1, 2))
+    flags = ("--seed", 0, 1, 2, "--resamples", 200)
+    printed = script(overview.main, *FAIR, *flags, "--method", "asymvlm-psd", "pfe")[1]
+    found = leads_of(printed, "asymvlm-psd")["pfe"]
+    printed = script(eval_script.main, "--dataset", "tiny", *flags, "--compare", "asymvlm-psd", "pfe")[1]
+    for figure in ("R@1", "AURC"):
+        lines = [line.split() for line in printed.splitlines() if line.startswith(f"{figure} ")]
+        for d, line in zip(("t2i", "i2t"), lines, strict=True):
+            assert found[f"{figure} {d}"][1:4] == tuple(float(cell.strip("[],")) for cell in line[3:6])
+
+
+def test_rounding_of_a_query_in_a_thousand_does_not_part_rows():
+    fields = {"rank": np.ones(2000, int), "top1": np.arange(2000), "uncertainty": np.arange(2000.0)}
+    for changed, alike in ((0, True), (2, True), (3, False)):
+        for field in fields:
+            others = fields[field].copy()
+            others[:changed] += 1
+            results = [Results({"t2i": f, "i2t": fields}, {}) for f in (fields, fields | {field: others})]
+            assert overview.answers_alike(*results) == alike
+    assert not overview.answers_alike(
+        results[0], Results({"t2i": fields, "i2t": fields | {"image_uncertainty": others}}, {})
+    )
+
+
 def jackknife(statistic, images):
     """The standard error of a statistic of image numbers when one image after another is left out."""
     values = np.array([statistic(np.delete(images, image)) for image in images])

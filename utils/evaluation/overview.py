@@ -36,6 +36,28 @@ side. For a rival stands that row of it which is best in the figure on these ver
 
 
 def main(argv=None):
+    args = parse(argv)
+    folder, leader = Path("results") / args.dataset, args.against
+    rows = {method: load_rows(folder, method, args.score, args.seed, args.split) for method in args.method}
+    results = {name: runs for rows_of_one in rows.values() for name, runs in rows_of_one.items()}
+    if leader is not None:
+        check_same_queries(results, "--against")
+    results = {name: [shown(run, args.resamples) for run in runs] for name, runs in results.items()}
+    seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
+    parts = [table(results, f"{args.dataset}/{args.split}, {seeds}")]
+    parts += [f"{OWN_SCORES}\n"] if OWN in args.score else []
+    if leader is not None:
+        rivals = {}
+        for method in args.method:
+            rivals.setdefault(family(method), []).extend(rows[method])
+        del rivals[family(leader)]
+        parts += [*(leads(results, name, rivals) for name in rows[leader]), f"{HOW.format(leader=leader)}\n"]
+    text = "\n".join(parts)
+    save_texts({f"{args.name}.md": text}, folder)
+    print(text, end="")
+
+
+def parse(argv):
     parser = Parser(description="One table of what is evaluated already: R@1 and AURC with their intervals.")
     add = parser.add_argument
     add("--dataset", type=folder_name, default="coco", help="folder under results/ (default: coco)")
@@ -48,32 +70,16 @@ def main(argv=None):
     add("--against", metavar="METHOD", help="also whether this one's leads over methods of other families survive")
     add("--name", type=folder_name, default="ablation", help="of the file (default: %(default)s)")
     args = parser.parse_args(argv)
-    folder, seeds, scores = Path("results") / args.dataset, list(dict.fromkeys(args.seed)), dict.fromkeys(args.score)
-    methods, leader = expand_groups(args.method), args.against
-    taken = args.name in ("README", "comparison", "t2i", "details")
+    args.method = expand_groups(args.method)
+    args.score, args.seed = (list(dict.fromkeys(given)) for given in (args.score, args.seed))
+    taken, leader = args.name in ("README", "comparison", "t2i", "details"), args.against
     need(not taken, f"--name {args.name}: a file of that name is eval.py's; choose another")
     if leader is not None:
-        need(leader in methods, f"--against {leader}: not in the table; add it to --method")
-        others = any(family(method) != family(leader) for method in methods)
+        need(leader in args.method, f"--against {leader}: not in the table; add it to --method")
+        others = any(family(method) != family(leader) for method in args.method)
         need(others, f"--against {leader}: no method of another family is in the table; add one to --method")
         need(args.resamples >= LEAST, f"--resamples {args.resamples}: --against needs {LEAST} at least")
-    rows = {method: load_rows(folder, method, scores, seeds, args.split) for method in methods}
-    results = {name: runs for rows_of_one in rows.values() for name, runs in rows_of_one.items()}
-    if leader is not None:
-        check_same_queries(results, "--against")
-    results = {name: [shown(run, args.resamples) for run in runs] for name, runs in results.items()}
-    title = f"{args.dataset}/{args.split}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
-    parts = [table(results, title)]
-    parts += [f"{OWN_SCORES}\n"] if OWN in scores else []
-    if leader is not None:
-        rivals = {}
-        for method in methods:
-            rivals.setdefault(family(method), []).extend(rows[method])
-        del rivals[family(leader)]
-        parts += [*(leads(results, name, rivals) for name in rows[leader]), f"{HOW.format(leader=leader)}\n"]
-    text = "\n".join(parts)
-    save_texts({f"{args.name}.md": text}, folder)
-    print(text, end="")
+    return args
 
 
 def load_rows(folder, method, scores, seeds, split):
@@ -95,12 +101,10 @@ def load_rows(folder, method, scores, seeds, split):
 def answers_alike(a, b):
     """Whether two Results answer alike: texts and images as uncertain, and ranked alike but for rounding."""
     for fields, others in zip(a.answers.values(), b.answers.values(), strict=True):
-        if len(fields["rank"]) != len(others["rank"]) or fields.keys() != others.keys():
+        compared = [field for field in ("rank", "top1", "uncertainty", "image_uncertainty") if field in fields | others]
+        if len(fields["rank"]) != len(others["rank"]) or not fields.keys() & others.keys() >= {*compared}:
             return False
-        otherwise = np.zeros(len(fields["rank"]), dtype=bool)
-        for field in ("rank", "top1", "uncertainty", "image_uncertainty"):
-            otherwise |= fields[field] != others[field] if field in fields else False
-        if otherwise.mean() > ROUNDING:
+        if np.any([fields[field] != others[field] for field in compared], axis=0).mean() > ROUNDING:
             return False
     return True
 
