@@ -151,6 +151,17 @@ def test_a_lead_is_the_difference_that_compare_prints(workdir, script):
             assert found[f"{figure} {d}"][1:4] == tuple(float(cell.strip("[],")) for cell in line[3:6])
 
 
+def test_seeds_of_either_side_are_drawn_by_themselves(workdir, script):
+    for seed, right in enumerate((0.3, 0.6)):
+        save_world("asymvlm-psd", right, 0.5, (seed,))
+        for file in Path(f"results/tiny/{seed}").iterdir():
+            file.with_name(f"pfe{file.suffix}").write_bytes(file.read_bytes())
+    printed = script(overview.main, *FAIR, "--seed", 0, 1, "--method", "asymvlm-psd", "pfe")[1]
+    _, difference, low, high, _ = leads_of(printed, "asymvlm-psd")["pfe"]["R@1 t2i"]
+    assert difference == 0
+    assert low < -0.1 < 0.1 < high
+
+
 def test_rounding_of_a_query_in_a_thousand_does_not_part_rows():
     fields = {"rank": np.ones(2000, int), "top1": np.arange(2000), "uncertainty": np.arange(2000.0)}
     for changed, alike in ((0, True), (2, True), (3, False)):
