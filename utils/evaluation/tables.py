@@ -50,7 +50,7 @@ def draws_of(runs, section, figure, side=0):
 
 
 def paired_draws(runs, others, section, figure):
-    """A figure's difference of two methods in every resample, the same for both; None where one was not resampled."""
+    """A figure's difference of two methods in resamples of both, of seeds drawn for each; None without draws."""
     draws = [draws_of(of_one, section, figure, side) for side, of_one in enumerate((runs, others))]
     return None if any(of_one is None for of_one in draws) else draws[0] - draws[1]
 
