@@ -3,7 +3,7 @@
 python eval.py --uncer_levels 10
 python eval.py --dataset shapes --method all --seed 0 1 2
 python eval.py --dataset shapes --seed 0 1 2 --compare asymvlm-psd prolip
-python eval.py --dataset shapes --method all --score frozen
+python eval.py --dataset shapes --method all --score own
 python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
 python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
 """
@@ -63,7 +63,7 @@ def main(argv=None):
     flags = ["dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples"]
     flags += [flag for flag in ("score", "reference") if getattr(args, flag) not in (PUBLISHED, None)]
     if args.score != PUBLISHED:
-        title, folder = f"{title}; all ranked by the {args.score} cosine", folder / args.score
+        title, folder = f"{title}; {SCORES[args.score]}", folder / args.score
     first = next(iter(adaptors.values()))
     examples = None if args.no_plots else questions.example_captions(first, cache, score=args.score)
     report(results, title, {flag: getattr(args, flag) for flag in flags}, folder, examples)
@@ -85,7 +85,7 @@ def parse(argv):
     add("--folds", type=positive, default=1, help=folds)
     resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
     add("--resamples", type=whole_number, default=RESAMPLES, help=resamples)
-    score = "what ranks: as the paper's repository does, or the frozen CLIP's cosine (default: %(default)s)"
+    score = "what ranks: as in the paper's repository, the frozen CLIP, or its authors (default: published)"
     add("--score", choices=SCORES, default=PUBLISHED, help=score)
     reference = "train images that reference-entropy compares texts with (default: all)"
     add("--reference", type=positive, metavar="N", help=reference)
@@ -93,7 +93,7 @@ def parse(argv):
     add("--other-clip", action="store_true", help="evaluate heads on the embeddings of another CLIP than theirs")
     add("--device", default="auto")
     add = parser.add_argument_group("instead of an evaluation").add_argument
-    pair = f"paired bootstrap of two methods evaluated before (under --score frozen: METHOD.frozen), or of {baselines}"
+    pair = f"paired bootstrap of two methods evaluated before (by another --score: METHOD.own), or of {baselines}"
     add("--compare", nargs=2, metavar=("A", "B"), default=(), help=pair)
     add("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
     add("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")

@@ -143,7 +143,9 @@ class SomeRows:
 
     def to(self, device):
         """These rows, whose others have moved to a device, or go there from now on when they are read."""
-        self.__init__(self._rows.to(device), self._chosen)
+        self._rows = self._rows.to(device)
+        self.device = self._rows.device
+        self._chosen = self._chosen.to(self.device)
         return self
 
     def read(self):

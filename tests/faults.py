@@ -59,6 +59,7 @@ UNIT = 64  # rows, so that a small data set has several units
 EVAL = tuple("--dataset tiny --device cpu --no-plots --resamples 5".split())
 CACHE = tuple("--dataset shapes --data-root data --device cpu --precision fp32".split())
 TRAIN = tuple("--dataset tiny --recipe small --batch-size 50 --device cpu --precision fp32".split())
+VALIDATED = tuple("--validation 0.2 --keep best".split())
 
 
 class Hang(BaseException):
@@ -211,7 +212,7 @@ def kill_training(rng, kills):
     done, trainings, findings = 0, 0, []
     while done < kills:
         method = rng.choice(("asymvlm-psd", "asymvlm-vmf-both", "asymvlm-psd-image", "pcmepp", "probvlm"))
-        argv = (*flags, "--method", method)
+        argv = (*flags, "--method", method, *(VALIDATED if trainings % 2 else ()))
         shutil.rmtree("checkpoints", ignore_errors=True)
         renames, seconds = count_calls(train_script.main, argv, "replace")
         whole = without_logs("checkpoints")

@@ -1,4 +1,4 @@
-"""--score frozen: the frozen CLIP ranks, the method is uncertain; and the published results stay as they are."""
+"""--score: the frozen CLIP or the authors' own score ranks, the method is uncertain; published results stay."""
 
 import csv
 from pathlib import Path
@@ -15,6 +15,7 @@ from models.base import SMALL, Adaptor
 from models.layers import mlp
 from tests.conftest import all_bytes, load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
+from utils.evaluation import ranking
 from utils.evaluation.questions import describe_prompts, example_captions
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 100)
@@ -142,7 +143,49 @@ def test_either_score_can_be_compared(script):
     assert script(eval_script.main, *compare, "pfe", "softmax-entropy", "--score", "frozen") == named
     error = script(eval_script.main, *compare, "pfe", "pfe.frozen", "--score", "frozen")[2]
     assert "two different methods" in error
-    assert "choose from" in script(eval_script.main, *compare, "pfe.own", "pfe")[2]
+    assert "choose from" in script(eval_script.main, *compare, "pfe.other", "pfe")[2]
+    error = script(eval_script.main, *compare, "pfe", "pfe.frozen", "--score", "own")[2]
+    assert "results/tiny/0/pfe.own.npz" in error and "--method pfe --seed 0 1 --score own" in error
+
+
+def least_alike(self, image, text):
+    """An own score whose order is turned round, and which variance enters."""
+    assert min(len(image[0]), len(text[0])) <= ranking.TILE
+    return -torch.nn.functional.normalize(image[0], dim=1) @ text[0].T + text[1].sum(dim=1)
+
+
+def test_under_the_own_score_the_authors_rank_and_uncertainty_stays(script, monkeypatch):
+    monkeypatch.setattr(METHODS["pfe"], "own_score", least_alike)
+    monkeypatch.setattr(ranking, "TILE", 16)
+    flags = save_methods("asymvlm-psd", "pfe")
+    assert script(eval_script.main, *flags)[0] == 0
+    before = all_bytes("results")
+    status, printed, _ = script(eval_script.main, *flags, "--score", "own")
+    assert status == 0
+    assert printed.splitlines()[0].endswith("; each ranked by its authors' own score")
+    assert "frozen score" not in printed
+    assert {name: content for name, content in all_bytes("results").items() if name in before} == before
+    assert "--score own" in Path("results/tiny/own/README.md").read_text()
+    (document, own), published = load_result("tiny", 0, "pfe.own"), load_result("tiny", 0, "pfe")[1]
+    assert document["config"]["score"] == "own"
+    assert (own["t2i_uncertainty"] == published["t2i_uncertainty"]).all()
+    assert (own["i2t_uncertainty"] == published["t2i_uncertainty"][own["i2t_top1"]]).all()
+    cache, adaptor = EmbeddingCache("tiny", "val"), load_adaptor("checkpoints/tiny/0/pfe.pt")
+    with torch.no_grad():
+        image, text = (z.read().float() for z in (cache.image, cache.text))
+        variance = adaptor.encode_text(text)[1].double().sum(dim=1)
+        score = variance - torch.nn.functional.normalize(image.double(), dim=1) @ text.double().T
+        right = score[cache.image_of_caption, torch.arange(len(text))]
+    assert (own["t2i_rank"] == 1 + (score > right).sum(dim=0).numpy()).all()
+    assert (own["i2t_top1"] == score.argmax(dim=1)[own["i2t_query"]].numpy()).all()
+    same, alike = load_result("tiny", 0, "asymvlm-psd.own")[1], load_result("tiny", 0, "asymvlm-psd")[1]
+    assert all((same[field] == alike[field]).all() for field in alike)
+    compare = (*EVAL, "--compare", "pfe", "asymvlm-psd")
+    named = script(eval_script.main, *EVAL, "--compare", "pfe.own", "asymvlm-psd.own")
+    assert named[0] == 0
+    assert script(eval_script.main, *compare, "--score", "own") == named
+    (answer,) = describe_prompts(adaptor, cache, ["a prompt"], cache.text.read()[:1], score="own")
+    assert answer["closest"] == [cache.images[i] for i in score[:, 0].topk(3).indices.tolist()]
 
 
 def test_prompts_and_example_captions_are_answered_by_the_score_chosen(workdir, tmp_path):

@@ -204,17 +204,17 @@ def only_judged(fields):
     return {field: values[judged] for field, values in fields.items()} if judged.any() else {}
 
 
-def measure(answers, levels):
-    """All figures: {section key: {figure name: float or None}}; takes what `views_of` takes."""
+def measure(answers, levels, sections=SECTIONS):
+    """The figures of sections: {section key: {figure name: float or None}}; takes what `views_of` takes."""
     views, measured = views_of(answers, levels), {}
-    for section in SECTIONS:
+    for section in sections:
         if values := section.measure(views.get(section.view, {})):
             measured.setdefault(section.key, {}).update(values)
     return measured
 
 
-def measure_resamples(answers, levels, resamples):
+def measure_resamples(answers, levels, resamples, sections=SECTIONS):
     """The figures of resampled queries: {section key: {figure name: (resamples,)}}, nan: undefined; {} for none."""
     views = views_of(answers, levels)
-    draws = {section.key: section.resample(views.get(section.view, {}), resamples) for section in SECTIONS}
+    draws = {section.key: section.resample(views.get(section.view, {}), resamples) for section in sections}
     return {key: values for key, values in draws.items() if values}

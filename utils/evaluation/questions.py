@@ -8,7 +8,7 @@ import torch
 
 from models.layers import cosine_similarity
 from utils.cli import UserError, need
-from utils.evaluation.results import Results
+from utils.evaluation.results import Results, check_same_queries
 from utils.evaluation.scorers import FROZEN, PUBLISHED, AdaptorScorer, Scorer
 from utils.evaluation.tables import differences
 
@@ -45,12 +45,12 @@ def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED):
         "closest", file names (rows where there are none) of the images that match best, best first.
     Raises: UserError if the adaptor's texts have no uncertainty.
     """
-    scorer = AdaptorScorer(adaptor, cache)
+    scorer = AdaptorScorer(adaptor, cache, score=score)
     uncertainty, captions = (_uncertainty(scorer, *of) for of in ((texts, z), (cache.captions, cache.text)))
     if score == FROZEN:
         similarity = cosine_similarity(cache.image.read(), z.to(cache.device))  # (N, T)
     else:
-        similarity = adaptor.score(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
+        similarity = scorer.match(scorer.image, scorer.encode(adaptor.encode_text, z))  # (N, T)
     closest = similarity.topk(min(CLOSEST, len(similarity)), dim=0).indices.T.tolist()  # (T, 3)
     answers = []
     for row in np.argsort(-uncertainty, kind="stable").tolist():
@@ -98,7 +98,7 @@ def example_captions(adaptor, cache, levels=5, each=2, score=PUBLISHED):
     if cache.captions is None or not files or None in files or not all(file.exists() for file in files):
         logging.info("captions.png is left out: the pictures of %s are not where they were embedded from", cache.folder)
         return []
-    scorer, owners = AdaptorScorer(adaptor, cache), cache.image_of_caption.tolist()
+    scorer, owners = AdaptorScorer(adaptor, cache, score=score), cache.image_of_caption.tolist()
     uncertainty = scorer.text_uncertainty(cache.captions, cache.text)
     if uncertainty is None:
         logging.info("captions.png is left out: the texts of the first method have no uncertainty")
@@ -138,13 +138,8 @@ def paired_bootstrap(runs, levels, resamples):
         resamples: how many.
     Raises: UserError if the queries or the caches are not the same, or there are fewer queries than levels.
     """
-    everything = [run for of_method in runs.values() for run in of_method]
-    caches = {(run.content.get("config") or {}).get("cache") for run in everything}
-    named, cure = ", ".join(sorted(map(str, caches))), "evaluate both again"
-    need(len(caches) == 1, f"--compare: the results are of different caches ({named}); {cure}")
-    sizes = {tuple(len(fields["rank"]) for fields in run.answers.values()) for run in everything}
-    need(len(sizes) == 1, f"--compare: the results are of different queries ({sorted(sizes)}); {cure}")
+    sizes = check_same_queries(runs, "--compare")
     few = f"--uncer_levels {levels}: there are fewer queries in the results; choose fewer levels"
-    need(levels <= min(*sizes.pop()), few)
+    need(levels <= min(sizes), few)
     again = lambda run: Results.of(run.answers, levels).bootstrap(levels, resamples)  # noqa: E731
     return differences({method: [again(run) for run in of_method] for method, of_method in runs.items()})

@@ -10,10 +10,10 @@ from utils.cli import need
 from utils.evaluation.bootstrap import interval
 from utils.evaluation.figures import DIRECTIONS, FOLDS, hierarchy, measure, measure_resamples, uncertainty_of
 from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
-from utils.evaluation.scorers import BASELINES, FROZEN, PUBLISHED, answer, recall_in_folds
+from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, answer, recall_in_folds
 from utils.files import load_arrays, load_json, save_json, written_aside
 
-SUFFIXES = {PUBLISHED: "", FROZEN: f".{FROZEN}"}  # of the name of a method's results, by what ranks
+SUFFIXES = {score: "" if score == PUBLISHED else f".{score}" for score in SCORES}  # of the name of a method's results
 FIELDS = ("query", "rank", "top1")  # of every query, which has an uncertainty, too
 
 
@@ -92,8 +92,8 @@ def result_files(folder, name, seed):
 
 
 def result_name(method, score):
-    """A name of results, such as "asymvlm-psd.frozen" where the frozen CLIP ranks; a baseline has one name."""
-    return method if method in BASELINES or method.endswith(SUFFIXES[score]) else method + SUFFIXES[score]
+    """A name of results, such as "pfe.own" where its own score ranks; what is such a name stays, as a baseline does."""
+    return method if method in BASELINES or "." in method else method + SUFFIXES[score]
 
 
 def load_results(folder, name, seeds, split):
@@ -109,6 +109,20 @@ def load_results(folder, name, seeds, split):
         missing = next((file for file in reversed(pair) if not file.exists()), None)
         need(missing is None, f"{missing}: no such results; make them with {command}")
     return [Results.load(*pair, split) for pair in files]
+
+
+def check_same_queries(results, flag):
+    """How many queries each direction of {name: [Results, one a seed]} has.
+
+    Raises: UserError, which names the flag, if the queries or the caches are not the same.
+    """
+    everything = [run for runs in results.values() for run in runs]
+    caches = {(run.content.get("config") or {}).get("cache") for run in everything}
+    named, cure = ", ".join(sorted(map(str, caches))), "evaluate them again"
+    need(len(caches) == 1, f"{flag}: the results are of different caches ({named}); {cure}")
+    sizes = {tuple(len(fields["rank"]) for fields in run.answers.values()) for run in everything}
+    need(len(sizes) == 1, f"{flag}: the results are of different queries ({sorted(sizes)}); {cure}")
+    return sizes.pop()
 
 
 @torch.inference_mode()

@@ -11,7 +11,12 @@ from utils.evaluation.ranking import rank_queries, rank_relevant
 
 ROWS_AT_ONCE = 4096  # that are encoded
 LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its upper bound, which OpenAI's models reach
-PUBLISHED, FROZEN = SCORES = "published", "frozen"  # what ranks: what the paper's repository ranks by; the frozen CLIP
+PUBLISHED, FROZEN, OWN = "published", "frozen", "own"
+SCORES = {  # what ranks, and what titles say of it
+    PUBLISHED: "",  # as in the paper's repository
+    FROZEN: "all ranked by the frozen cosine",
+    OWN: "each ranked by its authors' own score",
+}
 SOME, ALIKE = 256, 1e-3  # rows that tell whether scores are the same cosines, and how much rounding may change them
 
 
@@ -109,14 +114,16 @@ class CaptionLength(RankedByFrozen):
 
 
 class AdaptorScorer(Scorer):
-    """An adaptor; the cache is encoded once."""
+    """An adaptor; the cache is encoded once. It ranks by `match`, its published score or, with score OWN, its own."""
 
     needs, on_ladder = "training", True
 
     @torch.inference_mode()
-    def __init__(self, adaptor, cache, name=None, seed=None):
+    def __init__(self, adaptor, cache, name=None, seed=None, score=PUBLISHED):
         self.cache, self.adaptor, self.name = cache, adaptor, name
+        self.match = adaptor.own_score if score == OWN else adaptor.score
         self.config = {"method": name, "seed": seed, "checkpoint": getattr(adaptor, "checkpoint", None)}
+        self.config |= {"score": OWN} if score == OWN else {}
         self.image = self.encode(adaptor.encode_image, cache.image)
         self.text = self.encode(adaptor.encode_text, cache.text)
 
@@ -132,7 +139,7 @@ class AdaptorScorer(Scorer):
         return columns
 
     def score(self, images, captions):
-        return self.adaptor.score([part[images] for part in self.image], [part[captions] for part in self.text])
+        return self.match([part[images] for part in self.image], [part[captions] for part in self.text])
 
     def text_uncertainty(self, texts, z):
         encoded = self.text if z is self.cache.text else self.encode(self.adaptor.encode_text, z)
@@ -168,7 +175,7 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
     Args:
         cache: EmbeddingCache.
         adaptors: {(method, seed): Adaptor}.
-        score: what ranks, of SCORES; where it is the published one and not the frozen CLIP's cosine, the adaptor is
+        score: what ranks, of SCORES; under PUBLISHED, an adaptor whose score is not the frozen CLIP's cosine is
             followed by its FrozenScore.
         reference: Reference, or None.
     """
@@ -180,12 +187,12 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
     if cache.captions is not None:
         yield CaptionLength(frozen)
     for (method, seed), adaptor in adaptors.items():
-        scorer = AdaptorScorer(adaptor, cache, method, seed)
+        scorer = AdaptorScorer(adaptor, cache, method, seed, score)
         if score == FROZEN:
             yield FrozenScore(frozen, scorer, method)
             continue
         yield scorer
-        if not scorer.scores_like(frozen):
+        if score == PUBLISHED and not scorer.scores_like(frozen):
             yield FrozenScore(frozen, scorer, method + BESIDE)
 
 

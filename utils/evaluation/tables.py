@@ -42,11 +42,23 @@ def _is_defined(cell):
     return cell[0] is not None and not np.isnan(cell[0])
 
 
-def _draws(runs, section, figure, side=0):
+def draws_of(runs, section, figure, side=0):
     """A figure in every resample, averaged over the seeds drawn; None where it was not resampled."""
     if figure.name not in runs[0].draws.get(section.key, {}):
         return None
     return over_seeds([run.draws[section.key][figure.name] for run in runs], side)
+
+
+def paired_draws(runs, others, section, figure):
+    """A figure's difference of two methods in resamples of both, of seeds drawn for each; None without draws."""
+    draws = [draws_of(of_one, section, figure, side) for side, of_one in enumerate((runs, others))]
+    return None if any(of_one is None for of_one in draws) else draws[0] - draws[1]
+
+
+def between(draws, form=".3f"):
+    """The 95 % interval of a figure's draws as text, " [0.388, 0.412]"; "" where undefined."""
+    limits = interval(draws)
+    return f" [{limits[0]:{form}}, {limits[1]:{form}}]" if limits else ""
 
 
 def number(mean, deviation=None, digits=3):
@@ -82,9 +94,14 @@ def _plain(section, figure, name, cells):
 
 
 def _bold(section, figure, name, cells):
+    text = number(*cells[name])
+    return f"**{text}**" if is_best(figure, name, cells) and len(cells) > 1 else text
+
+
+def is_best(figure, name, cells):
+    """Whether a row's mean, as it is printed, is the best of its column {row name: (mean, deviation)}."""
     best = (max if figure.more_is_better else min)(cell[0] for cell in cells.values() if _is_defined(cell))
-    is_best = number(cells[name][0]) == number(best) and len(cells) > 1
-    return f"**{number(*cells[name])}**" if is_best else number(*cells[name])
+    return number(cells[name][0]) == number(best)
 
 
 def _rows(section, table, text, needs=None):
@@ -102,11 +119,16 @@ def markdown(tables, text=_bold, suffix="", needs=None):
     """Tables, as `tables_of` gives them, as markdown, the best figure of every column in bold."""
     parts = []
     for section, table in tables.items():
-        header, *rows = _rows(section, table, text, needs)
-        lines = [f"| {' | '.join(row)} |" for row in ([section.title + suffix, *header[1:]], *rows)]
-        alignment = "|---|" + "---:|" * len(table) + ("---|" if needs else "")
-        parts.append("\n".join([lines[0], alignment, *lines[1:]]))
-    return "\n\n".join(parts) + "\n"
+        (_, *header), *rows = _rows(section, table, text, needs)
+        parts.append(markdown_table([[section.title + suffix, *header], *rows], words=1 if needs else 0))
+    return "\n".join(parts)
+
+
+def markdown_table(rows, words=0):
+    """Rows of strings, header first, as markdown; numbers, but for the first column and so many last ones."""
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    alignment = "|---|" + "---:|" * (len(rows[0]) - 1 - words) + "---|" * words
+    return "".join([lines[0], f"{alignment}\n", *lines[1:]])
 
 
 def intervals(results):
@@ -114,9 +136,8 @@ def intervals(results):
     results = {name: runs for name, runs in results.items() if runs[0].draws}
 
     def with_interval(section, figure, name, cells):
-        draws, mean = _draws(results[name], section, figure), cells[name][0]
-        limits = None if draws is None or mean is None else interval(draws)
-        return number(mean) + (f" [{number(limits[0])}, {number(limits[1])}]" if limits else "")
+        draws, mean = draws_of(results[name], section, figure), cells[name][0]
+        return number(mean) + ("" if draws is None or mean is None else between(draws))
 
     suffix = ", 95 % interval"
     return f"\n{markdown(tables_of(results), with_interval, suffix)}\n{NOTE}\n" if results else ""
@@ -135,14 +156,13 @@ def differences(results):
         for figure in section.figures if all(section.key in runs[0].draws for runs in results.values()) else ():
             if figure.column:
                 a, b = (_over_seeds(runs, section, figure)[0] for runs in results.values())
-                draws = [_draws(runs, section, figure, side) for side, runs in enumerate(results.values())]
-                if any(of_one is None for of_one in draws):  # a figure that one of them has not
+                difference = paired_draws(*results.values(), section, figure)
+                if difference is None:  # a figure that one of them has not
                     continue
-                difference = draws[0] - draws[1]
-                limits, row = interval(difference), ["undefined", "", ""]
-                if limits is not None and None not in (a, b):
+                limits, row = between(difference, "+.3f").strip(), ["undefined", "", ""]
+                if limits and None not in (a, b):
                     p = f"{p_value(difference):.3f}" if p_title else ""
-                    row = [f"{a - b:+.3f}", f"[{limits[0]:+.3f}, {limits[1]:+.3f}]", p]
+                    row = [f"{a - b:+.3f}", limits, p]
                 rows.append([figure.name, number(a), number(b), *row])
         if rows:
             parts.append(text_table([section.title, *results, "difference", "interval", p_title], rows))
