@@ -60,7 +60,7 @@ def measure(name, part, val, seed, epochs):
 def draw(found, sizes, path):
     """A panel a figure: found {(row, share): [{figure: value}, one a seed]} against sizes {share: images}."""
     with plt.rc_context(STYLE):
-        picture, panels = plt.subplots(1, len(FIGURES), figsize=(7.2, 2.8), layout="constrained")
+        picture, panels = plt.subplots(1, len(FIGURES), figsize=(7.2, 3.2), layout="constrained")
         for panel, figure in zip(panels, FIGURES, strict=True):
             for number, name in enumerate(ROWS):
                 shares = [share for share in sizes if (name, share) in found]
@@ -73,9 +73,7 @@ def draw(found, sizes, path):
             panel.set(xscale="log", xlabel="train images", ylabel=f"{figure}, text-to-image")
             panel.set_xticks([*sizes.values()], [f"{size:,}" for size in sizes.values()])
             panel.minorticks_off()
-        picture.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ROWS), frameon=False
-        )
+        picture.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         picture.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(picture)
 
