@@ -104,10 +104,6 @@ def parse(argv):
     add("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
     add("--export", type=export_file, metavar="FILE", help="the scores of the split's captions; .csv, .jsonl, .parquet")
     add("--texts", type=folder_name, metavar="NAME", help="--export those of further embedded texts, texts/NAME")
-        type=folder_name,
-        metavar="NAME",
-        help="--export those of further embedded texts, texts/NAME, instead",
-    )
     args = parser.parse_args(argv)
     args.method = expand_groups(args.method)
     args.seed = list(dict.fromkeys(args.seed))

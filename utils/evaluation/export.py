@@ -116,7 +116,7 @@ def _table(kind, uncertainty, among, found, answers=None):
         answers: names of what there is to find; None: the rows are no queries.
     """
     table = {"kind": [kind] * len(uncertainty), "row": list(range(len(uncertainty))), "text": None, "image": None}
-    percentile = 100 / len(among) * np.searchsorted(np.sort(among), uncertainty)
+    percentile = np.searchsorted(np.sort(among), uncertainty) * 100 / len(among)
     table |= {"uncertainty": uncertainty.tolist(), "percentile": percentile.tolist()}
     table |= {"first": None, "rank": None, "p_right": None}
     if found is not None:
@@ -164,12 +164,11 @@ def _rows(tables):
 
 
 def _write_csv(file, tables):
-    with io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True) as text:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(_rows(tables))
-        text.flush()
-        text.detach()
+    text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(_rows(tables))
+    text.detach()  # flushes, and leaves the file open
 
 
 def _write_jsonl(file, tables):
