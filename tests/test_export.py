@@ -169,7 +169,7 @@ def test_a_split_in_shards_stays_on_the_disk_and_readmes_lines_filter_its_tars(w
     Path("cc3m").mkdir()
     write_tar("cc3m/00000.tar", {f"{key}.txt": caption.encode() for key, caption in zip(keys, captions, strict=True)})
     readme = (REPOSITORY / "datasets/README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?captions\.csv.*?)```", readme, re.DOTALL)[1].replace("00329", "00000")
+    code = re.search(r"```python\n((?:(?!```).)*captions\.csv.*?)```", readme, re.DOTALL)[1].replace("00329", "00000")
     names = {}
     exec(code, names)
     certain = {row["image"] for row in rows if float(row["percentile"]) < 90}
