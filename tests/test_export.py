@@ -96,6 +96,16 @@ def test_captions_and_images_are_those_of_a_plain_computation(tiny_cache, script
     assert len(set(column(captions, "p_right"))) > 1
 
 
+def test_an_image_that_has_no_caption_has_no_rank(workdir, script):
+    make_cache("tiny", IMAGES, 1, image_of_caption=[0] * 10 + [*range(9, 29)])
+    make_checkpoint("prolip", "tiny", 0)
+    assert script(eval_script.main, *FLAGS, "--method", "prolip", "--export", "scores.jsonl")[0] == 0
+    images = read_jsonl("scores.jsonl")[IMAGES:]
+    bare = [row["row"] for row in images if row["rank"] is None]
+    assert bare == [row["row"] for row in images if row["first"] is None] == [*range(1, 9), 29]
+    assert all(0 <= row["p_right"] <= 1 for row in images)
+
+
 def test_csv_says_what_jsonl_says_of_several_methods_and_seeds(tiny_cache, script):
     several = (*FLAGS, "--method", "prolip", "--seed", 0, 1, "--export")
     for file in ("scores.csv", "scores.jsonl"):
