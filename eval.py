@@ -24,6 +24,7 @@ from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
 from utils.evaluation.bootstrap import CONFIDENCE, LEAST, RESAMPLES
+from utils.evaluation.export import export, export_file
 from utils.evaluation.reference import open_reference
 from utils.evaluation.results import SUFFIXES, evaluate, load_results, result_name, save_texts
 from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, every_scorer
@@ -39,7 +40,10 @@ def main(argv=None):
         heading = f"{split}, {' against '.join(args.compare)}, {seeds}"
         return compare(runs, heading, args.uncer_levels, args.resamples, folder)
     device = pick_device(args.device)
-    cache = EmbeddingCache(args.dataset, args.split).to(device)
+    cache = EmbeddingCache(args.dataset, args.split, mapped=bool(args.export)).to(device)
+    if args.export:
+        adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
+        return export(args.export, adaptors, cache, args.score, args.texts, partial(load_texts, args.dataset))
     if args.prompts or args.most_uncertain or args.least_uncertain:
         adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
         lists = args.most_uncertain, args.least_uncertain
@@ -71,8 +75,7 @@ def main(argv=None):
 
 def parse(argv):
     names, baselines = ", ".join(METHODS), ", ".join(BASELINES)
-    about = "Cross-modal retrieval by uncertainty level, and what else there is to ask of a caption's uncertainty."
-    parser = Parser(description=about)
+    parser = Parser(description="Retrieval by uncertainty level, and what else to ask of a caption's uncertainty.")
     add = parser.add_argument
     add("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
     choices = {"choices": [*METHODS, *GROUPS], "metavar": "METHOD", "help": f"{names}, or {', '.join(GROUPS)}"}
@@ -99,6 +102,8 @@ def parse(argv):
     add("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
     add("--least-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
     add("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
+    add("--export", type=export_file, metavar="FILE", help="the scores of the split's captions; .csv, .jsonl, .parquet")
+    add("--texts", type=folder_name, metavar="NAME", help="--export those of further embedded texts, texts/NAME")
     args = parser.parse_args(argv)
     args.method = expand_groups(args.method)
     args.seed = list(dict.fromkeys(args.seed))
@@ -106,12 +111,13 @@ def parse(argv):
     known = {*BASELINES, *(method + suffix for method in METHODS for suffix in SUFFIXES.values())}
     unknown = next((name for name in args.compare if name not in known), None)
     asks = bool(args.prompts) + bool(args.most_uncertain or args.least_uncertain)
-    several = bool(args.compare) + asks > 1
+    several = bool(args.compare) + bool(args.export) + asks > 1
     asking = "--prompts, --most-uncertain and --least-uncertain"
     for is_wrong, message in (
         (torchrun_rank()[1] > 1, "eval.py runs alone; call it without torchrun"),
         (unknown, f"--compare {unknown}: choose from {names}, {baselines}"),
-        (several, "--compare, --prompts and the lists of captions are questions of their own; ask one at a time"),
+        (several, "--compare, --export, --prompts and lists of captions are questions of their own; ask one at a time"),
+        (args.texts and not args.export, "--texts: goes with --export"),
         (args.json and not asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
         (args.compare and args.resamples < LEAST, f"--resamples {args.resamples}: a comparison needs {LEAST} at least"),
         (len(set(args.compare)) == 1, f"--compare {' '.join(args.compare)}: give two different methods"),

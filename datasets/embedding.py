@@ -65,12 +65,12 @@ class EmbeddingCache:
         check_meta(meta_file, self.meta, captions)
         self.captions = self.images = self.relevance = None
         if not self.mapped:
-            self.captions, self.images = self._names("captions", "text"), self._names("images", "image")
+            self.captions, self.images = self.names("captions", "text"), self.names("images", "image")
             self.relevance = load_relevance(relevance_file, captions, images) if relevance_file.exists() else None
         missing = f"{self.folder / 'captions.json'}: no such file, and relevance.json is of use only with it"
         need(self.relevance is None or self.captions is not None, f"{missing}; {ANEW}")
 
-    def _names(self, kind, of):
+    def names(self, kind, of):
         """The texts or file names of all rows of "text" or "image", or None where there are none."""
         if "shards" in self.meta:
             shards = enumerate(self.meta["shards"][of])
