@@ -27,7 +27,7 @@ SHOWN = [
 ]
 COLUMNS = {f"{figure.name} {section.key}": (section, figure) for section in SHOWN for figure in section.figures}
 ROUNDING = 1e-3  # share of the queries that rounding may answer otherwise where two scores are the same
-SURVIVES, LEVEL, REVERSED = "survives", "does not survive: level", "reversed"
+SURVIVES, LEVEL, REVERSED = "survives", "level", "reversed"
 OWN_SCORES = "`models/README.md` says what each method's own score is and how it is computed."
 HOW = """Differences, {leader} less the rival, are of means over seeds, over the same resamples of the images, each with
 all its captions; each side's seeds are resampled by themselves; 95 % intervals, not corrected for how many they are. A
