@@ -20,9 +20,11 @@ from utils.files import written_aside
 
 # Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell them apart in grey.
 NAMES = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip", *BASELINES)
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#000000", "#000000", "#7F7F7F", "#7F7F7F")
-LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Px+1|", strict=True)}
-LOOKS |= {name: LOOKS[name] | {"linestyle": d} for name, d in zip(BASELINES, ("--", "-.", "-.", "--"), strict=True)}
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73")
+COLOURS += ("#000000", "#7A4A1E", "#7A4A1E", "#000000", "#7F7F7F", "#7F7F7F")
+LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Px23+1|", strict=True)}
+DASHES = ("--", "--", "-.", "-.", "-.", "--")
+LOOKS |= {name: LOOKS[name] | {"linestyle": d} for name, d in zip(BASELINES, DASHES, strict=True)}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
 RIGHT = "#009E73"  # the frame of a right answer
