@@ -11,7 +11,7 @@ from scipy import optimize, special
 from utils.cli import need
 from utils.files import load_json
 
-RISKS, CONFIDENCE, RANKS = (0.1, 0.2, 0.3), 0.95, (1, 5)
+RISKS, CONFIDENCE, RANKS = [0.1, 0.2, 0.3], 0.95, [1, 5]  # where --risk, --confidence, --risk-at say nothing else
 LEAST = 30  # calibration queries under the first threshold that is tested
 BINS = 15  # of the expected calibration error
 KEEP, ASK_BACK = "keep", "ask back"
@@ -105,7 +105,7 @@ def load_threshold(path, risk=None, k=1):
     for one in known if isinstance(known, list) else ():
         if isinstance(one, dict) and one.get("k") == k and risk in (None, one.get("risk")):
             return one.get("threshold")
-    need(False, f"{path}: has no threshold for a risk of {risk} at {k}; make it with eval.py --risk and --risk-at")
+    need(False, f"{path}: has no threshold for --risk {risk} --risk-at {k}")
 
 
 def calibrate(uncertainty, is_right):
