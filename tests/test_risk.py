@@ -177,5 +177,5 @@ def test_a_threshold_is_found_by_its_risk(tmp_path):
     assert load_threshold(path) is None
     assert load_threshold(path, 0.2) == 0.5
     assert load_threshold(path, 0.1, 5) == load_threshold(path, k=5) == 0.7
-    with pytest.raises(UserError, match=r"risk of 0\.3"):
+    with pytest.raises(UserError, match=r"--risk 0\.3"):
         load_threshold(path, 0.3)

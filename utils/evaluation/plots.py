@@ -15,6 +15,7 @@ from scipy import stats
 
 from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import risk_coverage
+from utils.evaluation.risk import bins, predict_right
 from utils.evaluation.scorers import BASELINES, BESIDE
 from utils.files import written_aside
 
@@ -27,6 +28,8 @@ DASHES = ("--", "--", "-.", "-.", "-.", "--")
 LOOKS |= {name: LOOKS[name] | {"linestyle": d} for name, d in zip(BASELINES, DASHES, strict=True)}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
+CALIBRATED = "perfectly calibrated"
+LOOKS[CALIBRATED] = LOOKS[BEST]
 RIGHT = "#009E73"  # the frame of a right answer
 # Of rows whose names are not known here, in their order: Tol's muted colours, other markers and dashes.
 OTHERS = ("#882255", "#332288", "#CC6677", "#117733", "#AA4499", "#999933", "#44AA99", "#88CCEE", "#DDCC77")
@@ -42,6 +45,7 @@ CAPTIONS = {
     "levels": "Recall by level of uncertainty, most certain queries first; band: standard deviation over seeds",
     "levels-image": "The same by the image's uncertainty, for methods whose images have one",
     "risk-coverage": "Error among the most certain queries against the share of queries kept",
+    "reliability": "Share of right answers against the probability of being right that uncertainty alone gives",
     "length": f"Uncertainty against caption length, {AMONG}",
     "ambiguity": f"Uncertainty against exact ambiguity, {AMONG}",
     "captions": "Captions from the most certain fifth to the least, and the images that match them best; framed: right",
@@ -68,6 +72,7 @@ def draw_all(results, examples, folder):
             "levels": _levels(of_texts, "text", lambda run: run.content),
             "levels-image": _levels(results, "image", lambda run: run.content["by_image"]),
             "risk-coverage": _risk_coverage(results),
+            "reliability": _reliability(results),
             "length": _against(of_texts, "words", "words in the caption"),
             "ambiguity": _against(of_texts, "relevant", "images that the caption describes", logarithmic=True),
             "captions": _captions(examples),
@@ -111,6 +116,22 @@ def _curve(correct, uncertainty):
     risk = risk_coverage(correct, uncertainty)
     at = np.unique(np.ceil(np.linspace(0.005, 1, POINTS) * len(risk)).astype(int)) - 1
     return (at + 1) / len(risk), risk[at]
+
+
+def _reliability(results):
+    """How often answers are right by how probable that was, on the half that is not calibrated on, of all seeds."""
+    panels = {}
+    for d, title in DIRECTIONS.items():
+        panels[title] = {CALIBRATED: [(np.linspace(0, 1, 2), np.linspace(0, 1, 2))]}
+        for name, runs in results.items():
+            answers = [{"image": run.answers[d].get("query")} | run.answers[d] for run in runs]
+            found = [predict_right(a["rank"] == 1, uncertainty_of(a), a["image"]) for a in answers]
+            probability, right, weight = map(np.concatenate, zip(*found, strict=True))
+            if len(weight):
+                _, group = np.unique(bins(probability), return_inverse=True)
+                sums = [np.bincount(group, weights=weight * of) for of in (1.0, probability, right)]
+                panels[title][name] = [(sums[1] / sums[0], sums[2] / sums[0])]
+    return _lines(panels, "probability of being right", "share that is right", ylim=(0, 1))[0]
 
 
 def _captions(examples):
