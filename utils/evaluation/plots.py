@@ -15,7 +15,7 @@ from scipy import stats
 
 from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import risk_coverage
-from utils.evaluation.risk import bins, predict_right
+from utils.evaluation.risk import predict_right
 from utils.evaluation.scorers import BASELINES, BESIDE
 from utils.files import written_aside
 
@@ -124,13 +124,12 @@ def _reliability(results):
     for d, title in DIRECTIONS.items():
         panels[title] = {CALIBRATED: [(np.linspace(0, 1, 2), np.linspace(0, 1, 2))]}
         for name, runs in results.items():
-            answers = [{"image": run.answers[d].get("query")} | run.answers[d] for run in runs]
+            answers = [{"image": run.answers[d]["query"]} | run.answers[d] for run in runs]
             found = [predict_right(a["rank"] == 1, uncertainty_of(a), a["image"]) for a in answers]
             probability, right, weight = map(np.concatenate, zip(*found, strict=True))
-            if len(weight):
-                _, group = np.unique(bins(probability), return_inverse=True)
-                sums = [np.bincount(group, weights=weight * of) for of in (1.0, probability, right)]
-                panels[title][name] = [(sums[1] / sums[0], sums[2] / sums[0])]
+            groups = _bins(probability, logarithmic=False) if len(weight) else []
+            points = [[np.average(of[g], weights=weight[g]) for g in groups] for of in (probability, right)]
+            panels[title][name] = [tuple(points)]
     return _lines(panels, "probability of being right", "share that is right", ylim=(0, 1))[0]
 
 
@@ -232,7 +231,7 @@ def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), ylim=None, **options):
             _line(axis, name, x, y.mean(axis=0), deviation, **options)
         axis.set_title(title, loc="left")
         axis.set(xlabel=xlabel, **({"ylim": ylim} if ylim else {}))
-        if x.dtype == int:
+        if np.asarray(x).dtype == int:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes[0, 0].set_ylabel(ylabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)

@@ -143,10 +143,6 @@ def calibration(correct, uncertainty, image):
     probability, right, weight = predict_right(correct, uncertainty, image)
     if not len(weight):
         return {"Brier": None, "ECE": None}
-    gap = np.bincount(bins(probability), weights=weight * (probability - right))
+    which = np.minimum((probability * BINS).astype(int), BINS - 1)
+    gap = np.bincount(which, weights=weight * (probability - right))
     return {"Brier": float(np.sum(weight * (probability - right) ** 2)), "ECE": float(np.abs(gap).sum())}
-
-
-def bins(probability):
-    """Which of 15 equally wide bins, lower edge included, probabilities (T,) fall into."""
-    return np.minimum((np.asarray(probability) * BINS).astype(int), BINS - 1)
