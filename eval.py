@@ -8,7 +8,6 @@ python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
 python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
 """
 
-import itertools
 import json
 import logging
 import sys
@@ -18,15 +17,17 @@ from pathlib import Path
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
 from models import GROUPS, METHODS, expand_groups
-from utils.checkpoint import check_fits, checkpoint_path, load_adaptor
-from utils.cli import Parser, folder_name, need, positive, run_script, seed_number, torchrun_rank, whole_number
+from utils.checkpoint import load_adaptors
+from utils.cli import Parser, folder_name, need, positive, run_script, seed_number, share, torchrun_rank, whole_number
 from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
 from utils.evaluation.bootstrap import CONFIDENCE, LEAST, RESAMPLES
 from utils.evaluation.export import export, export_file
 from utils.evaluation.reference import open_reference
-from utils.evaluation.results import SUFFIXES, evaluate, load_results, result_name, save_texts
+from utils.evaluation.results import SUFFIXES, evaluate, load_results, result_name, save_texts, threshold_file
+from utils.evaluation.risk import CONFIDENCE as SURE
+from utils.evaluation.risk import RANKS, RISKS
 from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, every_scorer
 from utils.report import results_page
 
@@ -46,8 +47,8 @@ def main(argv=None):
         return export(args.export, adaptors, cache, args.score, args.texts, partial(load_texts, args.dataset))
     if args.prompts or args.most_uncertain or args.least_uncertain:
         adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
-        lists = args.most_uncertain, args.least_uncertain
-        answers = ask(adaptors, cache, args.dataset, args.score, args.prompts, *lists)
+        lists, sought = (args.most_uncertain, args.least_uncertain), (args.risk[0], args.risk_at[0])
+        answers = ask(adaptors, cache, folder, args.score, args.prompts, lists, sought)
         return print(json.dumps(answers, indent=1) if args.json else tables.rows_as_tables(answers))
     check_counts(cache, args.uncer_levels, args.folds)
     adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
@@ -55,17 +56,19 @@ def main(argv=None):
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
     config["cache"] = cache.digest
+    risk = {"risks": args.risk, "confidence": args.confidence, "at": args.risk_at}
     train = partial(EmbeddingCache, args.dataset, "train", mapped=True)
     results, reference = {}, open_reference(train, cache, args.reference)
     for scorer in every_scorer(cache, adaptors, args.score, reference):
-        run = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains)
+        run = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains, risk)
         if run.is_uncertain:
             run.bootstrap(args.uncer_levels, args.resamples)
             run.save(folder, config | scorer.config)
         results.setdefault(scorer.name, []).append(run)
     title = f"{split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}"
     flags = ["dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples"]
-    flags += [flag for flag in ("score", "reference") if getattr(args, flag) not in (PUBLISHED, None)]
+    usual = {"score": PUBLISHED, "reference": None, "risk": RISKS, "confidence": SURE, "risk_at": RANKS}
+    flags += [flag for flag, value in usual.items() if getattr(args, flag) != value]
     if args.score != PUBLISHED:
         title, folder = f"{title}; {SCORES[args.score]}", folder / args.score
     first = next(iter(adaptors.values()))
@@ -92,6 +95,11 @@ def parse(argv):
     add("--score", choices=SCORES, default=PUBLISHED, help=score)
     reference = "train images that reference-entropy compares texts with (default: all)"
     add("--reference", type=positive, metavar="N", help=reference)
+    risk = "shares of wrong answers among those kept that are allowed (default: 0.1 0.2 0.3); --prompts takes the first"
+    add("--risk", nargs="+", type=share, default=RISKS, metavar="R", help=risk)
+    add("--confidence", type=share, default=SURE, help="that no more are wrong (default: %(default)s)")
+    at = "right is a right answer among the first K (default: 1 5); --prompts takes the first"
+    add("--risk-at", "--risk_at", nargs="+", type=positive, default=RANKS, metavar="K", help=at)
     add("--no-plots", action="store_true", help="tables only")
     add("--other-clip", action="store_true", help="evaluate heads on the embeddings of another CLIP than theirs")
     add("--device", default="auto")
@@ -106,7 +114,7 @@ def parse(argv):
     add("--texts", type=folder_name, metavar="NAME", help="--export those of further embedded texts, texts/NAME")
     args = parser.parse_args(argv)
     args.method = expand_groups(args.method)
-    args.seed = list(dict.fromkeys(args.seed))
+    args.seed, args.risk, args.risk_at = (list(dict.fromkeys(of)) for of in (args.seed, args.risk, args.risk_at))
     args.compare = [result_name(name, args.score) for name in args.compare]
     known = {*BASELINES, *(method + suffix for method in METHODS for suffix in SUFFIXES.values())}
     unknown = next((name for name in args.compare if name not in known), None)
@@ -135,21 +143,6 @@ def check_counts(cache, levels, folds):
         need(count <= queries, f"--{flag} {count}: {there}; choose fewer {what}")
 
 
-def load_adaptors(dataset, methods, seeds, cache, other_clip):
-    """The trained adaptors of a data set: {(method, seed): Adaptor}.
-
-    Raises: UserError if one is missing or does not fit the cache.
-    """
-    adaptors = {}
-    for method, seed in itertools.product(methods, seeds):
-        path = checkpoint_path(dataset, seed, method)
-        command = f"python train.py --dataset {dataset} --method {method} --seed {seed}"
-        need(path.exists(), f"{path}: no such checkpoint; make it with {command}")
-        adaptor = adaptors[method, seed] = load_adaptor(path, cache.device, method)
-        check_fits(adaptor, path, cache, other_clip)
-    return adaptors
-
-
 def report(results, title, flags, folder, examples):
     """Write tables and plots of {row name: [Results, one a seed]}, made with these flags; print the short ones.
 
@@ -175,15 +168,24 @@ def compare(runs, heading, levels, resamples, folder):
     print(text, end="")
 
 
-def ask(adaptors, cache, dataset, score, prompts, most, least):
-    """How uncertain prompts are, or else the most and least uncertain captions: {method, seed: [dict, one a text]}."""
+def ask(adaptors, cache, folder, score, prompts, lists, sought):
+    """How uncertain prompts are, or else the most and least uncertain captions: {method, seed: [dict, one a text]}.
+
+    Args: lists: how many of these; sought: the risk, and the k, that thresholds in results/<name>/ are for.
+    """
     if prompts:
-        texts, clip = questions.prompts_from(prompts), clip_id(dataset)
+        texts, clip = questions.prompts_from(prompts), clip_id(folder.name)
         z = to_dtype(encode_texts(clip.load(cache.device), texts), clip.dtype, texts)
-        describe = partial(questions.describe_prompts, texts=texts, z=z, score=score)
-    else:
-        describe = partial(questions.describe_captions, most=most, least=least)
-    return {f"{method}, seed {seed}": describe(adaptor, cache) for (method, seed), adaptor in adaptors.items()}
+    answers = {}
+    for (method, seed), adaptor in adaptors.items():
+        if prompts:
+            file = threshold_file(folder, result_name(method, score), seed)
+            decide = questions.decision(file, adaptor, cache, *sought)
+            rows = questions.describe_prompts(adaptor, cache, texts, z, score, decide)
+        else:
+            rows = questions.describe_captions(adaptor, cache, *lists)
+        answers[f"{method}, seed {seed}"] = rows
+    return answers
 
 
 if __name__ == "__main__":

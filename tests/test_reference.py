@@ -146,7 +146,7 @@ def test_both_rows_are_evaluated_like_any_other(script, trained):
         np.testing.assert_allclose(arrays["t2i_uncertainty"], entropy(cosine, scales[-1]), atol=2e-4)
         assert (arrays["i2t_uncertainty"] == arrays["t2i_uncertainty"][arrays["i2t_top1"]]).all()
         assert (arrays["t2i_rank"] == load_result("tiny", "baselines", "softmax-entropy")[1]["t2i_rank"]).all()
-        assert printed.count(f"\n{name} ") == 4  # by level, and compared, in both directions
+        assert printed.count(f"\n{name} ") == 5  # by level, and compared, in both directions; and kept
     assert scales == [100.0, pytest.approx(Reference(train_split(), 30).fit_scale())]
     assert (
         script(eval_script.main, *EVAL[:3], "--resamples", 100, "--compare", "reference-entropy", "asymvlm-psd")[0] == 0

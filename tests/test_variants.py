@@ -316,7 +316,7 @@ def test_a_method_of_uncertain_images_alone_is_evaluated_by_them(evaluated, scri
     assert set(result["metrics"]["ambiguity"]) == {"R@1_described"}  # the caption's ambiguity has no counterpart
     assert "ladder" not in result
     assert len(load_result("tiny", 0, "asymvlm-psd-both")[0]["metrics"]["asymmetry"]) == 8
-    assert evaluated.count("asymvlm-psd-image") == 10  # levels, directions, ambiguity, of both scores; no ladder
+    assert evaluated.count("asymvlm-psd-image") == 12  # levels, directions, ambiguity, kept, of both scores; no ladder
     assert "| asymvlm-psd-image | -" in Path("results/tiny/comparison.md").read_text()
     assert all(Path(f"results/tiny/{name}.png").exists() for name in ("levels", "levels-image", "length", "ladder"))
     compared = script(

@@ -1,5 +1,6 @@
 """A trained adaptor in, a file that a stranger can load safely out; and back, from the paper repository's files too."""
 
+import itertools
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -119,3 +120,18 @@ def check_fits(adaptor, path, cache, other_clip=False):
     clips = f"{trained_on.readable()}, those of {cache.folder} are of {cache.clip_id.readable()}"
     will_do = other_clip or not trained_on.contradicts(cache.clip_id)
     need(will_do, f"{path}: trained on embeddings of {clips}; train again, or insist with --other-clip")
+
+
+def load_adaptors(dataset, methods, seeds, cache, other_clip):
+    """The trained adaptors of a data set: {(method, seed): Adaptor}.
+
+    Raises: UserError if one is missing or does not fit the cache.
+    """
+    adaptors = {}
+    for method, seed in itertools.product(methods, seeds):
+        path = checkpoint_path(dataset, seed, method)
+        command = f"python train.py --dataset {dataset} --method {method} --seed {seed}"
+        need(path.exists(), f"{path}: no such checkpoint; make it with {command}")
+        adaptor = adaptors[method, seed] = load_adaptor(path, cache.device, method)
+        check_fits(adaptor, path, cache, other_clip)
+    return adaptors

@@ -1,13 +1,14 @@
 """Every figure of an evaluation, one row each: result files, tables, intervals and comparisons follow from them."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from utils.evaluation import bootstrap, metrics
+from utils.evaluation import bootstrap, metrics, risk
 
 DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
 
@@ -24,6 +25,7 @@ class Figure:
     entry: str | None = None  # which figure of a dict, where the functions give several; they are called once for all
     column: bool = True  # whether tables show it
     queries: int = 1  # with fewer of them it is left out
+    form: str = ".3f"  # in which tables show it
 
     def is_known(self, view):
         """Whether a view, {field: array}, has what it needs."""
@@ -105,6 +107,9 @@ SWEEP = tuple(  # S is easily had at 10 levels
     for name in ("S", "-S*R2")
     for k in (5, 10, 20, 50)
 )
+CALIBRATION = tuple(
+    Figure(name, False, ("correct", "uncertainty", "image"), risk.calibration, entry=name) for name in ("Brier", "ECE")
+)
 HIERARCHY = (
     Figure("falling", True, ("uncertainty", "chains"), metrics.share_falling),
     Figure("tau", True, ("uncertainty", "chains"), metrics.mean_tau),
@@ -154,6 +159,10 @@ SECTIONS = (
         )
         for d, title in DIRECTIONS.items()
     ),
+    *(
+        Section(f"calibration_{d}", f"{title}, probability of being right", d, CALIBRATION)
+        for d, title in DIRECTIONS.items()
+    ),
     Section(
         "asymmetry", "asymmetry: AURC by whose uncertainty", "both", by_modality("AURC", False, metrics.aurc, "AURC")
     ),
@@ -164,6 +173,26 @@ SECTIONS = (
 def hierarchy(stem):
     """The section of a file of caption chains."""
     return Section(f"hierarchy {stem}", f"hierarchy {stem}: from general to specific", "chains", HIERARCHY)
+
+
+def guarantees(risks, confidence, at):
+    """The sections of selective retrieval at risks; right: a right answer among the first k, of `at`. A tuple."""
+    sections = []
+    for d, k in itertools.product(DIRECTIONS, at):
+        figures = []
+        for one in risks:
+            function = partial(risk.guarantee, risk=one, confidence=confidence, k=k)
+            for entry, more_is_better, form in (
+                ("coverage", True, ".3f"),
+                ("error", None, ".3f"),
+                ("threshold", None, ".3g"),
+            ):
+                name = f"{entry} at {one:g}"
+                fields = ("rank", "uncertainty", "image")
+                figures.append(Figure(name, more_is_better, fields, function, entry=entry, form=form))
+        title = f"{DIRECTIONS[d]}, right among the first {k}"
+        sections.append(Section(f"risk_{d}_at_{k}", title, d, tuple(figures)))
+    return tuple(sections)
 
 
 def views_of(answers, levels):

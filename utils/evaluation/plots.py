@@ -15,16 +15,21 @@ from scipy import stats
 
 from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import risk_coverage
+from utils.evaluation.risk import predict_right
 from utils.evaluation.scorers import BASELINES, BESIDE
 from utils.files import written_aside
 
 # Okabe & Ito's colours, which all common forms of colour vision tell apart; markers and dashes tell them apart in grey.
 NAMES = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip", *BASELINES)
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#000000", "#000000", "#7F7F7F", "#7F7F7F")
-LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Px+1|", strict=True)}
-LOOKS |= {name: LOOKS[name] | {"linestyle": d} for name, d in zip(BASELINES, ("--", "-.", "-.", "--"), strict=True)}
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73")
+COLOURS += ("#000000", "#7A4A1E", "#7A4A1E", "#000000", "#7F7F7F", "#7F7F7F")
+LOOKS = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, COLOURS, "osDv^Px23+1|", strict=True)}
+DASHES = ("--", "--", "-.", "-.", "-.", "--")
+LOOKS |= {name: LOOKS[name] | {"linestyle": d} for name, d in zip(BASELINES, DASHES, strict=True)}
 BEST = "best possible order"
 LOOKS[BEST] = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.2}
+CALIBRATED = "perfectly calibrated"
+LOOKS[CALIBRATED] = LOOKS[BEST]
 RIGHT = "#009E73"  # the frame of a right answer
 # Of rows whose names are not known here, in their order: Tol's muted colours, other markers and dashes.
 OTHERS = ("#882255", "#332288", "#CC6677", "#117733", "#AA4499", "#999933", "#44AA99", "#88CCEE", "#DDCC77")
@@ -40,6 +45,7 @@ CAPTIONS = {
     "levels": "Recall by level of uncertainty, most certain queries first; band: standard deviation over seeds",
     "levels-image": "The same by the image's uncertainty, for methods whose images have one",
     "risk-coverage": "Error among the most certain queries against the share of queries kept",
+    "reliability": "Share of right answers against the probability of being right that uncertainty alone gives",
     "length": f"Uncertainty against caption length, {AMONG}",
     "ambiguity": f"Uncertainty against exact ambiguity, {AMONG}",
     "captions": "Captions from the most certain fifth to the least, and the images that match them best; framed: right",
@@ -66,6 +72,7 @@ def draw_all(results, examples, folder):
             "levels": _levels(of_texts, "text", lambda run: run.content),
             "levels-image": _levels(results, "image", lambda run: run.content["by_image"]),
             "risk-coverage": _risk_coverage(results),
+            "reliability": _reliability(results),
             "length": _against(of_texts, "words", "words in the caption"),
             "ambiguity": _against(of_texts, "relevant", "images that the caption describes", logarithmic=True),
             "captions": _captions(examples),
@@ -109,6 +116,21 @@ def _curve(correct, uncertainty):
     risk = risk_coverage(correct, uncertainty)
     at = np.unique(np.ceil(np.linspace(0.005, 1, POINTS) * len(risk)).astype(int)) - 1
     return (at + 1) / len(risk), risk[at]
+
+
+def _reliability(results):
+    """How often answers are right by how probable that was, on the half that is not calibrated on, of all seeds."""
+    panels = {}
+    for d, title in DIRECTIONS.items():
+        panels[title] = {CALIBRATED: [(np.linspace(0, 1, 2), np.linspace(0, 1, 2))]}
+        for name, runs in results.items():
+            answers = [{"image": run.answers[d]["query"]} | run.answers[d] for run in runs]
+            found = [predict_right(a["rank"] == 1, uncertainty_of(a), a["image"]) for a in answers]
+            probability, right, weight = map(np.concatenate, zip(*found, strict=True))
+            groups = _bins(probability, logarithmic=False) if len(weight) else []
+            points = [[np.average(of[g], weights=weight[g]) for g in groups] for of in (probability, right)]
+            panels[title][name] = [tuple(points)]
+    return _lines(panels, "probability of being right", "share that is right", ylim=(0, 1))[0]
 
 
 def _captions(examples):
@@ -209,7 +231,7 @@ def _lines(panels, xlabel, ylabel, size=(3.4, 2.9), ylim=None, **options):
             _line(axis, name, x, y.mean(axis=0), deviation, **options)
         axis.set_title(title, loc="left")
         axis.set(xlabel=xlabel, **({"ylim": ylim} if ylim else {}))
-        if x.dtype == int:
+        if np.asarray(x).dtype == int:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes[0, 0].set_ylabel(ylabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)

@@ -1,6 +1,7 @@
 """Single questions in, answers out: how uncertain texts are, which captions are most uncertain, how methods differ."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from models.layers import cosine_similarity
 from utils.cli import UserError, need
 from utils.evaluation.results import Results, check_same_queries
+from utils.evaluation.risk import decide, load_threshold
 from utils.evaluation.scorers import FROZEN, PUBLISHED, AdaptorScorer, Scorer
 from utils.evaluation.tables import differences
+from utils.files import load_json
 
 CLOSEST = 3  # images that are named for a prompt
 
@@ -33,7 +36,7 @@ def prompts_from(arguments):
 
 
 @torch.inference_mode()
-def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED):
+def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED, decide=None):
     """How uncertain prompts are among a cache's captions, and what they match.
 
     Args:
@@ -41,8 +44,10 @@ def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED):
         texts: T strings.
         z (T, D): their embeddings.
         score: what ranks, of SCORES.
-    Returns: dicts, most certain last: "prompt", "uncertainty", "percentile" of captions that are more certain and
-        "closest", file names (rows where there are none) of the images that match best, best first.
+        decide: function of an uncertainty, as `decision` gives it, or None.
+    Returns: dicts, most certain last: "prompt", "uncertainty", "percentile" of captions that are more certain,
+        "decision", where there is a function of it, and "closest", file names (rows where there are none) of the images
+        that match best, best first.
     Raises: UserError if the adaptor's texts have no uncertainty.
     """
     scorer = AdaptorScorer(adaptor, cache, score=score)
@@ -56,9 +61,30 @@ def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED):
     for row in np.argsort(-uncertainty, kind="stable").tolist():
         answer = {"prompt": texts[row], "uncertainty": float(uncertainty[row])}
         answer["percentile"] = float(np.mean(captions < uncertainty[row]) * 100)
+        answer |= {"decision": decide(answer["uncertainty"])} if decide else {}
         answer["closest"] = [_image_name(cache, image) for image in closest[row]]
         answers.append(answer)
     return answers
+
+
+def decision(file, adaptor, cache, risk, k):
+    """A function of a text's uncertainty, whether to keep the answer or ask back, by a .threshold.json of eval.py.
+
+    Args:
+        file: where it is.
+        adaptor, cache: that it must have been calibrated for.
+        risk, k: as `load_threshold` has them.
+    Returns: the function; None, and a line in the log, where there is no such file of them.
+    """
+    try:
+        threshold, content = load_threshold(file, risk, k), load_json(file)
+        made_for = content.get("calibrated_on") or {}
+        is_for = (made_for.get("checkpoint"), made_for.get("cache")) == (adaptor.checkpoint, cache.digest)
+        need(is_for, f"{file}: of another checkpoint or other embeddings")
+    except (UserError, FileNotFoundError) as error:
+        logging.info("note: no decisions, which need a threshold: %s; evaluate, without --prompts, first", error)
+        return None
+    return partial(decide, threshold=threshold)
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """A scorer in, what its evaluation finds out, in two files: .json (figures, intervals) and .npz (one entry a query)."""
 
+import itertools
 import logging
 from dataclasses import dataclass, field
 
@@ -8,8 +9,17 @@ import torch
 
 from utils.cli import need
 from utils.evaluation.bootstrap import interval
-from utils.evaluation.figures import DIRECTIONS, FOLDS, hierarchy, measure, measure_resamples, uncertainty_of
+from utils.evaluation.figures import (
+    DIRECTIONS,
+    FOLDS,
+    guarantees,
+    hierarchy,
+    measure,
+    measure_resamples,
+    uncertainty_of,
+)
 from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
+from utils.evaluation.risk import split_queries
 from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, answer, recall_in_folds
 from utils.files import load_arrays, load_json, save_json, written_aside
 
@@ -23,7 +33,7 @@ class Results:
 
     The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty, by
     which "t2i" and "i2t" go too where texts have none; "metrics", as `measure` gives them; "ladder", "depth",
-    "intervals", "config".
+    "risk", as `guarantees` takes it, "intervals", "config".
     """
 
     answers: dict  # {"t2i", "i2t"}, as `answer` gives them
@@ -64,6 +74,20 @@ class Results:
         arrays = {f"{d}_{name}": values for d, fields in self.answers.items() for name, values in fields.items()}
         with written_aside(table) as file:
             np.savez_compressed(file, **arrays)
+        if "risk" in self.content:
+            save_json(self.thresholds(config), threshold_file(folder, name, config["seed"]), indent=1)
+
+    def thresholds(self, config):
+        """What `risk.load_threshold` reads, of texts: thresholds, what they keep, and what they were calibrated on."""
+        given, metrics, known = self.content["risk"], self.content["metrics"], []
+        for k, risk in itertools.product(given["at"], given["risks"]):
+            figures = metrics[f"risk_t2i_at_{k}"]
+            found = {entry: figures[f"{entry} at {risk:g}"] for entry in ("threshold", "coverage", "error")}
+            known.append({"risk": risk, "k": k} | found)
+        calibrated = len(split_queries(self.answers["t2i"]["image"])[0])
+        facts = {key: config.get(key) for key in ("dataset", "split", "cache", "method", "seed", "checkpoint")}
+        facts |= {"score": config.get("score", PUBLISHED), "captions": calibrated}
+        return {"direction": "t2i", "confidence": given["confidence"], "guarantees": known, "calibrated_on": facts}
 
     @classmethod
     def load(cls, document, table, split):
@@ -89,6 +113,12 @@ def result_files(folder, name, seed):
     """The .json and .npz of results under results/<name>/, named as by `result_name`; baselines have no seed."""
     path = folder / ("baselines" if name in BASELINES else str(seed)) / name
     return path.with_name(f"{name}.json"), path.with_name(f"{name}.npz")
+
+
+def threshold_file(folder, name, seed):
+    """The .threshold.json beside them."""
+    document = result_files(folder, name, seed)[0]
+    return document.with_name(f"{name}.threshold.json")
 
 
 def result_name(method, score):
@@ -126,7 +156,7 @@ def check_same_queries(results, flag):
 
 
 @torch.inference_mode()
-def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
+def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None):
     """All figures of one scorer on one split.
 
     Args:
@@ -135,11 +165,15 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None):
         levels: K.
         folds: parts of the gallery; 1: none.
         ladder, chains: what load_texts and load_chains return.
+        risk: what `guarantees` takes, a dict; None: no thresholds.
     Returns: Results.
     """
     results = Results.of(answer(scorer, cache), levels)
     if folds > 1:
         results.content["metrics"][FOLDS.key] = recall_in_folds(scorer, cache, folds)
+    if results.is_uncertain and risk:
+        results.content["risk"] = risk
+        results.content["metrics"] |= measure(results.answers, levels, guarantees(**risk))
     results.needs = scorer.needs
     if results.is_uncertain and not results.has_uncertain_texts:
         logging.info("%s: its texts have no uncertainty: levels are the image's, and prompts left out", scorer.name)

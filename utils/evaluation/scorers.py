@@ -1,6 +1,7 @@
 """What ranks images and captions, baselines and adaptors alike, behind one interface; its answers to all queries."""
 
 import functools
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,16 +68,36 @@ class RankedByFrozen(Scorer):
 
 
 class SoftmaxEntropy(RankedByFrozen):
-    """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats."""
+    """Uncertain is a text whose softmax over the gallery's images has a large entropy, in nats.
+
+    Args: found: function of embeddings (T, D), as `compare_with_gallery`.
+    """
 
     name, needs = "softmax-entropy", "gallery"
 
+    def __init__(self, frozen, found):
+        super().__init__(frozen)
+        self.found = found
+
     def text_uncertainty(self, texts, z):
-        scale, entropy = logit_scale(self.cache), []
-        for part in _read(z).to(self.cache.device).split(ROWS_AT_ONCE):
-            log_p = (scale * pairwise_products(self.frozen.image, unit(part))).log_softmax(dim=0)  # (N, rows)
-            entropy.append(-(log_p.exp() * log_p).sum(dim=0))
-        return torch.cat(entropy).double().cpu().numpy()
+        return self.found(z)[self.name]
+
+
+class Top1Cosine(SoftmaxEntropy):
+    """Uncertain is a text whose best image of the gallery is not like it: the negative cosine."""
+
+    name = "top1-cosine"
+
+
+class Margin(SoftmaxEntropy):
+    """Uncertain is a text that a small step makes match another image best: the negative margin.
+
+    d = (s1 - s2) / (|gradient by z of s1 - s2| + 1e-8), s1 and s2 being the cosines of z with its two best images, g1
+    and g2; |gradient| = sqrt(2 - 2 g1.g2 - (s1 - s2)^2) / |z|. The margin is tanh(d).
+    Source: uCLIP, UAI 2025.
+    """
+
+    name = "margin"
 
 
 class ReferenceEntropy(RankedByFrozen):
@@ -165,7 +186,9 @@ class FrozenScore(RankedByFrozen):
         self.config = scorer.config | {"score": FROZEN}
 
 
-BASELINES = tuple(s.name for s in (SoftmaxEntropy, ReferenceEntropy, FittedReferenceEntropy, CaptionLength))
+AGAINST_GALLERY = (SoftmaxEntropy, Top1Cosine, Margin)
+KINDS = (*AGAINST_GALLERY, ReferenceEntropy, FittedReferenceEntropy, CaptionLength)
+BASELINES = tuple(kind.name for kind in KINDS)
 BESIDE = ", frozen score"  # the end of the name of a method's second row
 
 
@@ -181,7 +204,8 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
     """
     frozen = Scorer(cache)
     yield frozen
-    yield SoftmaxEntropy(frozen)
+    found = functools.cache(partial(compare_with_gallery, frozen))
+    yield from (kind(frozen, found) for kind in AGAINST_GALLERY)
     if reference is not None:
         yield from reference_entropies(frozen, reference)
     if cache.captions is not None:
@@ -194,6 +218,22 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
         yield scorer
         if score == PUBLISHED and not scorer.scores_like(frozen):
             yield FrozenScore(frozen, scorer, method + BESIDE)
+
+
+def compare_with_gallery(frozen, z):
+    """The uncertainty of texts with embeddings z (T, D) by their cosines with the images: {row name: (T,) float64}."""
+    scale, parts = logit_scale(frozen.cache), []
+    for part in _read(z).to(frozen.cache.device).split(ROWS_AT_ONCE):
+        cosine = pairwise_products(frozen.image, unit(part))  # (N, rows)
+        log_p = (scale * cosine).log_softmax(dim=0)
+        entropy = -(log_p.exp() * log_p).sum(dim=0)
+        best = cosine.topk(min(2, len(cosine)), dim=0).indices
+        text, first, second = unit(part.double()), *(frozen.image[best[row]].double() for row in (0, -1))
+        top1, lead = (text * first).sum(dim=1), (text * (first - second)).sum(dim=1)
+        slope = ((first - second).square().sum(dim=1) - lead**2).clamp(min=0).sqrt() / part.double().norm(dim=1)
+        parts.append([entropy.double(), -top1, -(lead / (slope + 1e-8)).tanh()])
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    return dict(zip((kind.name for kind in AGAINST_GALLERY), columns, strict=True))
 
 
 def reference_entropies(frozen, reference):

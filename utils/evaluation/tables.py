@@ -10,13 +10,17 @@ import io
 import numpy as np
 
 from utils.evaluation.bootstrap import interval, over_seeds, p_value
-from utils.evaluation.figures import DIRECTIONS, SECTIONS, hierarchy
+from utils.evaluation.figures import DIRECTIONS, SECTIONS, guarantees, hierarchy
 from utils.evaluation.scorers import BASELINES, BESIDE
 
 COMPARED = [section for section in SECTIONS if section.compared]
 NOTE = """Resampled: images, each with all its captions, and, of several seeds, the seeds; the interval is of the mean
 over seeds. Three seeds tell little of their variance: it is understated by a third. A resample is noisier than the
 sample: intervals of S, R2 and -S*R2 lie towards the worse side and may leave out the figure itself."""
+
+KEPT = """Answers are kept up to a threshold of uncertainty, chosen on half of the images so that at most a share of
+0.1, ... of those kept is wrong, with {:.0%} confidence. Coverage (the share kept) and error (the share of these that is
+wrong) are measured on the other half. Coverage 0, threshold undefined: none qualifies, or not of every seed."""
 
 
 def tables_of(results, sections=COMPARED):
@@ -61,13 +65,13 @@ def between(draws, form=".3f"):
     return f" [{limits[0]:{form}}, {limits[1]:{form}}]" if limits else ""
 
 
-def number(mean, deviation=None, digits=3):
+def number(mean, deviation=None, form=".3f"):
     """A figure as text: "0.613", with a deviation "0.613 ± 0.004"; "undefined" for None, "-" for nan."""
     if mean is None:
         return "undefined"
     if np.isnan(mean):
         return "-"
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return f"{mean:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
 
 
 def write_all(results, title):
@@ -77,11 +81,41 @@ def write_all(results, title):
     detailed = tables_of(results, [*(section for section in SECTIONS if not section.compared), *map(hierarchy, stems)])
     return {
         "comparison.md": markdown(compared, needs=needs),
-        "t2i.md": markdown({section: of for section, of in compared.items() if section.key == "t2i"}, needs=needs),
+        "t2i.md": markdown(in_short(results), needs=needs),
+        "risk.md": selective(results),
         "details.md": markdown(detailed) + intervals(results),
-        "comparison.csv": comma_separated(compared | detailed),
+        "comparison.csv": comma_separated(compared | detailed | tables_of(results, selections(results))),
         "report.txt": f"{title}\n\n{screen(results)}\n",
     }
+
+
+def selections(results):
+    """The sections of selective retrieval that results have, that of the first direction and rank first."""
+    given = _given(results)
+    return guarantees(**given) if given else ()
+
+
+def _given(results):
+    """The risks, the confidence and the ranks that results were evaluated with, or None."""
+    return next((run.content["risk"] for runs in results.values() for run in runs if "risk" in run.content), None)
+
+
+def in_short(results):
+    """The table of text-to-image, with what is kept at each risk in place of figures of levels: {Section: table}."""
+    kept = next(iter(tables_of(results, selections(results)[:1]).values()), {})
+    short = {}
+    for section, table in tables_of(results, [section for section in COMPARED if section.key == "t2i"]).items():
+        none = dict.fromkeys(next(iter(table.values())), (np.nan, None))
+        short[section] = {f: cells for f, cells in table.items() if not kept or "levels" not in f.fields}
+        short[section] |= {f: none | cells for f, cells in kept.items() if f.more_is_better}
+    return short
+
+
+def selective(results):
+    """What is kept at each risk, and what of it is wrong, as markdown; "" without an uncertainty."""
+    tables = tables_of(results, selections(results))
+    head = KEPT.format(_given(results)["confidence"]) if tables else ""
+    return head and f"{head}\n\n{markdown(tables, needs=needs_of(results))}"
 
 
 def needs_of(results):
@@ -90,12 +124,12 @@ def needs_of(results):
 
 
 def _plain(section, figure, name, cells):
-    return number(*cells[name])
+    return number(*cells[name], form=figure.form)
 
 
 def _bold(section, figure, name, cells):
-    text = number(*cells[name])
-    return f"**{text}**" if is_best(figure, name, cells) and len(cells) > 1 else text
+    text, is_compared = _plain(section, figure, name, cells), len(cells) > 1 and figure.more_is_better is not None
+    return f"**{text}**" if is_compared and is_best(figure, name, cells) else text
 
 
 def is_best(figure, name, cells):
@@ -187,10 +221,10 @@ def screen(results):
     parts = []
     for direction, title in DIRECTIONS.items():
         rows = _means(results, lambda run, direction=direction: run.content.get(direction))
-        rows = [[name, *(number(recall, digits=2) for recall in mean)] for name, mean in rows.items()]
+        rows = [[name, *(number(recall, form=".2f") for recall in mean)] for name, mean in rows.items()]
         title = f"{title}: R@1 by uncertainty level, from the most certain queries (1) to the least\n"
         parts.append(title + text_table(["", *map(str, range(1, len(rows[0])))], rows))
-    for section, table in tables_of(results).items():
+    for section, table in (tables_of(results) | tables_of(results, selections(results)[:1])).items():
         header, *rows = _rows(section, table, _plain, needs_of(results))
         parts.append(f"{section.title}\n{text_table(header, rows)}")
     once = {name: runs for name, runs in results.items() if not name.endswith(BESIDE)}
