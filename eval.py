@@ -42,16 +42,14 @@ def main(argv=None):
         return compare(runs, heading, args.uncer_levels, args.resamples, folder)
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split, mapped=bool(args.export)).to(device)
+    adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
     if args.export:
-        adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
         return export(args.export, adaptors, cache, args.score, args.texts, partial(load_texts, args.dataset))
     if args.prompts or args.most_uncertain or args.least_uncertain:
-        adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
         lists, sought = (args.most_uncertain, args.least_uncertain), (args.risk[0], args.risk_at[0])
         answers = ask(adaptors, cache, folder, args.score, args.prompts, lists, sought)
         return print(json.dumps(answers, indent=1) if args.json else tables.rows_as_tables(answers))
     check_counts(cache, args.uncer_levels, args.folds)
-    adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}

@@ -20,7 +20,7 @@ from models.base import SMALL
 from tests.conftest import REPOSITORY, make_cache, write_tar
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.evaluation import export as exporting
-from utils.evaluation.export import COLUMNS, probability_right
+from utils.evaluation.export import COLUMNS
 
 FLAGS = ("--dataset", "tiny", "--device", "cpu")
 IMAGES, CAPTIONS = 30, 90
@@ -242,14 +242,3 @@ def test_an_export_that_fails_half_way_leaves_the_file_that_was_there(suffix, ti
     assert "the disk is full" in error
     assert file.read_text() == "as it was"
     assert sorted(workdir.rglob("*")) == before
-
-
-def test_probability_right_is_scikit_learns_isotonic_regression():
-    rng = np.random.default_rng(0)
-    uncertainty = rng.integers(0, 50, 400) / 7  # with many equal ones
-    is_right = rng.random(400) < np.exp(-uncertainty / 3)
-    asked = np.linspace(-1, 9, 333)  # beyond what is known, too
-    found = probability_right(uncertainty, is_right)(asked)
-    np.testing.assert_allclose(found, sklearns(uncertainty, is_right, asked), atol=1e-12)
-    assert (np.diff(found) <= 0).all()
-    assert found.max() - found.min() > 0.1

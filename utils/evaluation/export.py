@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 
 from models.layers import pairwise_products, unit
 from utils.cli import need
 from utils.evaluation.ranking import TILE, rank_queries
+from utils.evaluation.risk import calibrate
 from utils.evaluation.scorers import FROZEN, PUBLISHED, ROWS_AT_ONCE, AdaptorScorer, Scorer
 from utils.files import written_aside
 
@@ -120,7 +120,7 @@ def _table(kind, uncertainty, among, found, answers=None):
     table |= {"uncertainty": uncertainty.tolist(), "percentile": percentile.tolist()}
     table |= {"first": None, "rank": None, "p_right": None}
     if found is not None:
-        probability = probability_right(among[found["query"]], found["rank"] == 1)
+        probability = calibrate(among[found["query"]], found["rank"] == 1)
         table["p_right"] = probability(uncertainty).tolist()
     if found is not None and answers is not None:
         first, rank = [None] * len(uncertainty), [None] * len(uncertainty)  # an image may have no caption
@@ -141,19 +141,6 @@ def _first(scorer, z, score):
             similarity = scorer.match(scorer.image, scorer.encode(scorer.adaptor.encode_text, part))
         first += similarity.max(dim=0).indices.tolist()
     return first
-
-
-def probability_right(uncertainty, is_right):
-    """The probability that the first answer is right, which falls with uncertainty, by isotonic regression.
-
-    Args: uncertainty (Q,), is_right (Q,): of queries whose answers are known.
-    Returns: function of uncertainties (T,) that gives (T,) float64 in [0, 1]: linear between values that are known,
-        constant beyond them.
-    """
-    values, place, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
-    share = np.bincount(place, weights=is_right) / count  # queries of equal uncertainty have one probability
-    fitted = isotonic_regression(share, weights=count, increasing=False).x
-    return lambda asked: np.interp(asked, values, fitted)
 
 
 def _rows(tables):
