@@ -42,6 +42,8 @@ def main(argv=None):
         return compare(runs, heading, args.uncer_levels, args.resamples, folder)
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split, mapped=bool(args.export)).to(device)
+    if not (args.export or args.prompts or args.most_uncertain or args.least_uncertain):
+        check_counts(cache, args.uncer_levels, args.folds)
     adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
     if args.export:
         return export(args.export, adaptors, cache, args.score, args.texts, partial(load_texts, args.dataset))
@@ -49,7 +51,6 @@ def main(argv=None):
         lists, sought = (args.most_uncertain, args.least_uncertain), (args.risk[0], args.risk_at[0])
         answers = ask(adaptors, cache, folder, args.score, args.prompts, lists, sought)
         return print(json.dumps(answers, indent=1) if args.json else tables.rows_as_tables(answers))
-    check_counts(cache, args.uncer_levels, args.folds)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
@@ -83,8 +84,7 @@ def parse(argv):
     add("--method", nargs="+", default=["asymvlm-psd"], **choices)
     add("--seed", nargs="+", type=seed_number, default=[0])
     add("--split", type=folder_name, default="val")
-    levels = "levels of equally many queries (default: 10)"
-    add("--uncer_levels", "--uncer-levels", type=positive, default=10, help=levels)
+    add("--uncer_levels", "--uncer-levels", type=positive, default=10, help="equally many queries each (default: 10)")
     folds = "also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)"
     add("--folds", type=positive, default=1, help=folds)
     resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
