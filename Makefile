@@ -50,7 +50,7 @@ fair: .venv/installed
 	    --score published frozen own
 
 test: about-test .venv/installed-tests
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 about-test:
 	@echo "runs all tests: some 5 minutes on two cores, after the installation"
