@@ -18,7 +18,7 @@ from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
 from models import GROUPS, METHODS, expand_groups
 from utils.checkpoint import load_adaptors
-from utils.cli import Parser, folder_name, need, positive, run_script, seed_number, share, torchrun_rank, whole_number
+from utils.cli import Parser, chance, folder_name, need, positive, run_script, seed_number, torchrun_rank, whole_number
 from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
@@ -48,7 +48,7 @@ def main(argv=None):
     if args.export:
         return export(args.export, adaptors, cache, args.score, args.texts, partial(load_texts, args.dataset))
     if args.prompts or args.most_uncertain or args.least_uncertain:
-        lists, sought = (args.most_uncertain, args.least_uncertain), (args.risk[0], args.risk_at[0])
+        lists, sought = (args.most_uncertain, args.least_uncertain), (args.risk[0], args.risk_at[0], args.confidence)
         answers = ask(adaptors, cache, folder, args.score, args.prompts, lists, sought)
         return print(json.dumps(answers, indent=1) if args.json else tables.rows_as_tables(answers))
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
@@ -94,8 +94,8 @@ def parse(argv):
     reference = "train images that reference-entropy compares texts with (default: all)"
     add("--reference", type=positive, metavar="N", help=reference)
     risk = "shares of wrong answers among those kept that are allowed (default: 0.1 0.2 0.3); --prompts takes the first"
-    add("--risk", nargs="+", type=share, default=RISKS, metavar="R", help=risk)
-    add("--confidence", type=share, default=SURE, help="that no more are wrong (default: %(default)s)")
+    add("--risk", nargs="+", type=chance, default=RISKS, metavar="R", help=risk)
+    add("--confidence", type=chance, default=SURE, help="that no more are wrong (default: %(default)s)")
     at = "right is a right answer among the first K (default: 1 5); --prompts takes the first"
     add("--risk-at", "--risk_at", nargs="+", type=positive, default=RANKS, metavar="K", help=at)
     add("--no-plots", action="store_true", help="tables only")
@@ -169,7 +169,7 @@ def compare(runs, heading, levels, resamples, folder):
 def ask(adaptors, cache, folder, score, prompts, lists, sought):
     """How uncertain prompts are, or else the most and least uncertain captions: {method, seed: [dict, one a text]}.
 
-    Args: lists: how many of these; sought: the risk, and the k, that thresholds in results/<name>/ are for.
+    Args: lists: how many of these; sought: risk, k and confidence that thresholds in results/<name>/ are for.
     """
     if prompts:
         texts, clip = questions.prompts_from(prompts), clip_id(folder.name)

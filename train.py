@@ -15,7 +15,7 @@ import torch
 from datasets.embedding import EmbeddingCache
 from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
-from models import GROUPS, METHODS, expand_groups
+from models import GROUPS, METHODS, expand_groups, recipes_for
 from utils.checkpoint import checkpoint_path
 from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number, share
 from utils.device import autocast, pick_device, pick_precision, precision_name
@@ -83,7 +83,7 @@ def parse(argv):
         parser.error("--keep best: needs held-out images to judge by; add --validation 0.1")
     for method in args.method:
         if args.recipe not in METHODS[method].recipes:
-            parser.error(f"--recipe {args.recipe}: {method} has {', '.join(METHODS[method].recipes)}")
+            parser.error(f"--recipe {args.recipe}: {method} has {', '.join(recipes_for(method))}")
     return args
 
 

@@ -52,3 +52,9 @@ def expand_groups(names, recipe=None):
     members = [*members, *(name for name in names if name not in GROUPS)]
     forms = [form if (form := f"{method}-{recipe}") in METHODS else method for method in members]
     return list(dict.fromkeys(forms))
+
+
+def recipes_for(method):
+    """The names of the recipes that `--method` can be given with, those of its further forms among them."""
+    forms = [name.removeprefix(f"{method}-") for name in METHODS if name.startswith(f"{method}-")]
+    return [*METHODS[method].recipes, *(name for name in forms if name in METHODS[f"{method}-{name}"].recipes)]

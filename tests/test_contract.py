@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import GROUPS, METHODS
+from models import GROUPS, METHODS, recipes_for
 from models.base import SMALL, GaussianAdaptor
 from tests.conftest import recipe_of
 from utils.checkpoint import load_adaptor, save_adaptor
@@ -271,3 +271,9 @@ def test_saved_adaptor_loads_as_it_was(method, tmp_path):
     assert torch.equal(adaptor.similarity(z_image, z_text), loaded.similarity(z_image, z_text))
     pairs = zip(described(adaptor, z_image, z_text), described(loaded, z_image, z_text), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_recipes_for_a_method_are_its_own_and_those_of_its_further_form():
+    assert recipes_for("pfe") == ["paper", "small", "demo", "original"]
+    assert recipes_for("pfe-original") == ["original"]
+    assert recipes_for("asymvlm-psd") == ["paper", "small", "demo", "original"]

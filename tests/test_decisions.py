@@ -91,6 +91,7 @@ def test_prompts_are_kept_or_asked_back(script, trained, monkeypatch, capsys):
     assert found == {u: "keep" if u <= middle else "ask back" for u in none}
     assert len(set(found.values())) == 2
     assert "--risk 0.5" in decisions("--risk", 0.5)[1]
+    assert "--confidence 0.95, not 0.5" in decisions("--confidence", 0.5)[1]
     content["calibrated_on"]["checkpoint"] = "of another"
     FILE.write_text(json.dumps(content))
     again, note = decisions()
@@ -98,7 +99,9 @@ def test_prompts_are_kept_or_asked_back(script, trained, monkeypatch, capsys):
     assert "another checkpoint" in note
 
 
-@pytest.mark.parametrize("flags", [("--risk", 1.5), ("--confidence", "sure"), ("--risk-at", 0)])
+@pytest.mark.parametrize(
+    "flags", [("--risk", 1.5), ("--risk", 0), ("--confidence", "sure"), ("--confidence", 0), ("--risk-at", 0)]
+)
 def test_what_is_no_share_or_rank_is_one_line(script, trained, flags):
     status, _, error = script(eval_script.main, *EVAL, *flags)
     assert status == 2

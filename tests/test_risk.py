@@ -1,6 +1,7 @@
 """Thresholds with a guarantee and probabilities of being right, against worlds that are known, scipy, scikit-learn."""
 
 import doctest
+import json
 
 import numpy as np
 import pytest
@@ -173,9 +174,26 @@ def test_the_figures_of_calibration_equal_plain_ones(captions):
 def test_a_threshold_is_found_by_its_risk(tmp_path):
     path = tmp_path / "pfe.threshold.json"
     known = [{"risk": r, "k": k, "threshold": t} for r, k, t in ((0.1, 1, None), (0.2, 1, 0.5), (0.1, 5, 0.7))]
-    save_json({"guarantees": known}, path)
+    save_json({"guarantees": known, "confidence": 0.9}, path)
     assert load_threshold(path) is None
     assert load_threshold(path, 0.2) == 0.5
     assert load_threshold(path, 0.1, 5) == load_threshold(path, k=5) == 0.7
     with pytest.raises(UserError, match=r"--risk 0\.3"):
         load_threshold(path, 0.3)
+    assert load_threshold(path, 0.2, confidence=0.9) == 0.5
+    with pytest.raises(UserError, match=r"of --confidence 0\.9, not 0\.95"):
+        load_threshold(path, 0.2, confidence=0.95)
+
+
+@pytest.mark.parametrize("threshold", ["abc", True, float("nan"), [0.1], {"a": 1}, ...])
+def test_a_threshold_that_is_no_number_is_refused(tmp_path, threshold):
+    path, known = tmp_path / "pfe.threshold.json", {"risk": 0.1, "k": 1, "threshold": threshold}
+    if threshold is ...:  # missing
+        del known["threshold"]
+    path.write_text(json.dumps({"guarantees": [known], "confidence": 0.95}))
+    with pytest.raises(UserError, match=r"pfe.threshold.json: a threshold is .*no number"):
+        load_threshold(path)
+    for content in ([], {}, {"guarantees": {}}, "abc"):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="not a file of thresholds"):
+            load_threshold(path)

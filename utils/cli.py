@@ -71,6 +71,13 @@ def share(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a share of at least 0 and below 1")
 
 
+def chance(text):
+    """An argparse type: a probability above 0 and below 1."""
+    if number := share(text):
+        return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and below 1")
+
+
 def folder_name(text):
     """An argparse type: the name of a folder, which leads nowhere else; "texts" is that of a cache's further texts."""
     if text != os.path.basename(text) or text in ("", "texts") or text.startswith(".") or not text.isprintable():

@@ -67,21 +67,22 @@ def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED, decide=None):
     return answers
 
 
-def decision(file, adaptor, cache, risk, k):
+def decision(file, adaptor, cache, *sought):
     """A function of a text's uncertainty, whether to keep the answer or ask back, by a .threshold.json of eval.py.
 
     Args:
         file: where it is.
         adaptor, cache: that it must have been calibrated for.
-        risk, k: as `load_threshold` has them.
+        sought: risk, k and confidence, as `load_threshold` has them.
     Returns: the function; None, and a line in the log, where there is no such file of them.
     """
     try:
-        threshold, content = load_threshold(file, risk, k), load_json(file)
-        made_for = content.get("calibrated_on") or {}
+        need(file.exists(), f"{file} is not there")
+        threshold, made_for = load_threshold(file, *sought), load_json(file).get("calibrated_on")
+        need(isinstance(made_for, dict), f"{file}: does not tell what it was calibrated on")
         is_for = (made_for.get("checkpoint"), made_for.get("cache")) == (adaptor.checkpoint, cache.digest)
         need(is_for, f"{file}: of another checkpoint or other embeddings")
-    except (UserError, FileNotFoundError) as error:
+    except (UserError, OSError) as error:
         logging.info("note: no decisions, which need a threshold: %s; evaluate, without --prompts, first", error)
         return None
     return partial(decide, threshold=threshold)

@@ -92,19 +92,26 @@ def decide(uncertainty, threshold):
     return np.where(is_kept(uncertainty, threshold), KEEP, ASK_BACK).tolist()
 
 
-def load_threshold(path, risk=None, k=1):
+def load_threshold(path, risk=None, k=1, confidence=None):
     """The threshold in a .threshold.json of eval.py, up to which answers are kept; None if none qualified.
 
     Args:
         risk: the share of wrong answers that is allowed; None: the first in the file.
         k: a query is right if a right answer is among the first k.
-    Raises: UserError if the file has none of this risk and k; FileNotFoundError.
+        confidence: that no more are wrong; None: what the file has.
+    Raises: UserError if the file has none of these, or is damaged; FileNotFoundError.
     """
     content = load_json(path)
     known = content.get("guarantees") if isinstance(content, dict) else None
-    for one in known if isinstance(known, list) else ():
+    need(isinstance(known, list), f"{path}: not a file of thresholds; evaluate again")
+    sure = content.get("confidence")
+    need(confidence in (None, sure), f"{path}: of --confidence {sure}, not {confidence}; evaluate again with it")
+    for one in known:
         if isinstance(one, dict) and one.get("k") == k and risk in (None, one.get("risk")):
-            return one.get("threshold")
+            threshold = one.get("threshold", np.nan)
+            is_number = type(threshold) in (int, float) and np.isfinite(threshold)
+            need(threshold is None or is_number, f"{path}: a threshold is {threshold!r}, no number; evaluate again")
+            return threshold
     need(False, f"{path}: has no threshold for --risk {risk} --risk-at {k}")
 
 
