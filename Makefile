@@ -2,8 +2,10 @@
 # All make their own environment in .venv first.
 # make tables DATASET=coco: six methods, three seeds, tables and plots of a cached data set; results/coco/README.md shows all.
 # make ablation DATASET=coco: the variants too, and one table of all; what is trained already is not trained again.
+# RESUME= trains all of it anew, as is needed after make demo, whose recipe is another.
 # make fair DATASET=coco: the rivals also as their own authors build and rank them, one table, and whose leads survive.
 PYTHON ?= python3
+RESUME ?= --resume
 CONSTRAINTS ?= -c tests/constraints.txt
 DATASET ?= shapes
 SEEDS ?= 0 1 2
@@ -32,14 +34,14 @@ tables: .venv/installed
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
 
 ablation: .venv/installed
-	$(RUN) train.py --dataset $(DATASET) --method all variants --seed $(SEEDS) --recipe $(RECIPE) --resume
+	$(RUN) train.py --dataset $(DATASET) --method all variants --seed $(SEEDS) --recipe $(RECIPE) $(RESUME)
 	$(RUN) eval.py --dataset $(DATASET) --method variants --seed $(SEEDS) --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
 	$(RUN) -m utils.evaluation.overview --dataset $(DATASET) --method all variants --seed $(SEEDS)
 
 fair: .venv/installed
-	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE) --resume
-	$(RUN) train.py --dataset $(DATASET) --method $(RIVALS) --seed $(SEEDS) --recipe original --resume \
+	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE) $(RESUME)
+	$(RUN) train.py --dataset $(DATASET) --method $(RIVALS) --seed $(SEEDS) --recipe original $(RESUME) \
 	    $(addprefix --epochs ,$(ORIGINAL_EPOCHS))
 	$(RUN) eval.py --dataset $(DATASET) --method all originals --seed $(SEEDS) --score own --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all originals --seed $(SEEDS) --score frozen --no-plots --resamples 0

@@ -71,9 +71,8 @@ class Run:
         if saved is None:
             return
         try:
-            self.recipe = type(self.recipe)(
-                **saved["recipe"]
-            )  # where it was begun, a later field may not have been set
+            # As it was begun: fields that came later are not set there, and keep their defaults.
+            self.recipe = type(self.recipe)(**saved["recipe"])
             self.log = [{"epoch": epoch, **record} for epoch, record in enumerate(saved["log"], start=1)]
             if self.keeps_best:
                 self.best, _ = saved["best"], self.kept()

@@ -49,9 +49,7 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
     """
     order = np.argsort(uncertainty, kind="stable")
     sorted_, wrong = np.asarray(uncertainty)[order], np.cumsum(np.asarray(is_wrong)[order])
-    last = np.flatnonzero(
-        np.append(sorted_[1:] != sorted_[:-1], True)
-    )  # of each value: ties are kept or asked together
+    last = np.flatnonzero(np.append(sorted_[1:] != sorted_[:-1], True))  # of each value: ties are kept together
     last = last[last + 1 >= LEAST]
     fails = special.bdtr(wrong[last].astype(float), last + 1, risk) > 1 - confidence  # r+ > risk
     passed = last[: np.argmax(np.append(fails, True))]
