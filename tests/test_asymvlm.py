@@ -14,6 +14,7 @@ from models.asymvlm.adaptor import PowerSphericalAdaptor, VonMisesFisherAdaptor
 from models.asymvlm.distributions import (
     KAPPA_MIN,
     concentration,
+    log_uniform_density,
     power_spherical_log_normalizer,
     power_spherical_log_prob,
     von_mises_fisher_log_normalizer,
@@ -44,6 +45,11 @@ def exact_power_spherical(kappa, dim):
     return -((a + b) * mpmath.log(2) + mpmath.loggamma(a) - mpmath.loggamma(a + b) + b * mpmath.log(mpmath.pi))
 
 
+def exact_uniform(dim):
+    half = mpmath.mpf(dim) / 2
+    return mpmath.loggamma(half) - mpmath.log(2) - half * mpmath.log(mpmath.pi)  # 1 / surface of the sphere
+
+
 @pytest.mark.parametrize("dim", DIMS)
 def test_vmf_normalizer_is_exact_in_value_and_gradient(dim):
     kappa = torch.tensor(KAPPAS, dtype=torch.float64, requires_grad=True)
@@ -51,7 +57,8 @@ def test_vmf_normalizer_is_exact_in_value_and_gradient(dim):
     (gradient,) = torch.autograd.grad(value.sum(), kappa)
     single = von_mises_fisher_log_normalizer(kappa.detach().float(), dim)
     for k, v, g, s in zip(KAPPAS, value.tolist(), gradient.tolist(), single.tolist(), strict=True):
-        exact, exact_gradient = float(exact_vmf(k, dim)), float(exact_vmf_gradient(k, dim))
+        exact = float(exact_vmf(k, dim) - exact_uniform(dim))
+        exact_gradient = float(exact_vmf_gradient(k, dim))
         assert abs(v - exact) <= 1e-6 * max(1, abs(exact))
         assert g == pytest.approx(exact_gradient, rel=1e-6)
         assert abs(s - exact) <= 2e-3
@@ -64,7 +71,7 @@ def test_power_spherical_normalizer_is_exact_in_value_and_gradient(dim):
     (gradient,) = torch.autograd.grad(value.sum(), kappa)
     single = power_spherical_log_normalizer(kappa.detach().float(), dim)
     for k, v, g, s in zip(KAPPAS, value.tolist(), gradient.tolist(), single.tolist(), strict=True):
-        exact = float(exact_power_spherical(k, dim))
+        exact = float(exact_power_spherical(k, dim) - exact_uniform(dim))
         exact_gradient = float(
             -(mpmath.log(2) + mpmath.digamma((dim - 1) / mpmath.mpf(2) + k) - mpmath.digamma(dim - 1 + mpmath.mpf(k)))
         )
@@ -75,26 +82,26 @@ def test_power_spherical_normalizer_is_exact_in_value_and_gradient(dim):
 
 def test_vmf_normalizer_matches_golden_values():
     for entry in GOLDEN["vmf_log_normalizer_exact"]:
-        value = von_mises_fisher_log_normalizer(torch.tensor(entry["kappa"], dtype=torch.float64), entry["dim"]).item()
+        kappa = torch.tensor(entry["kappa"], dtype=torch.float64)
+        value = von_mises_fisher_log_normalizer(kappa, entry["dim"]).item() + log_uniform_density(entry["dim"])
         assert abs(value - entry["value"]) <= 1e-6 * max(1, abs(entry["value"]))
 
 
 @pytest.mark.parametrize("log_normalizer", [power_spherical_log_normalizer, von_mises_fisher_log_normalizer])
 @pytest.mark.parametrize("dim", [16, 512])
 def test_normalizers_tend_to_the_uniform_density(log_normalizer, dim):
-    uniform = math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)  # 1 / surface of the sphere
-    assert log_normalizer(torch.tensor(1e-9, dtype=torch.float64), dim).item() == pytest.approx(
-        uniform, rel=1e-9, abs=1e-7
-    )
+    assert log_uniform_density(dim) == pytest.approx(float(exact_uniform(dim)), rel=1e-14)
+    assert log_normalizer(torch.tensor(1e-9, dtype=torch.float64), dim).item() == pytest.approx(0, abs=1e-7)
 
 
 def test_normalizers_tend_to_their_limits_at_large_kappa():
     kappa = torch.tensor(1e7, dtype=torch.float64)
     b, v = (16 - 1) / 2, 16 / 2 - 1
     power_spherical = b * math.log(1e7 / (4 * math.pi)) - 1e7 * math.log(2)
-    assert power_spherical_log_normalizer(kappa, 16).item() - power_spherical == pytest.approx(0, abs=1e-4)
+    uniform = log_uniform_density(16)
+    assert power_spherical_log_normalizer(kappa, 16).item() + uniform - power_spherical == pytest.approx(0, abs=1e-4)
     von_mises_fisher = (v + 0.5) * math.log(1e7 / (2 * math.pi)) - 1e7
-    assert von_mises_fisher_log_normalizer(kappa, 16).item() - von_mises_fisher == pytest.approx(0, abs=1e-4)
+    assert von_mises_fisher_log_normalizer(kappa, 16).item() + uniform - von_mises_fisher == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("log_prob", [power_spherical_log_prob, von_mises_fisher_log_prob])
@@ -107,7 +114,7 @@ def test_density_integrates_to_one(log_prob, kappa, dim):
     eta = torch.zeros(1, dim, dtype=torch.float64)
     eta[0, 0] = kappa
     ring = math.log(2) + (dim - 1) / 2 * math.log(math.pi) - math.lgamma((dim - 1) / 2)  # surface of a ring's sphere
-    density = torch.exp(log_prob(x, eta)[:, 0] + ring + (dim - 3) / 2 * torch.log1p(-(t**2)))
+    density = torch.exp(log_prob(x, eta)[:, 0] + log_uniform_density(dim) + ring + (dim - 3) / 2 * torch.log1p(-(t**2)))
     assert torch.trapezoid(density, t).item() == pytest.approx(1, abs=2e-4)
 
 
@@ -120,7 +127,7 @@ def test_similarity_and_loss_match_the_golden_file(method, log_prob):
     adaptor.temperature.data.fill_(golden["temperature"])
     (x,) = adaptor.encode_image(torch.tensor(golden["z_image"], dtype=torch.float64))
     eta = torch.tensor(golden["eta"], dtype=torch.float64)
-    similarity = np.array(golden["similarity"])
+    similarity = np.array(golden["similarity"]) - log_uniform_density(16)
     np.testing.assert_allclose(
         log_prob(x, eta).numpy(), similarity, rtol=1e-9, atol=1e-8
     )  # logs cancel where kappa is small

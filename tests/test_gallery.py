@@ -29,7 +29,7 @@ def differentiated(image, z):
 
 @pytest.mark.parametrize("rows", [50, 4096])
 def test_top1_and_margin_equal_their_definitions(workdir, monkeypatch, rows):
-    monkeypatch.setattr(scorers, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(scorers, "TEXTS_AT_ONCE", rows)
     make_cache("tiny")
     cache = EmbeddingCache("tiny", "val")
     image, text = cache.image.read(), cache.text.read().clone()

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from utils.evaluation import bootstrap, ranking
-from utils.evaluation.bootstrap import interval, one_by_one, over_seeds, p_value, resample
+from utils.evaluation.bootstrap import Resamples, interval, one_by_one, over_seeds, p_value
 from utils.evaluation.figures import (
     RECALL,
     RELEVANCE,
@@ -159,12 +159,13 @@ def test_rsum_is_the_sum_of_all_recalls_in_per_cent():
 
 def test_a_resample_has_as_many_images_with_all_their_queries_and_is_the_same_at_every_call():
     images = np.array([7, 3, 3, 9, 7, 7])
-    counts = resample(images, 20)
+    counts = np.concatenate([*Resamples(images, 20).counts()])
     assert (counts[:, [0, 1, 3]].sum(axis=1) == 3).all()  # of images
     assert (counts[:, 1] == counts[:, 2]).all() and (counts[:, [0]] == counts[:, [4, 5]]).all()
-    assert (counts == resample(images, 20)).all()
+    assert (counts == np.concatenate([*Resamples(images, 20).counts()])).all()
+    assert (Resamples(images, 20).sums() == counts.sum(axis=1)).all()
     assert len({tuple(count) for count in counts}) > 5
-    assert (resample(np.arange(50), 20).sum(axis=1) == 50).all()
+    assert (Resamples(np.arange(50), 20).sums() == 50).all()
 
 
 def test_captions_of_one_image_that_are_all_alike_tell_no_more_than_one():
@@ -195,7 +196,7 @@ def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
     assert set(draws["i2t"]) == {"R@1", "R@5", "R@10", "AURC", "E-AURC", "S", "R2", "-S*R2"}
     assert set(draws["ambiguity"]) == {"spearman", "partial_spearman_given_length", "R@1_described"}
     assert set(draws["relevance_t2i"]) == {"R@1", "R@5", "R@10", "mAP@R", "R-Precision"}
-    counts = {d: resample(images[d], 25) for d in answers}
+    counts = {d: np.concatenate([*Resamples(images[d], 25).counts()]) for d in answers}
     for i in range(25):
         drawn = {d: {key: np.repeat(v, counts[d][i]) for key, v in fields.items()} for d, fields in answers.items()}
         expected = measure(drawn, 10)
@@ -206,14 +207,14 @@ def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_what_a_figure_gives_for_all_resamples_at_once_is_what_its_function_gives_for_each(ties):
-    answers, counts = random_answers(queries=60, ties=ties), resample(np.arange(60) // 7, 20)
+    answers, resamples = random_answers(queries=60, ties=ties), Resamples(np.arange(60) // 7, 20)
     view = answers | {"correct": answers["rank"] == 1, "levels": 7}
     fast = {figure for section in SECTIONS for figure in section.figures if figure.resampled and figure.is_known(view)}
     assert len(fast) == 16
     for figure in fast:
-        each = figure.of(once_each(view, counts), partial(one_by_one, figure.function))
+        each = figure.of(once_each(view, resamples), partial(one_by_one, figure.function))
         np.testing.assert_allclose(
-            figure.of(once_each(view, counts), figure.resampled), each, atol=1e-12, err_msg=figure.name
+            figure.of(once_each(view, resamples), figure.resampled), each, atol=1e-12, err_msg=figure.name
         )
 
 

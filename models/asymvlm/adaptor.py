@@ -20,7 +20,7 @@ class AsymVLM(Adaptor):
 
     recipes = recipes_of(paper := Recipe("sgd", lr=1e-2, weight_decay=5e-4), lr=3e-3) | {"original": paper}
     spread = ("text",)  # the modalities whose embeddings become distributions
-    log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M), log C(kappa) + kappa kernel(mu.x)
+    log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M), log C(kappa) - log C(0) + kappa kernel(mu.x)
     log_normalizer = kernel = None  # (kappa (M,), D) -> (M,); (cosine) -> the same shape
     expected_log_prob = None  # (eta_image (N, D), eta_text (M, D), temperature) -> (N, M)
 

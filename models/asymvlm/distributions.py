@@ -3,6 +3,10 @@
 Both are log_normalizer(kappa) + kernel: kappa log(1 + mu.x) for the Power Spherical distribution, kappa mu.x for the
 von Mises-Fisher distribution. kappa >= 0 is the concentration: 0 is uniform, and 1/kappa is the uncertainty. Each has
 an expectation too, for images that are distributions themselves.
+
+Densities are relative to the uniform one: log C(kappa) - log C(0) stands where the papers have log C(kappa), and the
+log density at kappa = 0 is 0. Neither loss nor ranking depends on log C(0), which is 870 at D = 512: beside it, float32
+would tell log densities apart only by 6e-5. `log_uniform_density` is what to add for a density per unit of area.
 """
 
 import functools
@@ -28,10 +32,10 @@ def concentration(eta):
 
 @full_precision
 def power_spherical_log_prob(x, eta, temperature=1.0):
-    """Log density of every image under every text's Power Spherical distribution, times a temperature.
+    """Log density, relative to the uniform one, of every image under every text's Power Spherical distribution.
 
-    log C(kappa) + kappa log(1 + mu.x). The temperature meets the (M,) parameters rather than the (N, M) densities: it
-    saves three passes over those in a training step.
+    temperature (log C(kappa) - log C(0) + kappa log(1 + mu.x)). The temperature meets the (M,) parameters rather than
+    the (N, M) densities: it saves three passes over those in a training step.
     Args: x (N, D): unit vectors. eta (M, D): kappa mu. temperature: scalar.
     Returns: (N, M), finite also where rounding brings mu.x to -1 (or below), as is its gradient.
     Source: De Cao & Aziz, "The Power Spherical distribution", arXiv 2006.04437, eq. 6.
@@ -50,7 +54,7 @@ def power_spherical_kernel(cosine):
 
 @full_precision
 def von_mises_fisher_log_prob(x, eta, temperature=1.0, log_normalizer=None):
-    """The same for the von Mises-Fisher distribution, log C(kappa) + kappa mu.x.
+    """The same for the von Mises-Fisher distribution, log C(kappa) - log C(0) + kappa mu.x.
 
     Args: log_normalizer: function of kappa (M,) and D; None: the exact one.
     Source: Mardia & Jupp, "Directional Statistics", eq. 9.3.4.
@@ -61,10 +65,10 @@ def von_mises_fisher_log_prob(x, eta, temperature=1.0, log_normalizer=None):
 
 @full_precision
 def expected_power_spherical_log_prob(eta_image, eta_text, temperature=1.0):
-    """E log p(x | text), x drawn from p(x | image), both Power Spherical, times a temperature.
+    """E log p(x | text), x drawn from p(x | image), both Power Spherical, relative to the uniform one.
 
-    log C(kappa_text) + kappa_text E log(1 + t), t = mu_text.x. With kappa the image's, c = mu_image.mu_text,
-    s = D - 1 + kappa and M = kappa / s, t has, exactly,
+    log C(kappa_text) - log C(0) + kappa_text E log(1 + t), times a temperature, t = mu_text.x. With kappa the image's,
+    c = mu_image.mu_text, s = D - 1 + kappa and M = kappa / s, t has, exactly,
         mean M c,   variance (D - 1 + 2 kappa) (1 - M c^2) / (s (s + 1)),
     as mu_image.x is 2 Beta((D-1)/2 + kappa, (D-1)/2) - 1 and the rest of x is uniform around mu_image. (1 + t)/2 is
     taken for the Beta(a, n - a) of that mean and variance, which it is at kappa = 0 and at c = 1 and -1, and
@@ -89,7 +93,7 @@ def expected_power_spherical_log_prob(eta_image, eta_text, temperature=1.0):
 
 @full_precision
 def expected_von_mises_fisher_log_prob(eta_image, eta_text, temperature=1.0):
-    """The same for the von Mises-Fisher distribution, log C(kappa_text) + kappa_text A_D(kappa_image) mu_image.mu_text.
+    """The same for von Mises-Fisher, log C(kappa_text) - log C(0) + kappa_text A_D(kappa_image) mu_image.mu_text.
 
     The mean of x is A_D(kappa_image) mu_image, and the log density is linear in x: this is exact.
     Source: Mardia & Jupp, sec. 9.3.2; minus the cross-entropy, as in Diethe, arXiv 1502.07104.
@@ -99,10 +103,16 @@ def expected_von_mises_fisher_log_prob(eta_image, eta_text, temperature=1.0):
     return von_mises_fisher_log_prob(mean, eta_text, temperature)
 
 
-def power_spherical_log_normalizer(kappa, dim):
-    """log C(kappa) = -[(a + b) log 2 + lgamma(a) - lgamma(a + b) + b log pi], with a = (D-1)/2 + kappa, b = (D-1)/2.
+def log_uniform_density(dim):
+    """log C(0) = lgamma(D/2) - log 2 - (D/2) log pi: one over the sphere's area, for dim D >= 2. A float."""
+    return math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
 
-    Domain: kappa >= 0, D >= 2. Limits: uniform as kappa -> 0; b log(kappa / 4 pi), less (kappa log 2), as kappa -> inf.
+
+def power_spherical_log_normalizer(kappa, dim):
+    """log C(kappa) - log C(0) = lgamma(a + b) - lgamma(a) - lgamma(2b) + lgamma(b) - kappa log 2.
+
+    log C(kappa) = -[(a + b) log 2 + lgamma(a) - lgamma(a + b) + b log pi], with a = (D-1)/2 + kappa, b = (D-1)/2.
+    Domain: kappa >= 0, D >= 2. Limits: 0 as kappa -> 0; b log(kappa / 4 pi) - kappa log 2 - log C(0) as kappa -> inf.
     Accuracy: computed in float64 where the device has it, as in float32 it would be off by up to 2e-3 at small kappa.
     Args: kappa (M,), dim D.
     Returns: (M,) in kappa's type.
@@ -111,40 +121,41 @@ def power_spherical_log_normalizer(kappa, dim):
     wide = widest(kappa)
     b = (dim - 1) / 2
     a = b + wide
-    return -((a + b) * math.log(2) + torch.lgamma(a) - torch.lgamma(a + b) + b * math.log(math.pi)).to(kappa.dtype)
+    uniform = math.lgamma(b) - math.lgamma(2 * b)  # the terms at kappa = 0
+    return (torch.lgamma(a + b) - torch.lgamma(a) + uniform - wide * math.log(2)).to(kappa.dtype)
 
 
 def von_mises_fisher_log_normalizer(kappa, dim):
-    """log C(kappa) = v log kappa - (D/2) log 2 pi - log I_v(kappa), with v = D/2 - 1, without a Bessel function.
+    """log C(kappa) - log C(0), log C(kappa) = v log kappa - (D/2) log 2 pi - log I_v(kappa), v = D/2 - 1.
 
-    I_v is replaced by its uniform expansion for large order, and v log kappa cancels against the expansion's by hand:
-    nothing diverges as kappa -> 0. With s = sqrt(1 + (kappa/v)^2),
+    There is no Bessel function: I_v is replaced by its uniform expansion for large order, and v log kappa cancels
+    against the expansion's by hand: nothing diverges as kappa -> 0. With s = sqrt(1 + (kappa/v)^2),
         log C = v log v - (D/2) log 2 pi - v s + v log(1 + s) + log(2 pi v)/2 + log(s)/2 - log sum_k U_k(1/s) / v^k.
     Below D = 16, where six terms are too few, the same at v + n, and n steps down (`_log_scaled_bessel`).
-    Domain: kappa >= 0, D >= 2. Limits: uniform as kappa -> 0; (v + 1/2) log(kappa / 2 pi) - kappa as kappa -> inf.
+    Domain: kappa >= 0, D >= 2. Limits: 0 as kappa -> 0; (v + 1/2) log(kappa / 2 pi) - kappa - log C(0) as kappa -> inf.
     Accuracy, against mpmath at D = 2 to 1152 and kappa in (0, 1e4]: 1e-6 max(1, |log C|) in float64, 2e-3 absolute in
     float32; the gradient, -I_{D/2}(kappa) / I_{D/2-1}(kappa), 1e-6 relative in float64 (tests/test_asymvlm.py).
     Args: kappa (M,), dim D.
     Returns: (M,) in kappa's type.
-    Source: DLMF 10.41.3 and 10.29.1 (https://dlmf.nist.gov/10.41).
+    Source: DLMF 10.41.3, 10.29.1 and, at 0, 10.25.2 (https://dlmf.nist.gov/10).
     """
-    log_f = _log_scaled_bessel(widest(kappa), dim / 2 - 1)
-    return -(log_f + (dim / 2) * math.log(2 * math.pi)).to(kappa.dtype)
+    v = dim / 2 - 1
+    uniform = -v * math.log(2) - math.lgamma(v + 1)  # log F_v(0)
+    return (uniform - _log_scaled_bessel(widest(kappa), v)).to(kappa.dtype)
 
 
 def approximate_von_mises_fisher_log_normalizer(kappa, dim):
-    """log C(kappa), but for a constant of D, from the mean of two bounds of the Bessel functions' ratio.
+    """log C(kappa) - log C(0) from the mean of two bounds of the Bessel functions' ratio.
 
-    sum_b [a log(a + r_b) - r_b] / 2 with a = (D-1)/2, r_b = sqrt(b^2 + kappa^2) and b = a, a + 1: its derivative is
-    minus the mean of the upper and the lower bound kappa / (a + r_b) of I_{D/2} / I_{D/2-1}.
-    Domain: kappa >= 0, D >= 2. Error, beyond its value at kappa = 0, at D = 512: 0.003 at kappa = 50, 0.05 at 300, 0.1
-    at 5000.
+    sum_b [a log((a + r_b) / (a + b)) - (r_b - b)] / 2 with a = (D-1)/2, r_b = sqrt(b^2 + kappa^2) and b = a, a + 1: its
+    derivative is minus the mean of the upper and the lower bound kappa / (a + r_b) of I_{D/2} / I_{D/2-1}.
+    Domain: kappa >= 0, D >= 2. Error at D = 512: 0.003 at kappa = 50, 0.05 at 300, 0.1 at 5000.
     Args, Returns: as for the exact one.
     Source: Scott, Gallagher & Mozer, "von Mises-Fisher loss", arXiv 2103.15718; what AsymVLM's authors train with.
     """
     wide, a = widest(kappa), (dim - 1) / 2
-    roots = [torch.sqrt(b**2 + wide.square()) for b in (a, a + 1)]
-    return sum((a * torch.log(a + root) - root) / 2 for root in roots).to(kappa.dtype)
+    roots = [(b, torch.sqrt(b**2 + wide.square())) for b in (a, a + 1)]
+    return sum((a * torch.log((a + root) / (a + b)) - (root - b)) / 2 for b, root in roots).to(kappa.dtype)
 
 
 def mean_resultant_length(kappa, dim):

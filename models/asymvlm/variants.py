@@ -39,7 +39,7 @@ class Frozen(AsymVLM):
         """log p(x_i | text_j), (N, M), from the frozen CLIP's own cosines, in float64 where the device has it.
 
         It grows with the cosine: float64 keeps apart what float32 cosines above -1 keep apart, and equal ones equal, so
-        that images are ranked as by the frozen CLIP, ties too. In float32 neighbours would merge, as log C is large.
+        that images are ranked as by the frozen CLIP, ties too. In float32 neighbours would merge.
         """
         (x,), (mu, kappa) = image, text
         cosine, kappa = widest(pairwise_products(x, mu)), widest(kappa)
@@ -157,9 +157,9 @@ class VonMisesFisherAnchored(Anchored, VonMisesFisherAdaptor):
 
 
 class VonMisesFisherApproximate(VonMisesFisherAdaptor):
-    """`asymvlm-vmf-approximate`: the paper's normaliser without a Bessel function, known up to a constant.
+    """`asymvlm-vmf-approximate`: the paper's normaliser without a Bessel function.
 
-    The constant changes neither loss nor ranking. Exactness changes log C by up to 0.1 at D = 512, which moves texts of
+    Exactness changes log C by up to 0.1 at D = 512, which moves texts of
     different kappa against each other for an image; images for a text keep their order.
     """
 

@@ -3,8 +3,8 @@
 A resample draws as many images as there are, with replacement, each with all its queries: captions of one image are
 not independent. Which ones depends on the number of images alone, so that the differences of methods that answered the
 same queries are paired. Over several seeds, it also draws as many seeds as there are (`over_seeds`).
-`counts` (resamples, Q) say how often every query is drawn. Functions of them take arrays (Q,), as their namesakes in
-metrics.py, and give what these give for the drawn queries, nan for None.
+Functions of `Resamples` take arrays (Q,), as their namesakes in metrics.py, and give what these give for the drawn
+queries, nan for None.
 Source: Efron & Tibshirani, "An introduction to the bootstrap", 1993; for clusters Field & Welsh, "Bootstrapping
 clustered data", J. R. Stat. Soc. B 69, 2007.
 """
@@ -17,16 +17,35 @@ from scipy import stats
 RESAMPLES = 1000
 LEAST = 100  # resamples, under which a p-value tells nothing
 CONFIDENCE = 0.95  # of intervals
+AT_ONCE = 4  # resamples, whose counts of 25,000 queries fit into a core's cache
 
 
-def resample(images, resamples):
-    """How often every query is drawn: the same at every call.
+class Resamples:
+    """How often every query is drawn in each of R resamples: the same for the same images.
 
-    Args: images (Q,): the image that each query belongs to.
-    Returns: counts (resamples, Q).
+    Args: images (Q,): the image that each query belongs to; resamples: R.
+    Attributes: image_of (Q,): the images' numbers, 0..N-1, drawn (R, N): how often each is drawn; a row sums to N.
     """
-    _, group = np.unique(images, return_inverse=True)
-    return _draw(int(group.max()) + 1, resamples)[:, group]
+
+    def __init__(self, images, resamples):
+        _, self.image_of = np.unique(images, return_inverse=True)
+        self.drawn = _draw(int(self.image_of.max()) + 1, resamples)
+
+    def __len__(self):
+        return len(self.drawn)
+
+    def counts(self, queries=slice(None)):
+        """Yield how often some queries are drawn, in their order, a few resamples at a time: (r, q) arrays."""
+        for first in range(0, len(self), AT_ONCE):
+            yield self.drawn[first : first + AT_ONCE].take(self.image_of[queries], axis=1)
+
+    def sums(self, values=None):
+        """The sum of values (Q,) over the drawn queries in every resample, (R,); without values, their number."""
+        return self._drawn_as_floats @ np.bincount(self.image_of, weights=values)
+
+    @functools.cached_property
+    def _drawn_as_floats(self):
+        return self.drawn.astype(np.float64)
 
 
 @functools.lru_cache(maxsize=4)
@@ -52,78 +71,94 @@ def over_seeds(draws, side=0):
     return np.take_along_axis(draws.T, drawn, axis=1).mean(axis=1)
 
 
-def one_by_one(function, counts, *values):
-    """Any function, of the drawn queries of one resample after another: (resamples,), or a dict of them."""
+def one_by_one(function, resamples, *values):
+    """Any function, of the drawn queries of one resample after another: (R,), or a dict of them."""
+    counts = [count for part in resamples.counts() for count in part]
     drawn = [function(*(np.repeat(v, count) if np.ndim(v) else v for v in values)) for count in counts]
     if not isinstance(drawn[0], dict):
         return np.array(drawn, dtype=np.float64)
     return {name: np.array([result[name] for result in drawn], dtype=np.float64) for name in drawn[0]}
 
 
-def mean(counts, values):
-    """The mean of values (Q,) in every resample: (resamples,)."""
-    return np.array([count @ values for count in counts]) / counts.sum(axis=1)
+def mean(resamples, values):
+    """The mean of values (Q,) in every resample: (R,)."""
+    return resamples.sums(values) / resamples.sums()
 
 
-def recall_at(counts, rank, k):
-    """`metrics.recall_at` in every resample: (resamples,)."""
-    return mean(counts, np.float64(rank <= k))
+def recall_at(resamples, rank, k):
+    """`metrics.recall_at` in every resample: (R,)."""
+    return mean(resamples, rank <= k)
 
 
-def by_level(counts, correct, uncertainty, levels):
-    """`metrics.level_statistics` of `metrics.recall_by_level` in every resample: {name: (resamples,)}."""
+def by_order(resamples, correct, uncertainty, levels):
+    """`metrics.by_order` in every resample, from one pass along the queries in the order of uncertainty: {name: (R,)}.
+
+    After n drawn queries, w of which are wrong, the risk is w / n. Over a run of queries that are all right, all wrong
+    or all of one uncertainty, which begins after n0 and w0 and has the error e, its sum is, exactly,
+        sum_k (w0 + k e) / (n0 + k) = e (n1 - n0) + (w0 - e n0) (H(n1) - H(n0)),   H(n) = 1 + 1/2 + ... + 1/n.
+    """
     order = np.argsort(uncertainty, kind="stable")  # a resample is in order too: nothing is sorted again
-    recall, error = np.empty((len(counts), levels)), 1.0 - correct[order]
-    for row, count in zip(recall, counts[:, order], strict=True):
-        errors = np.repeat(error, count)
-        size, larger = divmod(len(errors), levels)  # as np.array_split has it
-        sizes = np.full(levels, size) + (np.arange(levels) < larger)
-        row[:] = 1 - np.add.reduceat(errors, np.cumsum(sizes) - sizes) / sizes
+    wrong, harmonic = ~correct[order], np.cumsum(np.append(0, 1 / np.arange(1, resamples.sums().max() + 1)))
+    ends = _ends_of_runs(wrong, np.asarray(uncertainty)[order])
+    both = wrong.astype(np.int64) << 32 | 1  # two counts in one number: of the queries, and of the wrong ones
+    areas, best, recall = [], [], []
+    for counts in resamples.counts(order):
+        path = np.cumsum(counts * both, axis=1)  # (r, Q)
+        at_ends = np.pad(path.take(ends, axis=1), ((0, 0), (1, 0)))
+        n, w = at_ends & 0xFFFFFFFF, at_ends >> 32
+        e = np.diff(w) / np.maximum(np.diff(n), 1)  # 0 where nothing of a run is drawn, which adds nothing
+        total, errors = n[:, -1], w[:, -1]
+        areas.append((errors + ((w[:, :-1] - e * n[:, :-1]) * np.diff(harmonic[n])).sum(axis=1)) / total)
+        best.append((errors - (total - errors) * (harmonic[total] - harmonic[total - errors])) / total)
+        recall += [_recall_by_level(row & 0xFFFFFFFF, row >> 32, levels) for row in path]
+    areas, best, recall = np.concatenate(areas), np.concatenate(best), np.array(recall)
     s, r = _correlation_with_level(stats.rankdata(recall, axis=1)), _correlation_with_level(recall)
-    return {"S": s, "R2": r**2, "-S*R2": -s * r**2}
+    return {"AURC": areas, "E-AURC": np.maximum(0.0, areas - best), "S": s, "R2": r**2, "-S*R2": -s * r**2}
+
+
+def _ends_of_runs(wrong, uncertainty):
+    """Where runs of queries end, in ascending order: of one uncertainty, or several of them all right or all wrong."""
+    ends = np.flatnonzero(np.append(uncertainty[1:] != uncertainty[:-1], True))
+    error = np.diff(np.append(0, np.cumsum(wrong)[ends])) / np.diff(np.append(-1, ends))  # of each uncertainty
+    goes_on = (error[1:] == error[:-1]) & np.isin(error[1:], (0, 1))
+    return ends[np.append(~goes_on, True)]
+
+
+def _recall_by_level(n, w, levels):
+    """`metrics.recall_by_level` from how many queries are drawn up to each, n (Q,), and how many wrong ones, w (Q,)."""
+    size, larger = divmod(int(n[-1]), levels)  # as np.array_split has it
+    bounds = np.cumsum(np.full(levels, size) + (np.arange(levels) < larger))
+    at = n.searchsorted(bounds)  # the query with which a level ends
+    is_wrong = w[at] > np.where(at > 0, w[at - 1], 0)
+    errors = w[at] - is_wrong * (n[at] - bounds)
+    return 1 - np.diff(np.append(0, errors)) / np.diff(np.append(0, bounds))
 
 
 def _correlation_with_level(values):
-    """Pearson correlation of every row (resamples, K) with 0..K-1."""
+    """Pearson correlation of every row (R, K) with 0..K-1."""
     level = np.arange(values.shape[1]) - (values.shape[1] - 1) / 2
     centred = values - values.mean(axis=1, keepdims=True)
     spread = np.where(np.ptp(values, axis=1) == 0, np.nan, np.sqrt((centred**2).sum(axis=1) * (level**2).sum()))
     return centred @ level / spread
 
 
-def aurc(counts, correct, uncertainty):
-    """`metrics.aurc` in every resample: {name: (resamples,)}."""
-    order = np.argsort(uncertainty, kind="stable")
-    error, (_, starts) = 1.0 - correct[order], np.unique(uncertainty[order], return_index=True)
-    position, draws = np.arange(1, counts.sum(axis=1).max() + 1), np.empty((2, len(counts)))
-    for draw, count in zip(draws.T, counts[:, order], strict=True):
-        wrong = np.add.reduceat(count * error, starts)  # among the queries of one uncertainty
-        queries = np.add.reduceat(count, starts, dtype=np.int64)
-        expected = np.repeat(wrong / np.maximum(queries, 1), queries)
-        size, errors = len(expected), int(wrong.sum())
-        area = np.mean(np.cumsum(expected) / position[:size])
-        best = np.sum(position[:errors] / position[size - errors : size]) / size
-        draw[:] = area, max(0.0, area - best)
-    return {"AURC": draws[0], "E-AURC": draws[1]}
+def spearman(resamples, x, y):
+    """`metrics.spearman` in every resample: (R,)."""
+    return _rank_correlations(resamples, x, y)[:, 0, 1]
 
 
-def spearman(counts, x, y):
-    """`metrics.spearman` in every resample: (resamples,)."""
-    return _rank_correlations(counts, x, y)[:, 0, 1]
-
-
-def partial_spearman(counts, x, y, given):
-    """`metrics.partial_spearman` in every resample: (resamples,)."""
-    xy, xg, yg = _rank_correlations(counts, x, y, given)[:, [0, 0, 1], [1, 2, 2]].T
+def partial_spearman(resamples, x, y, given):
+    """`metrics.partial_spearman` in every resample: (R,)."""
+    xy, xg, yg = _rank_correlations(resamples, x, y, given)[:, [0, 0, 1], [1, 2, 2]].T
     rest = (1 - xg**2) * (1 - yg**2)
     return (xy - xg * yg) / np.sqrt(np.where(rest > 1e-12, rest, np.nan))
 
 
-def _rank_correlations(counts, *columns):
-    """Spearman correlations of C columns (Q,) with each other: (resamples, C, C), nan where one is constant."""
+def _rank_correlations(resamples, *columns):
+    """Spearman correlations of C columns (Q,) with each other: (R, C, C), nan where one is constant."""
     groups = [np.unique(column, return_inverse=True)[1] for column in columns]  # which value, ascending
-    correlations = np.empty((len(counts), len(columns), len(columns)))
-    for correlation, count in zip(correlations, counts, strict=True):
+    correlations = np.empty((len(resamples), len(columns), len(columns)))
+    for correlation, count in zip(correlations, (row for part in resamples.counts() for row in part), strict=True):
         sizes = [np.bincount(group, weights=count) for group in groups]
         ranks = [(np.cumsum(size) - (size - 1) / 2)[group] for group, size in zip(groups, sizes, strict=True)]
         centred = np.stack(ranks) - (count.sum() + 1) / 2  # of equal values the mean rank

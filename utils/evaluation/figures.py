@@ -21,7 +21,7 @@ class Figure:
     more_is_better: bool | None  # None: neither is, and it has no interval
     fields: tuple  # of a view (`views_of`), what function takes; where one is missing, the figure is left out
     function: Callable  # (*fields) -> float, or None where undefined
-    resampled: Callable | None = None  # (counts, *fields) -> (resamples,), of all resamples at once; None: one by one
+    resampled: Callable | None = None  # (Resamples, *fields) -> (R,), of all resamples at once; None: one by one
     entry: str | None = None  # which figure of a dict, where the functions give several; they are called once for all
     column: bool = True  # whether tables show it
     queries: int = 1  # with fewer of them it is left out
@@ -58,11 +58,6 @@ def rsum(*ranks):
     return 100 * sum(metrics.recall_at(rank, k) for rank in ranks for k in (1, 5, 10))
 
 
-def by_level(correct, uncertainty, levels):
-    """`level_statistics` of `recall_by_level`."""
-    return metrics.level_statistics(metrics.recall_by_level(correct, uncertainty, levels))
-
-
 def by_modality(name, more_is_better, function, entry=None):
     """The rows of a figure that says how well the uncertainty of text or image predicts the errors of a direction."""
     return tuple(
@@ -73,18 +68,16 @@ def by_modality(name, more_is_better, function, entry=None):
 
 
 RANKED = ("correct", "uncertainty")
-LEVELED = (*RANKED, "levels")
 DESCRIBED = ("uncertainty", "relevant")  # relevant: exact ambiguity, how many images a caption describes
 GIVEN = (*DESCRIBED, "words")
 RETRIEVAL = (
     recall("R@1", "rank", 1),
     recall("R@5", "rank", 5, column=False),
     recall("R@10", "rank", 10, column=False),
-    Figure("AURC", False, RANKED, metrics.aurc, bootstrap.aurc, "AURC"),
-    Figure("E-AURC", False, RANKED, metrics.aurc, bootstrap.aurc, "E-AURC"),
-    Figure("S", False, LEVELED, by_level, bootstrap.by_level, "S"),
-    Figure("R2", True, LEVELED, by_level, bootstrap.by_level, "R2"),
-    Figure("-S*R2", True, LEVELED, by_level, bootstrap.by_level, "-S*R2"),
+    *(
+        Figure(name, more_is_better, (*RANKED, "levels"), metrics.by_order, bootstrap.by_order, entry=name)
+        for name, more_is_better in (("AURC", False), ("E-AURC", False), ("S", False), ("R2", True), ("-S*R2", True))
+    ),
     Figure("ties", None, ("uncertainty",), metrics.share_of_ties, column=False),
 )
 AMBIGUITY = (
@@ -103,7 +96,7 @@ RELEVANCE = (
     Figure("R-Precision", True, ("r_precision",), mean, bootstrap.mean),
 )
 SWEEP = tuple(  # S is easily had at 10 levels
-    Figure(f"{name}@{k}", name != "S", RANKED, partial(by_level, levels=k), entry=name, queries=k)
+    Figure(f"{name}@{k}", name != "S", RANKED, partial(metrics.by_level, levels=k), entry=name, queries=k)
     for name in ("S", "-S*R2")
     for k in (5, 10, 20, 50)
 )
@@ -137,7 +130,7 @@ class Section:
         figures = [f for f in self.figures if f.is_known(view) and f.more_is_better is not None]
         if not (self.resampled and figures and resamples):
             return {}
-        call = once_each(view, bootstrap.resample(view["image"], resamples))
+        call = once_each(view, bootstrap.Resamples(view["image"], resamples))
         return {f.name: f.of(call, f.resampled or partial(bootstrap.one_by_one, f.function)) for f in figures}
 
 

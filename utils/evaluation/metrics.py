@@ -51,6 +51,16 @@ def level_statistics(recall):
     return {"S": s, "R2": r2, "-S*R2": -s * r2}
 
 
+def by_level(correct, uncertainty, levels):
+    """`level_statistics` of `recall_by_level`."""
+    return level_statistics(recall_by_level(correct, uncertainty, levels))
+
+
+def by_order(correct, uncertainty, levels):
+    """What depends on the order of uncertainty: `aurc` and `by_level` in one dict."""
+    return aurc(correct, uncertainty) | by_level(correct, uncertainty, levels)
+
+
 def aurc(correct, uncertainty):
     """Area under the risk-coverage curve, its mean over n, and its excess over the best possible order's area.
 

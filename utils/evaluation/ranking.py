@@ -15,7 +15,8 @@ def rank_queries(score, image_of_caption, images):
     The columns of a tile are the captions of as many images as it has rows, so that all right pairs lie in the tiles on
     the diagonal. These come first: then it is known what competitors have to beat; each tile is computed once.
     Args:
-        score: function of (image rows (n,), caption rows (m,)), int64 tensors, that returns the similarities (n, m).
+        score: function of (image rows (n,), caption rows (m,)) that returns the similarities (n, m); rows are int64
+            tensors, or slices where they follow each other.
         image_of_caption (M,): image rows.
         images: N.
     Returns: {"t2i": of M captions, "i2t": of the images that have a caption}, arrays with one entry a query:
@@ -40,7 +41,7 @@ def rank_queries(score, image_of_caption, images):
         rows, columns = rows_of[a], columns_of[b]
         if not len(columns):
             continue
-        tile = score(rows, columns)  # (n, m)
+        tile = score(_slice(rows), _slice(columns))  # (n, m)
         if a == b:
             image = image_of_caption[columns]
             right = tile[image - rows[0], torch.arange(len(columns))].cpu()  # (m,), what each caption's image has
@@ -48,9 +49,15 @@ def rank_queries(score, image_of_caption, images):
             order = np.lexsort((columns, -right.double(), image))  # an image's best caption comes first
             best = order[np.unique(image[order], return_index=True)[1]]
             i2t.aim(image[best], right[best], columns[best])
-        t2i.run(columns, tile.T, rows)
-        i2t.run(rows, tile, columns)
+        t2i.run(columns, tile.T, rows, has_right=a == b)
+        i2t.run(rows, tile, columns, has_right=a == b)
     return {"t2i": t2i.answers(torch.arange(len(image_of_caption))), "i2t": i2t.answers(image_of_caption.unique())}
+
+
+def _slice(rows):
+    """Ascending rows as a slice, which copies nothing, where they follow each other."""
+    first, last = rows[0].item(), rows[-1].item()
+    return slice(first, last + 1) if last - first == len(rows) - 1 else rows
 
 
 class _Race:
@@ -67,21 +74,42 @@ class _Race:
         """Set the best right answer of some queries: its similarity and row."""
         self.target[queries], self.target_row[queries] = similarity.double(), row
 
-    def run(self, queries, tile, answers):
-        """Take in the similarities (q, n) of some queries and answers, whose rows ascend."""
-        target = self.target[queries, None].to(tile.device, tile.dtype)
-        is_lower = (answers < self.target_row[queries, None]).to(tile.device)
-        self.rank[queries] += ((tile > target) | ((tile == target) & is_lower)).sum(dim=1).cpu()
-        highest, where = (x.cpu() for x in tile.max(dim=1))  # the first of equal ones
+    def run(self, queries, tile, answers, has_right):
+        """Take in the similarities (q, n) of some queries and answers, whose rows ascend.
+
+        Few passes over the tile, each of a kind that runs at the speed of the cache: two here, and one more where lower
+        and higher rows than the best right answer's are among the answers, as they are on the diagonal (has_right).
+        """
+        target, row = self.target[queries].to(tile), self.target_row[queries]  # (q,)
+        is_lower = (answers[-1] < row).to(tile.device)  # of all answers: equal ones beat it, too
+        beaten = torch.where(is_lower, target.nextafter(target.new_tensor(-torch.inf)), target)
+        self.rank[queries] += _count(torch.gt, tile, beaten)
+        unsure = ((answers[0] < row) & (row <= answers[-1])).nonzero().flatten()
+        if len(unsure):  # whose equal ones are to be looked at, apart from the right answer itself
+            unsure = unsure[_count(torch.eq, tile, target)[unsure] > int(has_right)]
+            equal = tile[unsure.to(tile.device)] == target[unsure.to(tile.device), None]
+            self.rank[queries[unsure]] += (equal.cpu() & (answers < row[unsure, None])).sum(dim=1)
+        highest, best = tile.amax(dim=1).cpu().double(), self.best[queries]
         if highest.isnan().any():
             raise ValueError("a similarity is not a number")
-        highest, where = highest.double(), answers[where]
-        better = (highest > self.best[queries]) | ((highest == self.best[queries]) & (where < self.top1[queries]))
-        self.best[queries[better]], self.top1[queries[better]] = highest[better], where[better]
+        better = (highest >= best).nonzero().flatten()
+        where = answers[tile[better.to(tile.device)].argmax(dim=1).cpu()]  # the first of equal ones
+        wins = (highest[better] > best[better]) | (where < self.top1[queries[better]])
+        better, where = better[wins], where[wins]
+        self.best[queries[better]], self.top1[queries[better]] = highest[better], where
 
     def answers(self, queries):
         """What it has found for some queries, as arrays."""
         return {"query": queries.numpy(), "top1": self.top1[queries].numpy(), "rank": self.rank[queries].numpy()}
+
+
+def _count(compare, tile, limit):
+    """How many of each query's similarities (q, n) compare so with its limit (q,): (q,) int64 on the CPU.
+
+    They are written as 0.0 and 1.0: a comparison between numbers of one type has vector instructions, one that gives
+    truth values has not.
+    """
+    return compare(tile, limit[:, None], out=torch.empty_like(tile)).sum(dim=1).cpu().long()
 
 
 def rank_relevant(score, relevance, answers):

@@ -6,11 +6,13 @@ from functools import partial
 import numpy as np
 import torch
 
+from models.base import Adaptor
 from models.layers import pairwise_products, unit
 from utils.evaluation.figures import FOLDS
 from utils.evaluation.ranking import rank_queries, rank_relevant
 
 ROWS_AT_ONCE = 4096  # that are encoded
+TEXTS_AT_ONCE = 512  # that are compared with a gallery: of 5,000 images, 10 MB of cosines
 LOGIT_SCALE = 100.0  # of CLIP's cosines where meta.json does not know it: its upper bound, which OpenAI's models reach
 PUBLISHED, FROZEN, OWN = "published", "frozen", "own"
 SCORES = {  # what ranks, and what titles say of it
@@ -19,6 +21,7 @@ SCORES = {  # what ranks, and what titles say of it
     OWN: "each ranked by its authors' own score",
 }
 SOME, ALIKE = 256, 1e-3  # rows that tell whether scores are the same cosines, and how much rounding may change them
+SAME = 1e-6  # by how much rounding may change an entry of a unit vector
 
 
 class Scorer:
@@ -43,7 +46,7 @@ class Scorer:
         return rank(self.score, self.cache)
 
     def score(self, images, captions):
-        """Similarities (N, M), larger = better, of rows of the cache: images (N,), captions (M,)."""
+        """Similarities (N, M), larger = better, of rows of the cache: images (N,), captions (M,), or slices."""
         return pairwise_products(self.image[images], self.text[captions])
 
     def text_uncertainty(self, texts, z):
@@ -170,6 +173,14 @@ class AdaptorScorer(Scorer):
         return _array(self.adaptor.describe_image(*self.image)[1])
 
     @torch.inference_mode()
+    def ranks_by(self, frozen):
+        """Whether it ranks by the cosine of its means, and these are the embeddings of the frozen CLIP, a Scorer."""
+        if getattr(self.match, "__func__", None) is not Adaptor.score:
+            return False
+        pairs = ((self.image, frozen.image), (self.text, frozen.text))
+        return all(torch.allclose(unit(means), there, rtol=0, atol=SAME) for (means, *_), there in pairs)
+
+    @torch.inference_mode()
     def scores_like(self, other):
         """Whether its scores are those of another scorer, as far as some rows tell."""
         rows = [torch.arange(0, n, -(-n // SOME)) for n in map(len, (self.cache.image, self.cache.text))]
@@ -215,6 +226,8 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
         if score == FROZEN:
             yield FrozenScore(frozen, scorer, method)
             continue
+        if scorer.ranks_by(frozen):
+            scorer.ranking = frozen.ranking
         yield scorer
         if score == PUBLISHED and not scorer.scores_like(frozen):
             yield FrozenScore(frozen, scorer, method + BESIDE)
@@ -223,12 +236,14 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
 def compare_with_gallery(frozen, z):
     """The uncertainty of texts with embeddings z (T, D) by their cosines with the images: {row name: (T,) float64}."""
     scale, parts = logit_scale(frozen.cache), []
-    for part in _read(z).to(frozen.cache.device).split(ROWS_AT_ONCE):
-        cosine = pairwise_products(frozen.image, unit(part))  # (N, rows)
-        log_p = (scale * cosine).log_softmax(dim=0)
-        entropy = -(log_p.exp() * log_p).sum(dim=0)
-        best = cosine.topk(min(2, len(cosine)), dim=0).indices
-        text, first, second = unit(part.double()), *(frozen.image[best[row]].double() for row in (0, -1))
+    for part in _read(z).to(frozen.cache.device).split(TEXTS_AT_ONCE):
+        cosine = pairwise_products(unit(part), frozen.image)  # (texts, N)
+        highest, best = cosine.topk(min(2, len(frozen.image)), dim=1)
+        logits = cosine.sub_(highest[:, :1]).mul_(scale)
+        p = logits.exp()
+        total = p.sum(dim=1)
+        entropy = total.log() - torch.linalg.vecdot(p, logits) / total
+        text, first, second = unit(part.double()), *(frozen.image[best[:, row]].double() for row in (0, -1))
         top1, lead = (text * first).sum(dim=1), (text * (first - second)).sum(dim=1)
         slope = ((first - second).square().sum(dim=1) - lead**2).clamp(min=0).sqrt() / part.double().norm(dim=1)
         parts.append([entropy.double(), -top1, -(lead / (slope + 1e-8)).tanh()])
