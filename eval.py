@@ -29,7 +29,10 @@ from utils.evaluation.results import SUFFIXES, evaluate, load_results, result_na
 from utils.evaluation.risk import CONFIDENCE as SURE
 from utils.evaluation.risk import RANKS, RISKS
 from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, every_scorer
+from utils.lazy import Lazy
 from utils.report import results_page
+
+plots = Lazy("utils.evaluation.plots")
 
 
 def main(argv=None):
@@ -146,11 +149,8 @@ def report(results, title, flags, folder, examples):
 
     Args: examples: as `questions.example_captions` gives them; None: no plots.
     """
-    texts, pictures = tables.write_all(results, title), {}
-    if examples is not None:
-        from utils.evaluation.plots import draw_all  # matplotlib takes a second to import
-
-        pictures = draw_all(results, examples, folder)
+    texts = tables.write_all(results, title)
+    pictures = {} if examples is None else plots.draw_all(results, examples, folder)
     words = (f"--{flag} {' '.join(map(str, v)) if isinstance(v, list) else v}" for flag, v in flags.items())
     page = results_page(title, f"python eval.py {' '.join(words)}", texts, pictures)
     save_texts(texts | {"README.md": page}, folder)

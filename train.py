@@ -20,6 +20,7 @@ from utils.checkpoint import checkpoint_path
 from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number, share
 from utils.device import autocast, pick_device, pick_precision, precision_name
 from utils.distributed import average_gradients, gather, joined, share_of_rank
+from utils.evaluation.validation import HeldOut
 from utils.optimizer import OPTIMIZERS, make_optimizer
 from utils.run import Run, check_finite
 from utils.seed import seed_everything
@@ -35,8 +36,6 @@ def main(argv=None):
     cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)  # one in many files stays on the disk
     ladder, held_out = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta), None
     if args.validation:
-        from utils.evaluation.validation import HeldOut  # scipy takes a second to import
-
         cache, held_out = cache.hold_out(args.validation)
         held_out = HeldOut(held_out, precision)
     config = {"dataset": args.dataset, "seed": None, "recipe": args.recipe, "precision": precision_name(precision)}

@@ -15,7 +15,9 @@ import torch
 from utils.cli import UserError, need
 from utils.device import PRECISIONS, pick_precision, precision_name
 from utils.files import differences, leaves, load_json, sha256
+from utils.lazy import Lazy
 
+open_clip = Lazy("open_clip")  # loaded after _say_at_once_if_offline, which sets what it reads of the environment
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
 PROXIES = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -129,17 +131,15 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
     weights = _find("--pretrained", pretrained)
     if weights is None:
         _say_at_once_if_offline()
-    import open_clip  # slow to import, and the environment must be set first
-
-    model_name = _register(open_clip, name)
+    model_name = _register(name)
     has_quick_gelu = bool(open_clip.get_model_config(model_name).get("quick_gelu"))
     twin = f"{model_name}-quickgelu"
     twin = twin if not has_quick_gelu and twin in open_clip.list_models() else None
     with _quiet():
         if weights is None:
-            model = _create_by_tag(open_clip, model_name, pretrained, precision_name(dtype), twin)
+            model = _create_by_tag(model_name, pretrained, precision_name(dtype), twin)
         else:
-            model = _create_from_file(open_clip, model_name, weights, precision_name(dtype), pretrained, has_quick_gelu)
+            model = _create_from_file(model_name, weights, precision_name(dtype), pretrained, has_quick_gelu)
         with _refused(f"--model {model_name}: its tokenizer cannot be loaded"):
             tokenizer = open_clip.get_tokenizer(model_name)
     if weights is not None and twin:
@@ -195,7 +195,7 @@ def _find(flag, name):
     return path
 
 
-def _register(open_clip, name):
+def _register(name):
     """The open_clip name of --model, after adding a configuration file to open_clip's list."""
     if not name.endswith(".json"):
         close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)) or "none"
@@ -212,7 +212,7 @@ def _register(open_clip, name):
     return path.stem
 
 
-def _create_by_tag(open_clip, name, tag, precision, twin):
+def _create_by_tag(name, tag, precision, twin):
     """The model with downloaded weights on the CPU; refused if they need its twin with QuickGELU."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     which = f"its tags are {', '.join(tags)}" if tags else "it has no published weights"
@@ -224,7 +224,7 @@ def _create_by_tag(open_clip, name, tag, precision, twin):
         return open_clip.create_model(name, pretrained=tag, precision=precision)
 
 
-def _create_from_file(open_clip, name, path, precision, pretrained, has_quick_gelu):
+def _create_from_file(name, path, precision, pretrained, has_quick_gelu):
     """The model with the weights of a file on the CPU; --pretrained names it in messages."""
     archive = None
     with _refused(f"--pretrained {pretrained}: not readable"):

@@ -12,12 +12,14 @@ clustered data", J. R. Stat. Soc. B 69, 2007.
 import functools
 
 import numpy as np
-from scipy import stats
 
+from utils.lazy import Lazy
+
+stats = Lazy("scipy.stats")
 RESAMPLES = 1000
 LEAST = 100  # resamples, under which a p-value tells nothing
 CONFIDENCE = 0.95  # of intervals
-AT_ONCE = 4  # resamples, whose counts of 25,000 queries fit into a core's cache
+AT_ONCE = 8  # resamples, whose counts of 25,000 queries fit into a core's cache
 
 
 class Resamples:
@@ -38,6 +40,10 @@ class Resamples:
         """Yield how often some queries are drawn, in their order, a few resamples at a time: (r, q) arrays."""
         for first in range(0, len(self), AT_ONCE):
             yield self.drawn[first : first + AT_ONCE].take(self.image_of[queries], axis=1)
+
+    def __iter__(self):
+        """Yield how often every query is drawn, (Q,), resample by resample."""
+        return (row for part in self.counts() for row in part)
 
     def sums(self, values=None):
         """The sum of values (Q,) over the drawn queries in every resample, (R,); without values, their number."""
@@ -73,8 +79,7 @@ def over_seeds(draws, side=0):
 
 def one_by_one(function, resamples, *values):
     """Any function, of the drawn queries of one resample after another: (R,), or a dict of them."""
-    counts = [count for part in resamples.counts() for count in part]
-    drawn = [function(*(np.repeat(v, count) if np.ndim(v) else v for v in values)) for count in counts]
+    drawn = [function(*(np.repeat(v, count) if np.ndim(v) else v for v in values)) for count in resamples]
     if not isinstance(drawn[0], dict):
         return np.array(drawn, dtype=np.float64)
     return {name: np.array([result[name] for result in drawn], dtype=np.float64) for name in drawn[0]}
@@ -99,18 +104,19 @@ def by_order(resamples, correct, uncertainty, levels):
     """
     order = np.argsort(uncertainty, kind="stable")  # a resample is in order too: nothing is sorted again
     wrong, harmonic = ~correct[order], np.cumsum(np.append(0, 1 / np.arange(1, resamples.sums().max() + 1)))
-    ends = _ends_of_runs(wrong, np.asarray(uncertainty)[order])
+    ends = np.append(0, _ends_of_runs(wrong, np.asarray(uncertainty)[order]) + 1)  # counts of queries
     both = wrong.astype(np.int64) << 32 | 1  # two counts in one number: of the queries, and of the wrong ones
     areas, best, recall = [], [], []
     for counts in resamples.counts(order):
-        path = np.cumsum(counts * both, axis=1)  # (r, Q)
-        at_ends = np.pad(path.take(ends, axis=1), ((0, 0), (1, 0)))
-        n, w = at_ends & 0xFFFFFFFF, at_ends >> 32
+        path = np.zeros((len(counts), len(order) + 1), dtype=np.int64)
+        np.cumsum(counts * both, axis=1, out=path[:, 1:])
+        n, w = path & 0xFFFFFFFF, path.take(ends, axis=1) >> 32
+        recall += [_recall_by_level(*rows, wrong, levels) for rows in zip(n, path, strict=True)]
+        n = n.take(ends, axis=1)
         e = np.diff(w) / np.maximum(np.diff(n), 1)  # 0 where nothing of a run is drawn, which adds nothing
         total, errors = n[:, -1], w[:, -1]
-        areas.append((errors + ((w[:, :-1] - e * n[:, :-1]) * np.diff(harmonic[n])).sum(axis=1)) / total)
+        areas.append((errors + ((w[:, :-1] - e * n[:, :-1]) * np.diff(harmonic.take(n))).sum(axis=1)) / total)
         best.append((errors - (total - errors) * (harmonic[total] - harmonic[total - errors])) / total)
-        recall += [_recall_by_level(row & 0xFFFFFFFF, row >> 32, levels) for row in path]
     areas, best, recall = np.concatenate(areas), np.concatenate(best), np.array(recall)
     s, r = _correlation_with_level(stats.rankdata(recall, axis=1)), _correlation_with_level(recall)
     return {"AURC": areas, "E-AURC": np.maximum(0.0, areas - best), "S": s, "R2": r**2, "-S*R2": -s * r**2}
@@ -124,14 +130,16 @@ def _ends_of_runs(wrong, uncertainty):
     return ends[np.append(~goes_on, True)]
 
 
-def _recall_by_level(n, w, levels):
-    """`metrics.recall_by_level` from how many queries are drawn up to each, n (Q,), and how many wrong ones, w (Q,)."""
+def _recall_by_level(n, path, wrong, levels):
+    """`metrics.recall_by_level` of a resample.
+
+    Args: of its first 0..Q queries n (Q + 1,) are drawn, path (Q + 1,) >> 32 of them wrong ones; wrong (Q,): which are.
+    """
     size, larger = divmod(int(n[-1]), levels)  # as np.array_split has it
     bounds = np.cumsum(np.full(levels, size) + (np.arange(levels) < larger))
-    at = n.searchsorted(bounds)  # the query with which a level ends
-    is_wrong = w[at] > np.where(at > 0, w[at - 1], 0)
-    errors = w[at] - is_wrong * (n[at] - bounds)
-    return 1 - np.diff(np.append(0, errors)) / np.diff(np.append(0, bounds))
+    at = n.searchsorted(bounds)  # with query at - 1 a level ends
+    errors = (path[at] >> 32) - wrong[at - 1] * (n[at] - bounds)
+    return 1 - np.diff(errors, prepend=0) / np.diff(bounds, prepend=0)
 
 
 def _correlation_with_level(values):
@@ -158,7 +166,7 @@ def _rank_correlations(resamples, *columns):
     """Spearman correlations of C columns (Q,) with each other: (R, C, C), nan where one is constant."""
     groups = [np.unique(column, return_inverse=True)[1] for column in columns]  # which value, ascending
     correlations = np.empty((len(resamples), len(columns), len(columns)))
-    for correlation, count in zip(correlations, (row for part in resamples.counts() for row in part), strict=True):
+    for correlation, count in zip(correlations, resamples, strict=True):
         sizes = [np.bincount(group, weights=count) for group in groups]
         ranks = [(np.cumsum(size) - (size - 1) / 2)[group] for group, size in zip(groups, sizes, strict=True)]
         centred = np.stack(ranks) - (count.sum() + 1) / 2  # of equal values the mean rank

@@ -22,7 +22,9 @@ from utils.evaluation.ranking import TILE, rank_queries
 from utils.evaluation.risk import calibrate
 from utils.evaluation.scorers import FROZEN, PUBLISHED, ROWS_AT_ONCE, AdaptorScorer, Scorer
 from utils.files import written_aside
+from utils.lazy import Lazy
 
+pyarrow, parquet = Lazy("pyarrow"), Lazy("pyarrow.parquet")  # optional
 COLUMNS = {"method": "string", "seed": "int64", "kind": "string", "row": "int64", "text": "string", "image": "string"}
 COLUMNS |= {"uncertainty": "float64", "percentile": "float64", "first": "string", "rank": "int64", "p_right": "float64"}
 
@@ -165,9 +167,6 @@ def _write_jsonl(file, tables):
 
 
 def _write_parquet(file, tables):
-    import pyarrow  # only those who ask for it need it
-    from pyarrow import parquet
-
     schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in COLUMNS.items()])
     with parquet.ParquetWriter(file, schema) as writer:
         for table in tables:

@@ -4,7 +4,10 @@ Uncertainty is one number a query, larger = less certain. A query is answered co
 """
 
 import numpy as np
-from scipy import stats
+
+from utils.lazy import Lazy
+
+stats = Lazy("scipy.stats")
 
 
 def recall_at(rank, k):

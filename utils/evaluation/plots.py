@@ -79,6 +79,9 @@ def draw_all(results, examples, folder):
             "ladder": _ladder(results),
         } | {f"hierarchy-{stem}": _depth(of_texts, stem) for stem in stems}
     for name, picture in pictures.items():
+        if picture is not None:
+            picture.draw_without_rendering()  # lays it out, which would else be done again for each of its files
+            picture.set_layout_engine("none")
         for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
             path = folder / f"{name}{suffix}"
             path.unlink(missing_ok=True)

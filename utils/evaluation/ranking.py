@@ -9,7 +9,7 @@ import torch
 TILE = 512  # images of a tile; its captions are as many as so many images have
 
 
-def rank_queries(score, image_of_caption, images):
+def rank_queries(score, image_of_caption, images, watch=None):
     """Answer every query of both directions, a tile of the similarity matrix at a time.
 
     The columns of a tile are the captions of as many images as it has rows, so that all right pairs lie in the tiles on
@@ -19,6 +19,7 @@ def rank_queries(score, image_of_caption, images):
             tensors, or slices where they follow each other.
         image_of_caption (M,): image rows.
         images: N.
+        watch: function of (tile (n, m), image rows, caption rows), called with every tile, or None.
     Returns: {"t2i": of M captions, "i2t": of the images that have a caption}, arrays with one entry a query:
         query (its row), top1 (row of the first answer) and rank (of the first right answer, 1 = best).
     Raises: ValueError if a similarity is not a number.
@@ -42,6 +43,8 @@ def rank_queries(score, image_of_caption, images):
         if not len(columns):
             continue
         tile = score(_slice(rows), _slice(columns))  # (n, m)
+        if watch is not None:
+            watch(tile, rows, columns)
         if a == b:
             image = image_of_caption[columns]
             right = tile[image - rows[0], torch.arange(len(columns))].cpu()  # (m,), what each caption's image has

@@ -5,11 +5,12 @@ import logging
 import math
 
 import torch
-from scipy import optimize
 
 from models.layers import pairwise_products, unit
 from utils.cli import UserError, need
+from utils.lazy import Lazy
 
+optimize = Lazy("scipy.optimize")
 TILE = 2048  # reference images that are read and compared at a time, each tile once
 TEXTS = 1024  # texts that are compared at a time
 FITTED_ON = 1024  # captions: on shapes the scale is some 2 % of that of all 50,000
@@ -32,6 +33,24 @@ def open_reference(load, cache, size=None):
         logging.info("reference-entropy is left out: %s", error)
         return None
     return Reference(train, size, cache.device)
+
+
+def empty_softmax(texts):
+    """The softmax of so many texts over no images, (2, T) float64: log sum_i exp(s c_i), and the mean cosine."""
+    return torch.tensor([[-torch.inf], [0]], dtype=torch.float64).repeat(1, texts)
+
+
+def add_to_softmax(known, cosine, scale):
+    """Take further images, with these cosines (n, T), into the softmax of T texts at a logit scale: known (2, T)."""
+    most = cosine.amax(dim=0)
+    logits = (cosine - most).mul_(scale)
+    weight = logits.exp()
+    weights, most = weight.sum(dim=0).cpu().double(), most.cpu().double()
+    log_sum = weights.log() + scale * most
+    mean = most + weight.mul_(logits).sum(dim=0).cpu().double() / (weights * scale)
+    total = torch.logaddexp(known[0], log_sum)
+    known[1] = (known[0] - total).exp() * known[1] + (log_sum - total).exp() * mean
+    known[0] = total
 
 
 class Reference:
@@ -63,20 +82,13 @@ class Reference:
         Returns: (S, 2, T) float64 on the CPU: log sum_i exp(s c_i), and the mean cosine sum_i p_i c_i.
         """
         parts, image_rows = unit(text.to(self.device)).split(TEXTS), self.rows.to(self.train.image.device)
-        found = torch.tensor([-torch.inf, 0], dtype=torch.float64)[None, :, None].repeat(len(scales), 1, len(text))
+        found = torch.stack([empty_softmax(len(text))] * len(scales))
         for tile in image_rows.split(TILE):
             image = unit(self.train.image[tile].to(self.device))
             for part, so_far in zip(parts, found.split(TEXTS, dim=2), strict=True):
                 cosine = pairwise_products(image, part)  # (tile, part)
-                most = cosine.amax(dim=0)
                 for scale, known in zip(scales, so_far, strict=True):
-                    weight = (scale * (cosine - most)).exp()
-                    weights = weight.sum(dim=0)
-                    log_sum, mean = weights.log() + scale * most, (weight * cosine).sum(dim=0) / weights  # of the tile
-                    log_sum, mean = log_sum.cpu().double(), mean.cpu().double()  # (part,)
-                    total = torch.logaddexp(known[0], log_sum)
-                    known[1] = (known[0] - total).exp() * known[1] + (log_sum - total).exp() * mean
-                    known[0] = total
+                    add_to_softmax(known, cosine, scale)
         return found
 
     def entropies(self, text, scales):

@@ -6,11 +6,12 @@ those of a query drawn as the calibrated ones are.
 """
 
 import numpy as np
-from scipy import optimize, special
 
 from utils.cli import need
 from utils.files import load_json
+from utils.lazy import Lazy
 
+optimize, special = Lazy("scipy.optimize"), Lazy("scipy.special")
 RISKS, CONFIDENCE, RANKS = [0.1, 0.2, 0.3], 0.95, [1, 5]  # where --risk, --confidence, --risk-at say nothing else
 LEAST = 30  # calibration queries under the first threshold that is tested
 BINS = 15  # of the expected calibration error

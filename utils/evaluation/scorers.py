@@ -10,6 +10,7 @@ from models.base import Adaptor
 from models.layers import pairwise_products, unit
 from utils.evaluation.figures import FOLDS
 from utils.evaluation.ranking import rank_queries, rank_relevant
+from utils.evaluation.reference import add_to_softmax, empty_softmax
 
 ROWS_AT_ONCE = 4096  # that are encoded
 TEXTS_AT_ONCE = 512  # that are compared with a gallery: of 5,000 images, 10 MB of cosines
@@ -32,9 +33,10 @@ class Scorer:
         needs: what its uncertainty takes beside the text: "gallery", "reference" images, true "pairs", "training".
         on_ladder: whether ratios of its uncertainties mean something.
         config: what its results' config says of it.
+        neighbours: Neighbours of the captions, which see what it computes to rank them, or None.
     """
 
-    name, needs, on_ladder = "frozen cosine", "-", False
+    name, needs, on_ladder, neighbours = "frozen cosine", "-", False, None
 
     def __init__(self, cache):
         self.cache, self.image, self.text = cache, unit(_read(cache.image)), unit(_read(cache.text))
@@ -43,7 +45,7 @@ class Scorer:
     @functools.cached_property
     def ranking(self):
         """What `rank` finds by this score."""
-        return rank(self.score, self.cache)
+        return rank(self.score, self.cache, self.neighbours and self.neighbours.add)
 
     def score(self, images, captions):
         """Similarities (N, M), larger = better, of rows of the cache: images (N,), captions (M,), or slices."""
@@ -214,6 +216,7 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
         reference: Reference, or None.
     """
     frozen = Scorer(cache)
+    frozen.neighbours = Neighbours(frozen, len(cache.text))
     yield frozen
     found = functools.cache(partial(compare_with_gallery, frozen))
     yield from (kind(frozen, found) for kind in AGAINST_GALLERY)
@@ -233,22 +236,52 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
             yield FrozenScore(frozen, scorer, method + BESIDE)
 
 
+class Neighbours:
+    """What T texts find in the gallery of a frozen Scorer, taken in a tile of their cosines at a time."""
+
+    def __init__(self, frozen, texts):
+        self.frozen, self.scale, self.softmax = frozen, logit_scale(frozen.cache), empty_softmax(texts)
+        self.cosine = torch.full((2, texts), -torch.inf)  # of the two best images so far
+        self.image = torch.zeros(2, texts, dtype=torch.int64)  # their rows
+
+    def add(self, cosine, images, texts):
+        """Take in cosines (n, t) of some images and texts, given by their rows."""
+        known = self.softmax[:, texts]
+        add_to_softmax(known, cosine, self.scale)
+        self.softmax[:, texts] = known
+        highest, best = (x.cpu() for x in cosine.topk(min(2, len(cosine)), dim=0))
+        cosines = torch.cat([self.cosine[:, texts], highest.float()])
+        self.cosine[:, texts], order = cosines.topk(2, dim=0)
+        self.image[:, texts] = torch.cat([self.image[:, texts], images[best]]).gather(0, order)
+
+    def uncertainty(self, z):
+        """The uncertainty of the texts, whose embeddings are z (T, D): {row name: (T,) float64 array}."""
+        total, mean = self.softmax
+        parts, count = [], min(2, len(self.frozen.image))
+        for part, best in zip(z.split(ROWS_AT_ONCE), self.image[:count].split(ROWS_AT_ONCE, dim=1), strict=True):
+            part = part.to(self.frozen.image.device).double()
+            first, second = (self.frozen.image[best[row]].double() for row in (0, -1))
+            top1, lead = (unit(part) * first).sum(dim=1), (unit(part) * (first - second)).sum(dim=1)
+            slope = ((first - second).square().sum(dim=1) - lead**2).clamp(min=0).sqrt() / part.norm(dim=1)
+            parts.append(torch.stack([-top1, -(lead / (slope + 1e-8)).tanh()]))
+        columns = (total - self.scale * mean, *torch.cat(parts, dim=1).cpu())
+        return dict(zip((kind.name for kind in AGAINST_GALLERY), (x.numpy() for x in columns), strict=True))
+
+
 def compare_with_gallery(frozen, z):
-    """The uncertainty of texts with embeddings z (T, D) by their cosines with the images: {row name: (T,) float64}."""
-    scale, parts = logit_scale(frozen.cache), []
-    for part in _read(z).to(frozen.cache.device).split(TEXTS_AT_ONCE):
-        cosine = pairwise_products(unit(part), frozen.image)  # (texts, N)
-        highest, best = cosine.topk(min(2, len(frozen.image)), dim=1)
-        logits = cosine.sub_(highest[:, :1]).mul_(scale)
-        p = logits.exp()
-        total = p.sum(dim=1)
-        entropy = total.log() - torch.linalg.vecdot(p, logits) / total
-        text, first, second = unit(part.double()), *(frozen.image[best[:, row]].double() for row in (0, -1))
-        top1, lead = (text * first).sum(dim=1), (text * (first - second)).sum(dim=1)
-        slope = ((first - second).square().sum(dim=1) - lead**2).clamp(min=0).sqrt() / part.double().norm(dim=1)
-        parts.append([entropy.double(), -top1, -(lead / (slope + 1e-8)).tanh()])
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    return dict(zip((kind.name for kind in AGAINST_GALLERY), columns, strict=True))
+    """The uncertainty of texts with embeddings z (T, D) by their cosines with the images: {row name: (T,) float64}.
+
+    Those of the cache's captions were seen when the frozen Scorer ranked them.
+    """
+    found, text = frozen.neighbours, _read(z)
+    if found is not None and z is frozen.cache.text:
+        _ = frozen.ranking
+    else:
+        found = Neighbours(frozen, len(text))
+        for rows in torch.arange(len(text)).split(TEXTS_AT_ONCE):
+            cosine = pairwise_products(frozen.image, unit(text[rows].to(frozen.image.device)))
+            found.add(cosine, torch.arange(len(cosine)), rows)
+    return found.uncertainty(text)
 
 
 def reference_entropies(frozen, reference):
@@ -282,14 +315,15 @@ def count_words(texts):
 
 
 @torch.inference_mode()
-def rank(score, cache):
+def rank(score, cache, watch=None):
     """Answer every query of a cache, whatever the uncertainty.
 
-    Args: score: as `Scorer.score`.
+    Args: score: as `Scorer.score`; watch: as for `rank_queries`.
     Returns: two dicts {"t2i", "i2t"} of arrays with one entry a query: what `rank_queries` gives; and what
         `rank_relevant` gives, 0 where nobody looked, of further sets of judgements with the set's name before it.
     """
-    found, judged = rank_queries(score, cache.image_of_caption.cpu().numpy(), len(cache.image)), {"t2i": {}, "i2t": {}}
+    found = rank_queries(score, cache.image_of_caption.cpu().numpy(), len(cache.image), watch)
+    judged = {"t2i": {}, "i2t": {}}
     score_of = {"t2i": lambda captions, images: score(images, captions).T, "i2t": score}
     for number, (name, right_of) in enumerate(cache.judgements.items()):
         for direction, gallery in (("t2i", cache.image), ("i2t", cache.text)):
