@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.lazy import Lazy
 
-stats = Lazy("scipy.stats")
+stats = Lazy("scipy.stats")  # half a second to import, for caption chains alone
 
 
 def recall_at(rank, k):
@@ -49,8 +49,7 @@ def level_statistics(recall):
     if len(recall) < 2 or np.ptp(recall) == 0:
         return {"S": None, "R2": None, "-S*R2": None}
     level = np.arange(len(recall))
-    s = float(stats.spearmanr(level, recall).statistic)
-    r2 = float(stats.linregress(level, recall).rvalue ** 2)
+    s, r2 = spearman(level, recall), float(np.corrcoef(level, recall)[0, 1] ** 2)
     return {"S": s, "R2": r2, "-S*R2": -s * r2}
 
 
@@ -107,7 +106,7 @@ def auroc(correct, uncertainty):
     right, wrong = int(correct.sum()), int((~correct).sum())
     if not right or not wrong:
         return None
-    ranks = stats.rankdata(uncertainty)
+    ranks = rank_values(uncertainty)
     return float((ranks[~correct].sum() - wrong * (wrong + 1) / 2) / (right * wrong))
 
 
@@ -144,7 +143,7 @@ def uncertainty_by_depth(uncertainty, chains):
     >>> uncertainty_by_depth(np.array([0.9, 0.5, 0.7]), [[0, 1], [0, 2]])
     [100.0, 50.0]
     """
-    percentile = 100 * stats.rankdata(uncertainty) / len(uncertainty)
+    percentile = 100 * rank_values(uncertainty) / len(uncertainty)
     depths = range(max(map(len, chains), default=0))
     return [float(np.mean([percentile[chain[depth]] for chain in chains if len(chain) > depth])) for depth in depths]
 
@@ -159,11 +158,21 @@ def share_of_ties(uncertainty):
     return float((count[group] > 1).mean())
 
 
+def rank_values(values):
+    """The rank of each of some values (Q,), 1 = least; equal ones have the mean of their ranks.
+
+    >>> rank_values([0.3, 0.1, 0.3]).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[group]
+
+
 def spearman(x, y):
     """Spearman rank correlation of x and y (Q,), in [-1, 1], or None if one of them is constant."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    return float(stats.spearmanr(x, y).statistic)
+    return float(np.corrcoef(rank_values(x), rank_values(y))[0, 1])
 
 
 def partial_spearman(x, y, given):

@@ -9,12 +9,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image, ImageOps
-from scipy import stats
 
 from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
-from utils.evaluation.metrics import risk_coverage
+from utils.evaluation.metrics import rank_values, risk_coverage
 from utils.evaluation.risk import predict_right
 from utils.evaluation.scorers import BASELINES, BESIDE
 from utils.files import written_aside
@@ -38,6 +39,7 @@ OTHERS = [dict(zip(("color", "marker", "linestyle"), look, strict=True)) for loo
 _others = {}  # name -> look, of the rows that are being drawn
 STYLE = {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 4, "axes.axisbelow": True, "axes.grid": True}
 STYLE |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.titley": 1.0}  # where it would stand anyhow: else every drawing looks for what is in its way
 POINTS = 200  # of a risk-coverage curve
 DEPTH = "Uncertainty by depth in the chains of {}, general first, in percentiles"
 AMONG = "in percentiles among the captions; band: the middle half of the captions"
@@ -79,18 +81,24 @@ def draw_all(results, examples, folder):
             "ladder": _ladder(results),
         } | {f"hierarchy-{stem}": _depth(of_texts, stem) for stem in stems}
     for name, picture in pictures.items():
-        if picture is not None:
-            picture.draw_without_rendering()  # lays it out, which would else be done again for each of its files
-            picture.set_layout_engine("none")
-        for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
-            path = folder / f"{name}{suffix}"
+        paths = [folder / f"{name}{suffix}" for suffix in (".png", ".pdf")]
+        for path in paths:
             path.unlink(missing_ok=True)
-            if picture is not None:  # a caption may have a character that the font has not
-                with written_aside(path) as file, warnings.catch_warnings(action="ignore", category=UserWarning):
-                    picture.savefig(file, format=suffix[1:], metadata=metadata)
+        if picture is not None:  # a caption may have a character that the font has not
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                _save(picture, *paths)
         plt.close(picture)
     captions = {f"hierarchy-{stem}": DEPTH.format(stem) for stem in stems}
     return {f"{name}.png": caption for name, caption in (CAPTIONS | captions).items() if pictures[name] is not None}
+
+
+def _save(picture, png, pdf):
+    """Draw a picture once for each of its files; savefig would draw and lay it out five times."""
+    with written_aside(png) as file:
+        FigureCanvasAgg(picture).print_png(file, metadata={"Software": None})
+    picture.set_layout_engine("none")  # it is laid out
+    with written_aside(pdf) as file:
+        FigureCanvasPdf(picture).print_pdf(file, metadata={"CreationDate": None})
 
 
 def _levels(results, modality, recall_of):
@@ -195,7 +203,7 @@ def _against(results, field, label, logarithmic=False):
         axis.set_visible(False)
     for axis, (name, runs) in zip(axes.flat, answers.items(), strict=False):
         known = runs[0][field].astype(np.float64)
-        percentile = np.mean([100 * stats.rankdata(run["uncertainty"]) / len(known) for run in runs], axis=0)
+        percentile = np.mean([100 * rank_values(run["uncertainty"]) / len(known) for run in runs], axis=0)
         bins = _bins(known, logarithmic)
         low, median, high = np.array([np.percentile(percentile[b], [25, 50, 75]) for b in bins]).T
         _line(axis, name, [known[b].mean() for b in bins], median, (low, high))

@@ -5,6 +5,8 @@ each image of one half, and measured on all queries of the other half, in which 
 those of a query drawn as the calibrated ones are.
 """
 
+import functools
+
 import numpy as np
 
 from utils.cli import need
@@ -25,13 +27,19 @@ def split_queries(image):
     Returns: rows (C,), one of each image of the larger half, ascending; the rows (T,) of all others; weights (T,) of
         these, which sum to 1, every image having the same. The halves depend on the images alone.
     """
+    return _split(np.asarray(image, dtype=np.int64).tobytes())
+
+
+@functools.lru_cache(maxsize=4)  # every risk asks for the same
+def _split(image):
+    image = np.frombuffer(image, dtype=np.int64)
     rng, images = np.random.default_rng(0), np.unique(image)
     half = images[rng.permutation(len(images))[: -(-len(images) // 2)]]
     shuffled = rng.permutation(len(image))
-    first = np.unique(np.asarray(image)[shuffled], return_index=True)[1]  # of each image
+    first = np.unique(image[shuffled], return_index=True)[1]  # of each image
     is_half = np.isin(image, half)
     others = np.flatnonzero(~is_half)
-    _, group, count = np.unique(np.asarray(image)[others], return_inverse=True, return_counts=True)
+    _, group, count = np.unique(image[others], return_inverse=True, return_counts=True)
     drawn = shuffled[first]
     return np.sort(drawn[is_half[drawn]]), others, 1 / (count[group] * max(1, len(count)))
 
