@@ -103,18 +103,22 @@ def by_order(resamples, correct, uncertainty, levels):
     wrong, harmonic = ~correct[order], np.cumsum(np.append(0, 1 / np.arange(1, resamples.sums().max() + 1)))
     ends = np.append(0, _ends_of_runs(wrong, np.asarray(uncertainty)[order]) + 1)  # counts of queries
     both = wrong.astype(np.int64) << 32 | 1  # two counts in one number: of the queries, and of the wrong ones
-    areas, best, recall = [], [], []
+    level, areas, best, recall = np.arange(levels + 1), [], [], []
     for counts in resamples.counts(order):
         path = np.zeros((len(counts), len(order) + 1), dtype=np.int64)
         np.cumsum(counts * both, axis=1, out=path[:, 1:])
-        n, w = path & 0xFFFFFFFF, path.take(ends, axis=1) >> 32
-        recall += [_recall_by_level(*rows, wrong, levels) for rows in zip(n, path, strict=True)]
-        n = n.take(ends, axis=1)
+        drawn = path & 0xFFFFFFFF
+        bounds = level * (drawn[:, -1:] // levels) + np.minimum(level, drawn[:, -1:] % levels)  # as np.array_split's
+        at = np.array([row.searchsorted(bound) for row, bound in zip(drawn, bounds, strict=True)])  # after query at - 1
+        beyond = np.take_along_axis(drawn, at, axis=1) - bounds  # so often this query is drawn into the next level
+        errors = (np.take_along_axis(path, at, axis=1) >> 32) - wrong[at - 1] * beyond
+        recall.append(1 - np.diff(errors) / np.diff(bounds))
+        n, w = drawn.take(ends, axis=1), path.take(ends, axis=1) >> 32
         e = np.diff(w) / np.maximum(np.diff(n), 1)  # 0 where nothing of a run is drawn, which adds nothing
         total, errors = n[:, -1], w[:, -1]
         areas.append((errors + ((w[:, :-1] - e * n[:, :-1]) * np.diff(harmonic.take(n))).sum(axis=1)) / total)
         best.append((errors - (total - errors) * (harmonic[total] - harmonic[total - errors])) / total)
-    areas, best, recall = np.concatenate(areas), np.concatenate(best), np.array(recall)
+    areas, best, recall = map(np.concatenate, (areas, best, recall))
     ranks = (np.sign(recall[:, :, None] - recall[:, None]) / 2).sum(axis=2)  # but for a constant; ties share theirs
     s, r = _correlation_with_level(ranks), _correlation_with_level(recall)
     return {"AURC": areas, "E-AURC": np.maximum(0.0, areas - best), "S": s, "R2": r**2, "-S*R2": -s * r**2}
@@ -126,18 +130,6 @@ def _ends_of_runs(wrong, uncertainty):
     error = np.diff(np.append(0, np.cumsum(wrong)[ends])) / np.diff(np.append(-1, ends))  # of each uncertainty
     goes_on = (error[1:] == error[:-1]) & np.isin(error[1:], (0, 1))
     return ends[np.append(~goes_on, True)]
-
-
-def _recall_by_level(n, path, wrong, levels):
-    """`metrics.recall_by_level` of a resample.
-
-    Args: of its first 0..Q queries n (Q + 1,) are drawn, path (Q + 1,) >> 32 of them wrong ones; wrong (Q,): which are.
-    """
-    size, larger = divmod(int(n[-1]), levels)  # as np.array_split has it
-    bounds = np.cumsum(np.full(levels, size) + (np.arange(levels) < larger))
-    at = n.searchsorted(bounds)  # with query at - 1 a level ends
-    errors = (path[at] >> 32) - wrong[at - 1] * (n[at] - bounds)
-    return 1 - np.diff(errors, prepend=0) / np.diff(bounds, prepend=0)
 
 
 def _correlation_with_level(values):
