@@ -10,6 +10,7 @@ import torch
 
 import eval as eval_script
 import train as train_script
+from datasets.checks import check_finite
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.write import write_split
 from tests.conftest import Trap, make_cache
@@ -264,6 +265,37 @@ def test_a_map_to_anything_but_image_rows_is_refused(cache, changes):
 def test_a_map_of_other_captions_is_refused(cache, value):
     put("cap_id_to_img_id.json", value)
     assert f"{FOLDER}/cap_id_to_img_id.json: " in refusal()
+
+
+def test_a_map_is_read_alike_in_every_form_that_json_has(cache):
+    forms = [json.dumps(MAP), json.dumps(MAP) + "\n", json.dumps(MAP, indent=1), json.dumps(MAP, separators=",:")]
+    forms += [
+        json.dumps(dict(reversed(MAP.items()))),
+        '{"3": 0, ' + json.dumps(MAP)[1:],
+    ]  # of a key twice the last counts
+    for form in forms:
+        put("cap_id_to_img_id.json", form)
+        assert read().image_of_caption.tolist() == content()["image_of_caption"], form
+    for form in (json.dumps(MAP).replace('"3"', '"03"'), json.dumps(MAP).replace("3,", "3 "), json.dumps(MAP) + "}"):
+        put("cap_id_to_img_id.json", form)
+        assert "cap_id_to_img_id.json: " in refusal(), form
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_first_row_that_is_not_finite_is_named(dtype, value):
+    rng = np.random.default_rng(0)
+    largest = torch.finfo(dtype).max
+    z = torch.from_numpy(rng.normal(size=(70, 33))).to(dtype)
+    z[3, 5], z[4, 5], z[5, 5] = largest, -largest, largest  # whose sum is not finite
+    check_finite(z, "image.pt")
+    for row in (0, 41, 69):
+        z[row, rng.integers(33)] = value
+        z[69, 1] = value
+        with pytest.raises(UserError, match=rf"image\.pt: row {row} is not finite"):
+            check_finite(z, "image.pt")
+        z[[row, 69]] = 0.0
+    check_finite(z[:0], "image.pt")
 
 
 @pytest.mark.parametrize("file", ["captions.json", "images.json", "relevance.json"])
