@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 HIDDEN = 1024  # width of every hidden layer in the paper's code
@@ -73,6 +74,40 @@ def pairwise_sigmoid_loss(logits):
     """
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1  # (B, B)
     return -F.logsigmoid(signs * logits).sum()
+
+
+@full_precision
+def symmetric_cross_entropy(logits):
+    """InfoNCE in both directions, of all pairs, of which the diagonal is true: logits (B, B) -> ().
+
+    mean_b [log sum_j exp(logit_bj) + log sum_i exp(logit_ib) - 2 logit_bb] / 2. Its gradient has no gradient.
+    Source: "Representation learning with contrastive predictive coding", arXiv 1807.03748; both ways as in CLIP.
+    """
+    return _SymmetricCrossEntropy.apply(logits)
+
+
+class _SymmetricCrossEntropy(torch.autograd.Function):
+    """Written by hand, as one exponential each way gives the loss and its gradient, (P + Q - 2 I) / 2B.
+
+    P and Q are the softmaxes along rows and columns; log sum_k exp(l_k) = max_k l_k - log max_k P_k.
+    """
+
+    @staticmethod
+    def forward(ctx, logits):
+        p = logits.softmax(dim=1)
+        by_row = logits.amax(dim=1) - p.amax(dim=1).log()
+        highest = logits.amax(dim=0)
+        q = (logits - highest).exp_()  # softmax along columns takes three times as long
+        total = q.sum(dim=0)
+        ctx.save_for_backward(p.addcdiv_(q, total))
+        p.diagonal().sub_(2)
+        return (by_row + highest + total.log() - 2 * logits.diagonal()).mean() / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (summed,) = ctx.saved_tensors
+        return summed * (gradient / (2 * len(summed)))
 
 
 def same_rows(x):

@@ -20,6 +20,7 @@ from models.asymvlm.distributions import (
     von_mises_fisher_log_normalizer,
     von_mises_fisher_log_prob,
 )
+from models.layers import symmetric_cross_entropy
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
 DIMS = [2, 3, 4, 5, 8, 12, 16, 64, 128, 512, 768, 1152]  # below 16 by recurrence
@@ -189,6 +190,30 @@ def test_loss_and_gradient_are_finite_at_the_extremes(adaptor_class, scale, dtyp
     assert torch.isfinite(gradient).all()
     assert torch.isfinite(adaptor.describe_text(eta)[0]).all()
     assert torch.isfinite(adaptor.describe_text(eta)[1]).all()
+
+
+def slow_symmetric_cross_entropy(logits):
+    by_row, by_column = logits.log_softmax(dim=1), logits.log_softmax(dim=0)
+    return -(by_row.diagonal() + by_column.diagonal()).mean() / 2
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+@pytest.mark.parametrize("scale", [0.1, 5.0, 2000.0])
+def test_symmetric_cross_entropy_and_its_gradient_equal_two_log_softmaxes(batch, scale):
+    rng = torch.Generator().manual_seed(batch)
+    logits = (scale * torch.randn(batch, batch, generator=rng, dtype=torch.float64)).requires_grad_()
+    for factor in (1.0, 0.3):  # the loss may be weighted
+        losses = [loss(logits) for loss in (symmetric_cross_entropy, slow_symmetric_cross_entropy)]
+        gradients = [torch.autograd.grad(factor * loss, logits)[0] for loss in losses]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    single = symmetric_cross_entropy(logits.detach().float())
+    torch.testing.assert_close(single.double(), losses[0], rtol=1e-6, atol=1e-5)
+
+
+def test_symmetric_cross_entropy_has_the_gradient_of_small_differences():
+    logits = (3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(symmetric_cross_entropy, (logits,))
 
 
 def test_cosine_beyond_minus_one_by_rounding_is_finite():

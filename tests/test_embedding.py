@@ -272,7 +272,7 @@ def test_a_map_is_read_alike_in_every_form_that_json_has(cache):
     forms += [
         json.dumps(dict(reversed(MAP.items()))),
         '{"3": 0, ' + json.dumps(MAP)[1:],
-    ]  # of a key twice the last counts
+    ]  # the last "3" counts
     for form in forms:
         put("cap_id_to_img_id.json", form)
         assert read().image_of_caption.tolist() == content()["image_of_caption"], form

@@ -6,7 +6,7 @@ from torch import nn
 from models.asymvlm import distributions
 from models.asymvlm.distributions import concentration
 from models.base import Adaptor, Recipe, recipes_of
-from models.layers import mlp, unit
+from models.layers import mlp, symmetric_cross_entropy, unit
 
 TEMPERATURE = 1.0  # initial value, as in the paper's code
 
@@ -50,9 +50,7 @@ class AsymVLM(Adaptor):
 
     def loss(self, *encoded):
         """InfoNCE in both directions: -mean_b [log softmax over the row + log softmax over the column]_{bb} / 2."""
-        logits = self.log_likelihood(*encoded, temperature=self.temperature)  # (B, B)
-        by_row, by_column = logits.log_softmax(dim=1), logits.log_softmax(dim=0)
-        return -(by_row.diagonal() + by_column.diagonal()).mean() / 2
+        return symmetric_cross_entropy(self.log_likelihood(*encoded, temperature=self.temperature))
 
 
 class PowerSphericalAdaptor(AsymVLM):
