@@ -167,7 +167,7 @@ def test_the_first_epoch_of_the_least_aurc_is_kept(script, monkeypatch, aurcs, b
 def test_a_resumed_run_that_keeps_the_best_equals_an_unbroken_one(method, stop, script, monkeypatch):
     make_cache("tiny")
     path = PATH.with_name(f"{method}.pt")
-    run = (*RUN, *BEST, "--method", method, "--lr", 0.05)  # too fast: the best is not the last
+    run = (*RUN, *BEST, "--method", method, "--lr", 0.1)  # too fast: the best is not the last
     assert script(train_script.main, *run)[0] == 0
     whole, log = path.read_bytes(), read_log(method)
     assert min(range(7), key=lambda epoch: log[epoch]["validation"]["AURC"]) < 6
