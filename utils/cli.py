@@ -1,9 +1,11 @@
 """The command line's manners: bad input ends in one line on stderr and exit status 2, whatever the script."""
 
 import argparse
+import atexit
 import contextlib
 import errno
 import functools
+import gc
 import logging
 import os
 import sys
@@ -99,6 +101,9 @@ def run_script(main, argv=None):
     for noisy in ("httpx", "huggingface_hub", "open_clip", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     name = (os.path.basename(sys.argv[0]) or "python") + (f", rank {rank}" if ranks > 1 else "")
+    if argv is None:  # a process of its own: what it has imported is no garbage, nor is what it ends with worth a look
+        gc.freeze()
+        atexit.register(gc.freeze)
     try:
         main(argv)
     except (UserError, OSError) as error:
