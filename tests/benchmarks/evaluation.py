@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import torch
 
 from models import GROUPS, METHODS
+from tests.benchmarks import plain_evaluation
 from tests.benchmarks.machine import describe, in_turn, markdown_table, peak_memory
-from utils.evaluation.metrics import aurc, recall_by_level
 from utils.evaluation.results import evaluate
 from utils.evaluation.scorers import AdaptorScorer
 
@@ -36,19 +36,11 @@ def ours(cache, method=METHOD):
     return evaluate(AdaptorScorer(METHODS[method](DIM).eval(), cache), cache, 10)
 
 
-@torch.no_grad()
 def textbook(cache):
-    """The full matrix in float32, sorted for the best ten both ways; the figures as eval.py's."""
+    """The full matrix in float32, sorted for the best ten both ways."""
     torch.manual_seed(0)
-    adaptor = METHODS[METHOD](DIM).eval()
-    similarity = adaptor.similarity(cache.image, cache.text)
-    uncertainty = adaptor.adapt_text(cache.text)[1].numpy()
-    best_image = similarity.argsort(dim=0, descending=True)[:10].T
-    best_caption = similarity.argsort(dim=1, descending=True)[:, :10]
-    t2i = (best_image[:, 0] == cache.image_of_caption).numpy()
-    i2t = (cache.image_of_caption[best_caption[:, 0]] == torch.arange(len(cache.image))).numpy()
-    retrieved = uncertainty[best_caption[:, 0].numpy()]
-    return [(recall_by_level(right, u, 10), aurc(right, u)) for right, u in ((t2i, uncertainty), (i2t, retrieved))]
+    weights = METHODS[METHOD](DIM).state_dict()
+    return plain_evaluation.evaluate(weights, cache.image, cache.text, cache.image_of_caption)
 
 
 def memory(function, images, captions, *arguments):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from utils.device import pick_precision
+
 
 def seconds(call, repeats=7, warm_up=2):
     """Wall time of a call. Returns: (median, minimum, maximum) over the repeats, in seconds."""
@@ -77,4 +79,6 @@ def describe():
     }
     products = ", ".join(f"{name} products at {rate:.0f} GFLOP/s" for name, rate in rates.items())
     cpu, threads = model[1] if model else "unknown CPU", torch.get_num_threads()
-    return f"{cpu}, {threads} threads, torch {torch.__version__}, {products}"
+    is_native = pick_precision("auto", torch.device("cpu")) == torch.bfloat16
+    native = f"bfloat16 {'native' if is_native else 'not native'}"
+    return f"{cpu}, {threads} threads, {native}, torch {torch.__version__}, {products}"

@@ -6,7 +6,7 @@ Similarities are (n images, m captions), larger = better. Of equal ones the lowe
 import numpy as np
 import torch
 
-TILE = 512  # images of a tile; its captions are as many as so many images have
+TILE = 640  # images of a tile; its captions are as many as so many images have: of COCO, 8 MB in all
 
 
 def rank_queries(score, image_of_caption, images, watch=None):
@@ -52,8 +52,8 @@ def rank_queries(score, image_of_caption, images, watch=None):
             order = np.lexsort((columns, -right.double(), image))  # an image's best caption comes first
             best = order[np.unique(image[order], return_index=True)[1]]
             i2t.aim(image[best], right[best], columns[best])
-        t2i.run(columns, tile.T, rows, has_right=a == b)
-        i2t.run(rows, tile, columns, has_right=a == b)
+        t2i.run(tile, columns, rows, dim=0, has_right=a == b)
+        i2t.run(tile, rows, columns, dim=1, has_right=a == b)
     return {"t2i": t2i.answers(torch.arange(len(image_of_caption))), "i2t": i2t.answers(image_of_caption.unique())}
 
 
@@ -77,8 +77,8 @@ class _Race:
         """Set the best right answer of some queries: its similarity and row."""
         self.target[queries], self.target_row[queries] = similarity.double(), row
 
-    def run(self, queries, tile, answers, has_right):
-        """Take in the similarities (q, n) of some queries and answers, whose rows ascend.
+    def run(self, tile, queries, answers, dim, has_right):
+        """Take in the similarities of some queries and answers, whose rows ascend and which lie along this dimension.
 
         Few passes over the tile, each of a kind that runs at the speed of the cache: two here, and one more where lower
         and higher rows than the best right answer's are among the answers, as they are on the diagonal (has_right).
@@ -86,17 +86,20 @@ class _Race:
         target, row = self.target[queries].to(tile), self.target_row[queries]  # (q,)
         is_lower = (answers[-1] < row).to(tile.device)  # of all answers: equal ones beat it, too
         beaten = torch.where(is_lower, target.nextafter(target.new_tensor(-torch.inf)), target)
-        self.rank[queries] += _count(torch.gt, tile, beaten)
+        self.rank[queries] += _count(torch.gt, tile, beaten, dim)
         unsure = ((answers[0] < row) & (row <= answers[-1])).nonzero().flatten()
         if len(unsure):  # whose equal ones are to be looked at, apart from the right answer itself
-            unsure = unsure[_count(torch.eq, tile, target)[unsure] > int(has_right)]
-            equal = tile[unsure.to(tile.device)] == target[unsure.to(tile.device), None]
-            self.rank[queries[unsure]] += (equal.cpu() & (answers < row[unsure, None])).sum(dim=1)
-        highest, best = tile.amax(dim=1).cpu().double(), self.best[queries]
+            unsure = unsure[_count(torch.eq, tile, target, dim)[unsure] > int(has_right)]
+            chosen = unsure.to(tile.device)
+            equal = tile.index_select(1 - dim, chosen) == target[chosen].unsqueeze(dim)
+            equal = equal.cpu() if dim else equal.T.cpu()  # (u, n)
+            self.rank[queries[unsure]] += (equal & (answers < row[unsure, None])).sum(dim=1)
+        highest, best = tile.amax(dim=dim).cpu().double(), self.best[queries]
         if highest.isnan().any():
             raise ValueError("a similarity is not a number")
         better = (highest >= best).nonzero().flatten()
-        where = answers[tile[better.to(tile.device)].argmax(dim=1).cpu()]  # the first of equal ones
+        where = tile.index_select(1 - dim, better.to(tile.device)).max(dim=dim).indices  # the first of equal ones
+        where = answers[where.cpu()]
         wins = (highest[better] > best[better]) | (where < self.top1[queries[better]])
         better, where = better[wins], where[wins]
         self.best[queries[better]], self.top1[queries[better]] = highest[better], where
@@ -106,13 +109,13 @@ class _Race:
         return {"query": queries.numpy(), "top1": self.top1[queries].numpy(), "rank": self.rank[queries].numpy()}
 
 
-def _count(compare, tile, limit):
-    """How many of each query's similarities (q, n) compare so with its limit (q,): (q,) int64 on the CPU.
+def _count(compare, tile, limit, dim):
+    """How many of each query's similarities compare so with its limit (q,): (q,) int64 on the CPU.
 
     They are written as 0.0 and 1.0: a comparison between numbers of one type has vector instructions, one that gives
     truth values has not.
     """
-    return compare(tile, limit[:, None], out=torch.empty_like(tile)).sum(dim=1).cpu().long()
+    return compare(tile, limit.unsqueeze(dim), out=torch.empty_like(tile)).sum(dim=dim).cpu().long()
 
 
 def rank_relevant(score, relevance, answers):
