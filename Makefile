@@ -15,6 +15,8 @@ ORIGINAL_EPOCHS ?= $(if $(filter shapes,$(DATASET)),25)
 RIVALS := probvlm pfe pcmepp prolip
 BIN := .venv/bin
 RUN := $(BIN)/python
+# What a CPU without native bfloat16 has.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
 .PHONY: demo test faults tables ablation fair lint bench clean about-demo about-test
 
@@ -76,10 +78,13 @@ lint: .venv/installed-tests
 bench: .venv/installed-tests
 	mkdir -p results/benchmarks
 	$(RUN) -m tests.benchmarks.train_step > results/benchmarks/train_step.md
+	$(AVX2) $(RUN) -m tests.benchmarks.train_step --precision fp32 > results/benchmarks/train_step_avx2.md
+	$(RUN) -m tests.benchmarks.seeds > results/benchmarks/seeds.md
 	$(RUN) -m tests.benchmarks.evaluation > results/benchmarks/evaluation.md
 	$(RUN) -m tests.benchmarks.caching > results/benchmarks/caching.md
 	$(RUN) -m tests.benchmarks.scaling > results/benchmarks/scaling.md
-	cat results/benchmarks/*.md
+	$(RUN) -m tests.benchmarks.limits > results/benchmarks/limits.md
+	cat results/benchmarks/limits.md
 
 clean:
 	rm -rf .venv data/shapes embeddings/shapes checkpoints/shapes results/shapes

@@ -5,7 +5,7 @@ von Mises-Fisher distribution. kappa >= 0 is the concentration: 0 is uniform, an
 an expectation too, for images that are distributions themselves.
 
 Densities are relative to the uniform one: log C(kappa) - log C(0) stands where the papers have log C(kappa), and the
-log density at kappa = 0 is 0. Neither loss nor ranking depends on log C(0), which is 870 at D = 512: beside it, float32
+log density at kappa = 0 is 0. Neither loss nor ranking depends on log C(0), which is 868 at D = 512: beside it, float32
 would tell log densities apart only by 6e-5. `log_uniform_density` is what to add for a density per unit of area.
 """
 

@@ -81,4 +81,6 @@ def describe():
     cpu, threads = model[1] if model else "unknown CPU", torch.get_num_threads()
     is_native = pick_precision("auto", torch.device("cpu")) == torch.bfloat16
     native = f"bfloat16 {'native' if is_native else 'not native'}"
+    held_to = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    native = f"held to {held_to}" if held_to else native
     return f"{cpu}, {threads} threads, {native}, torch {torch.__version__}, {products}"

@@ -1,12 +1,14 @@
 """Seconds and memory of a training step of every method, beside the textbook's.
 
     python -m tests.benchmarks.train_step
+    python -m tests.benchmarks.train_step --precision fp32
 
 A step is what train.py does: forward, backward, optimiser, schedule, with the method's own paper recipe. The share of
 the bound is the time that its necessary matrix products would take at this machine's measured rate, over the time that
 it takes. Then: where the time goes, on the CPU; and what a GPU should take, by calculation.
 """
 
+import argparse
 import math
 import re
 
@@ -91,12 +93,12 @@ NO_KERNEL = re.compile(
 )
 
 
-def profile_step(method, batch, embed_dim=512, steps=5):
+def profile_step(method, batch, embed_dim=512, steps=5, precision="auto"):
     """Where a step's time goes on the CPU, and how many operations it has.
 
     Returns: ({kind: share of the time}, operations a step, passes over (B, B) a step).
     """
-    step = make_step(method, batch, embed_dim)
+    step = make_step(method, batch, embed_dim, precision)
     for _ in range(3):
         step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
@@ -139,15 +141,17 @@ def gpu_seconds(method, batch, embed_dim, operations, passes):
 
 
 def main():
-    device = pick_device("auto")
-    dtype = pick_precision("auto", device)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--precision", default="auto")
+    precision, device = parser.parse_args().precision, pick_device("auto")
+    dtype = pick_precision(precision, device)
     print(describe(), "\n")
     rows, rates = [], []
     for method in GROUPS["all"]:
         batch = TEXTBOOK_BATCH.get(method, 2048)
         slow = batch != 2048
         times = in_turn(
-            {"ours": make_step(method, batch, 512), "textbook": make_textbook_step(method, batch, 512)},
+            {"ours": make_step(method, batch, 512, precision), "textbook": make_textbook_step(method, batch, 512)},
             3 if slow else 7,
         )
         median, low, high = times["ours"]
@@ -155,9 +159,12 @@ def main():
         memory = {
             name: peak_memory(
                 "from tests.benchmarks import train_step\n"
-                f"step = train_step.{make}({method!r}, {batch}, 512)\nstep(); step()"
+                f"step = train_step.{make}({method!r}, {batch}, 512{more})\nstep(); step()"
             )
-            for name, make in (("ours", "make_step"), ("textbook", "make_textbook_step"))
+            for name, make, more in (
+                ("ours", "make_step", f", {precision!r}"),
+                ("textbook", "make_textbook_step", ""),
+            )
         }
         rows.append(
             [
@@ -188,7 +195,7 @@ def main():
         return
     shares, rows = {}, []
     for method in GROUPS["all"]:
-        shares[method], operations, passes = profile_step(method, 2048)
+        shares[method], operations, passes = profile_step(method, 2048, precision=precision)
         step = gpu_seconds(method, 2048, 512, operations, passes)
         flops = necessary_flops(method, 2048, 512)
         rows.append(
@@ -201,6 +208,8 @@ def main():
             ["", *shares], [[kind, *(f"{share.get(kind, 0):.0%}" for share in shares.values())] for kind in kinds]
         )
     )
+    if precision != "auto":
+        return
     print("\nWhat an H100 should take, calculated from its data sheet, not measured:\n")
     print(markdown_table(["B = 2048", "GFLOP a step", "operations", "ms a step", "minutes for COCO, 200 epochs"], rows))
 
