@@ -20,7 +20,7 @@ from models.asymvlm.distributions import (
     von_mises_fisher_log_normalizer,
     von_mises_fisher_log_prob,
 )
-from models.layers import symmetric_cross_entropy
+from models.layers import symmetric_cross_entropy, unit
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
 DIMS = [2, 3, 4, 5, 8, 12, 16, 64, 128, 512, 768, 1152]  # below 16 by recurrence
@@ -190,6 +190,19 @@ def test_loss_and_gradient_are_finite_at_the_extremes(adaptor_class, scale, dtyp
     assert torch.isfinite(gradient).all()
     assert torch.isfinite(adaptor.describe_text(eta)[0]).all()
     assert torch.isfinite(adaptor.describe_text(eta)[1]).all()
+
+
+@pytest.mark.parametrize("log_prob", [power_spherical_log_prob, von_mises_fisher_log_prob])
+def test_beside_the_uniform_density_float32_tells_log_densities_apart(log_prob):
+    rng = torch.Generator().manual_seed(0)
+    x, mu = (unit(torch.randn(rows, 512, generator=rng, dtype=torch.float64)) for rows in (100, 2000))
+    eta = mu * (50 + 60 * torch.rand(2000, 1, generator=rng, dtype=torch.float64))  # of trained heads
+    exact, found = log_prob(x, eta), log_prob(x.float(), eta.float())
+    assert (found - exact).abs().max() < 2e-5
+    absolute = found + log_uniform_density(512)
+    ties, ties_of_absolute = ((of.sort(dim=1).values.diff(dim=1) == 0).sum().item() for of in (found, absolute))
+    assert ties_of_absolute > 500
+    assert ties < ties_of_absolute / 30
 
 
 def slow_symmetric_cross_entropy(logits):
