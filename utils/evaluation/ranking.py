@@ -74,8 +74,9 @@ class _Race:
         self.top1 = torch.full((queries,), -1, dtype=torch.int64)
 
     def aim(self, queries, similarity, row):
-        """Set the best right answer of some queries: its similarity and row."""
+        """Set the best right answer of some queries, which is the best so far: its similarity and row."""
         self.target[queries], self.target_row[queries] = similarity.double(), row
+        self.best[queries], self.top1[queries] = similarity.double(), row
 
     def run(self, tile, queries, answers, dim, has_right):
         """Take in the similarities of some queries and answers, whose rows ascend and which lie along this dimension.
@@ -86,18 +87,19 @@ class _Race:
         target, row = self.target[queries].to(tile), self.target_row[queries]  # (q,)
         is_lower = (answers[-1] < row).to(tile.device)  # of all answers: equal ones beat it, too
         beaten = torch.where(is_lower, target.nextafter(target.new_tensor(-torch.inf)), target)
-        self.rank[queries] += _count(torch.gt, tile, beaten, dim)
+        beat = _count(torch.gt, tile, beaten, dim)  # (q,), how many beat it
         unsure = ((answers[0] < row) & (row <= answers[-1])).nonzero().flatten()
         if len(unsure):  # whose equal ones are to be looked at, apart from the right answer itself
             unsure = unsure[_count(torch.eq, tile, target, dim)[unsure] > int(has_right)]
             chosen = unsure.to(tile.device)
             equal = tile.index_select(1 - dim, chosen) == target[chosen].unsqueeze(dim)
             equal = equal.cpu() if dim else equal.T.cpu()  # (u, n)
-            self.rank[queries[unsure]] += (equal & (answers < row[unsure, None])).sum(dim=1)
+            beat[unsure] += (equal & (answers < row[unsure, None])).sum(dim=1)
+        self.rank[queries] += beat
         highest, best = tile.amax(dim=dim).cpu().double(), self.best[queries]
         if highest.isnan().any():
             raise ValueError("a similarity is not a number")
-        better = (highest >= best).nonzero().flatten()
+        better = ((beat > 0) & (highest >= best)).nonzero().flatten()
         where = tile.index_select(1 - dim, better.to(tile.device)).max(dim=dim).indices  # the first of equal ones
         where = answers[where.cpu()]
         wins = (highest[better] > best[better]) | (where < self.top1[queries[better]])
