@@ -38,7 +38,8 @@ def figures(is_right, uncertainty):
     recall = [is_right[:, :k].any(dim=1).float().mean().item() for k in (1, 5, 10)]
     order = uncertainty.argsort()
     by_level = [float(part.mean()) for part in np.array_split(is_right[order, 0].numpy(), LEVELS)]
-    return *recall, by_level, np.corrcoef(np.arange(LEVELS), by_level)[0, 1]
+    with np.errstate(invalid="ignore"):  # undefined where recall is the same in all levels
+        return *recall, by_level, np.corrcoef(np.arange(LEVELS), by_level)[0, 1]
 
 
 def main(folder, checkpoint):
