@@ -91,7 +91,7 @@ def evaluations():
         *ratio(ours, lambda: run(*plain)[0], 3),
         0.6,
     )
-    yield "its peak memory, MB", "that of commit 389c1ca", max(memory), 1560, max(memory) / 1560, 1.0
+    yield "its peak memory, MB", "at commit 389c1ca", max(memory), 1560, max(memory) / 1560, 1.0
     draw_split("embeddings/test/train", *SMALL, seed=1)  # for reference-entropy
     seconds, _ = run(ROOT / "eval.py", "--dataset", "test", "--method", "all", "--seed", *SEEDS)
     yield f"the same of six methods x {len(SEEDS)} seeds", "three minutes", seconds, 180, seconds / 180, 1.0
@@ -118,7 +118,12 @@ def openings():
     files = [*Path("embeddings/coco/train").iterdir()]
     ours = lambda: clock(lambda: EmbeddingCache("coco", "train"))  # noqa: E731
     read = lambda: clock(lambda: [file.read_bytes() for file in files])  # noqa: E731
-    yield "a cache of 118,287 images, 591,753 captions opened", "its bytes read to fresh memory", *ratio(ours, read), 1.5
+    yield (
+        "a cache of 118,287 images, 591,753 captions opened",
+        "its bytes read to fresh memory",
+        *ratio(ours, read),
+        1.5,
+    )
     size = sum(TRAIN) * DIM * 2 / 2**20
     code = "import os, sys; sys.path.insert(0, os.environ['ROOT']); from datasets.embedding import EmbeddingCache\n"
     with mock.patch.dict(os.environ, ROOT=str(ROOT)):
