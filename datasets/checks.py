@@ -89,7 +89,7 @@ def load_image_of_caption(folder, meta, captions, images):
 def _plain_map(path):
     """The values of {"0": 5, "1": 5, ...}, (M,) int64, as caches are written; None where a file has another form.
 
-    A dict of COCO's 591,753 captions takes ten times as long to read.
+    A dict of so many entries takes far longer to read.
     """
     content = path.read_bytes()
     if not PLAIN_MAP.fullmatch(content):

@@ -97,7 +97,7 @@ class _SymmetricCrossEntropy(torch.autograd.Function):
         p = logits.softmax(dim=1)
         by_row = logits.amax(dim=1) - p.amax(dim=1).log()
         highest = logits.amax(dim=0)
-        q = (logits - highest).exp_()  # softmax along columns takes three times as long
+        q = (logits - highest).exp_()  # faster than softmax along columns
         total = q.sum(dim=0)
         ctx.save_for_backward(p.addcdiv_(q, total))
         p.diagonal().sub_(2)

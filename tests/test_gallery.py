@@ -12,8 +12,8 @@ from models import METHODS
 from models.base import SMALL
 from tests.conftest import load_result, make_cache
 from utils.checkpoint import save_adaptor
-from utils.evaluation import scorers
-from utils.evaluation.scorers import Scorer, compare_with_gallery
+from utils.evaluation import ranking, scorers
+from utils.evaluation.scorers import Scorer, compare_with_gallery, every_scorer
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 100)
 
@@ -40,6 +40,20 @@ def test_top1_and_margin_equal_their_definitions(workdir, monkeypatch, rows):
     expected = [differentiated(image, z) for z in text]
     np.testing.assert_allclose(-found["margin"], expected, atol=1e-4)
     assert np.ptp(expected) > 0.1
+
+
+@pytest.mark.parametrize("tile", [1, 7, 640])
+def test_what_was_seen_in_tiles_equals_what_is_compared_at_once(workdir, monkeypatch, tile):
+    make_cache("tiny")
+    cache = EmbeddingCache("tiny", "val")
+    expected = compare_with_gallery(Scorer(cache), cache.text.read())
+    monkeypatch.setattr(ranking, "TILE", tile)
+    frozen = next(every_scorer(cache, {}))
+    found = compare_with_gallery(frozen, cache.text)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.ptp(values) > 0.1
+    assert frozen.neighbours.softmax[0].isfinite().all()
 
 
 def test_a_gallery_of_one_image_has_no_margin(workdir):

@@ -93,7 +93,7 @@ def draw_all(results, examples, folder):
 
 
 def _save(picture, png, pdf):
-    """Draw a picture once for each of its files; savefig would draw and lay it out five times."""
+    """Draw a picture once for each of its files, and lay it out once; savefig would do both twice for each."""
     with written_aside(png) as file:
         FigureCanvasAgg(picture).print_png(file, metadata={"Software": None})
     picture.set_layout_engine("none")  # it is laid out
