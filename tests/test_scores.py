@@ -17,6 +17,7 @@ from tests.conftest import all_bytes, load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.evaluation import ranking
 from utils.evaluation.questions import describe_prompts, example_captions
+from utils.evaluation.scorers import OWN, every_scorer, rank
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 100)
 OWN_SCORE = ["asymvlm-psd", "asymvlm-vmf", "probvlm"]  # of the six, those that do not rank by the frozen cosine
@@ -254,3 +255,17 @@ def test_a_method_without_uncertainty_of_texts_is_evaluated_by_that_of_images(sc
     assert script(eval_script.main, *EVAL, "--compare", "images-only", "asymvlm-psd")[0] == 0
     error = script(eval_script.main, "--dataset", "tiny", "--method", "images-only", "--most-uncertain", 3)[2]
     assert "--method" in error and "texts are not" in error
+
+
+def test_methods_that_rank_by_the_frozen_cosine_share_its_ranking(workdir):
+    make_cache("tiny")
+    cache = EmbeddingCache("tiny", "val")
+    adaptors = {(method, 0): METHODS[method](64).eval() for method in GROUPS["all"]}
+    frozen, *others = every_scorer(cache, adaptors)
+    shared = {scorer.name: scorer for scorer in others if scorer.name in METHODS and scorer.ranking is frozen.ranking}
+    assert shared.keys() == {"pfe", "pcmepp", "prolip"}
+    for scorer in shared.values():
+        own = rank(scorer.score, cache)[0]
+        assert all((own[d]["rank"] == frozen.ranking[0][d]["rank"]).all() for d in own)
+    frozen, *others = every_scorer(cache, adaptors, OWN)
+    assert next(scorer for scorer in others if scorer.name == "pfe").ranking is not frozen.ranking
