@@ -104,7 +104,12 @@ def expected_von_mises_fisher_log_prob(eta_image, eta_text, temperature=1.0):
 
 
 def log_uniform_density(dim):
-    """log C(0) = lgamma(D/2) - log 2 - (D/2) log pi: one over the sphere's area, for dim D >= 2. A float."""
+    """log C(0) = lgamma(D/2) - log 2 - (D/2) log pi, of the uniform density: one over the sphere's area.
+
+    Args: dim D >= 2.
+    Returns: float.
+    Source: DLMF 5.19.4 (https://dlmf.nist.gov/5.19).
+    """
     return math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
 
 
