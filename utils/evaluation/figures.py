@@ -1,107 +1,269 @@
-"""Every figure of an evaluation, one row each: result files, tables, intervals and comparisons follow from them."""
+"""Every metric of an evaluation, one row each: result files, tables and intervals follow from them.
 
-import functools
-import itertools
+A `Figure` is one metric. A `Section` is a table of them, all computed from the same `view`: a
+function that selects from the answers to all queries the arrays that the metrics take.
+"""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from utils.evaluation import bootstrap, metrics, risk
+from utils.evaluation import bootstrap, metrics, selective
 
 DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, and what it is a function of."""
+    """A metric, and the arrays that it is computed from."""
 
-    name: str  # its column
-    more_is_better: bool | None  # None: neither is, and it has no interval
-    fields: tuple  # of a view (`views_of`), what function takes; where one is missing, the figure is left out
-    function: Callable  # (*fields) -> float, or None where undefined
-    resampled: Callable | None = None  # (Resamples, *fields) -> (R,), of all resamples at once; None: one by one
-    entry: str | None = None  # which figure of a dict, where the functions give several; they are called once for all
+    name: str  # its column in tables
+    more_is_better: bool | None  # None: it is neither good nor bad, and has no interval
+    fields: tuple  # of the view; if one of them is missing, the metric is left out
+    function: Callable  # (*fields) -> float, or None where it is undefined
+    takes_weight: bool = True  # whether function takes the weight of the queries (metrics.py)
     column: bool = True  # whether tables show it
-    queries: int = 1  # with fewer of them it is left out
-    form: str = ".3f"  # in which tables show it
+    min_queries: int = 1  # with fewer queries it is left out
+    form: str = ".3f"  # how tables format it
 
-    def is_known(self, view):
-        """Whether a view, {field: array}, has what it needs."""
-        return all(field in view for field in self.fields) and len(view[self.fields[0]]) >= self.queries
+    def is_available(self, view):
+        """Whether a view, {field: array}, has what the metric needs."""
+        if not all(field in view for field in self.fields):
+            return False
+        return len(view["rank"]) >= self.min_queries if "rank" in view else True
 
-    def of(self, call, function):
-        """What one of its two functions gives, `call` being that of a view (`once_each`)."""
-        result = call(function, self.fields)
-        return result[self.entry] if self.entry else result
+    def compute(self, view, weight=None):
+        """The metric of a view; with a weight (r, Q), its r resamples."""
+        values = [view[field] for field in self.fields]
+        if weight is not None and self.takes_weight:
+            return self.function(*values, weight=weight)
+        return self.function(*values)
 
 
-def once_each(view, *first):
-    """A function `call(function, fields)` of fields of a view, after first arguments; it calls each function once."""
-    return functools.cache(lambda function, fields: function(*first, *(view[field] for field in fields)))
+@dataclass(frozen=True)
+class Section:
+    """Metrics of one view, stored under one key and shown in one table."""
+
+    key: str  # of the metrics in the .json file
+    title: str  # of the table
+    direction: str | None  # "t2i", "i2t", or None for both
+    view: Callable | None  # (answers, direction, levels) -> {field: array}
+    figures: tuple
+    compared: bool = False  # whether its table is in the comparison; otherwise it is in the details
+    resampled: bool = False  # whether its metrics have intervals
+
+    def measure(self, view):
+        """The metrics that can be computed from a view: {name: float or None}."""
+        view = self._with_shared_fields(view)
+        return {f.name: f.compute(view) for f in self.figures if f.is_available(view)}
+
+    def resample(self, view, resamples):
+        """Resamples of its metrics that have intervals: {name: (resamples,)}; NaN: undefined."""
+        if not (self.resampled and view and resamples):
+            return {}
+
+        def measure(weight):
+            weighted_view = self._with_shared_fields(view, weight)
+            values = {}
+            for figure in self.figures:
+                if figure.more_is_better is not None and figure.is_available(weighted_view):
+                    values[figure.name] = figure.compute(weighted_view, weight)
+            return values
+
+        return bootstrap.resample(measure, view["image"], resamples)
+
+    def _with_shared_fields(self, view, weight=None):
+        """A view with what several metrics share: the recall by level, and the AURC."""
+        needed = {field for figure in self.figures for field in figure.fields}
+        view = dict(view)
+        if "uncertainty" not in view:
+            return view
+        if "recall_by_level" in needed:
+            view["recall_by_level"] = metrics.recall_by_level(
+                view["correct"], view["uncertainty"], view["levels"], weight
+            )
+        if "aurc" in needed:
+            view["aurc"] = metrics.aurc(view["correct"], view["uncertainty"], weight)
+        return view
+
+
+# Views: what the metrics of a section are computed from.
+
+
+def all_queries(answers, direction, levels):
+    """All queries of a direction, ordered by the uncertainty of the text, if texts have one.
+
+    Args:
+        answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
+        direction: one of these.
+        levels: K.
+    Returns: {field: (Q,) array, "levels": K}. "image" is what is resampled: the image of the
+        caption, or the query itself.
+    """
+    view = _answers_with_image(answers, direction)
+    view["correct"] = view["rank"] == 1
+    view["levels"] = levels
+    uncertainty = uncertainty_of(view)
+    if uncertainty is not None:
+        view["uncertainty"] = uncertainty
+    return view
+
+
+def queries_by_image(answers, direction, levels):
+    """All queries of a direction, ordered by the uncertainty of the image; {} if it has none."""
+    view = all_queries(answers, direction, levels)
+    if "image_uncertainty" not in view:
+        return {}
+    view["uncertainty"] = view["image_uncertainty"]
+    return view
+
+
+def judged_queries(answers, direction, levels):
+    """The queries of a direction all of whose right answers are known; {} if there are none."""
+    return only_judged(_answers_with_image(answers, direction))
+
+
+def cxc_queries(answers, direction, levels):
+    """The queries of a direction that CxC judges, with its judgements; {} if there are none."""
+    answered = _answers_with_image(answers, direction)
+    view = {"image": answered["image"]}
+    for field, values in answered.items():
+        if field.startswith("cxc_"):
+            view[field.removeprefix("cxc_")] = values
+    return only_judged(view)
+
+
+def both_directions(answers, direction, levels):
+    """All queries of both directions: fields "t2i_rank", "i2t_correct" and so on.
+
+    "uncertainty" is the text's here; it is missing if texts have none.
+    """
+    view = {}
+    for name, answered in answers.items():
+        for field, values in answered.items():
+            view[f"{name}_{field}"] = values
+        view[f"{name}_correct"] = answered["rank"] == 1
+    return view
+
+
+def _answers_with_image(answers, direction):
+    """The answers to the queries of a direction, with the "image" that each belongs to."""
+    answered = answers[direction]
+    image = answered.get("query", np.arange(len(answered["rank"])))
+    return {"image": image, **answered}
+
+
+def uncertainty_of(answered):
+    """The uncertainty that queries are ordered by, (Q,): the text's, else the image's, else None."""
+    if "uncertainty" in answered:
+        return answered["uncertainty"]
+    return answered.get("image_uncertainty")
+
+
+def only_judged(view):
+    """The part of a view whose queries have judged answers; {} if there is none."""
+    is_judged = np.asarray(view.get("relevant", ())) > 0
+    if "annotated" in view:  # in older result files, 0 relevant answers did not say it
+        is_judged = is_judged & view["annotated"]
+    if not is_judged.any():
+        return {}
+    return {field: values[is_judged] for field, values in view.items()}
+
+
+# Figures.
 
 
 def recall(name, field, k, column=True):
-    """The row of a recall at k of a field of ranks."""
-    functions = (partial(module.recall_at, k=k) for module in (metrics, bootstrap))
-    return Figure(name, True, (field,), *functions, column=column)
+    """Recall@k of a field of ranks."""
+    return Figure(name, True, (field,), partial(metrics.recall_at, k=k), column=column)
 
 
-def mean(values):
-    """The mean of values (Q,)."""
-    return float(np.mean(values))
+def sweep(name, more_is_better, metric_of_recall, levels):
+    """A metric of the recall by level, at another number of levels."""
 
+    def function(correct, uncertainty):
+        return metric_of_recall(metrics.recall_by_level(correct, uncertainty, levels))
 
-def rsum(*ranks):
-    """All recalls in per cent, summed."""
-    return 100 * sum(metrics.recall_at(rank, k) for rank in ranks for k in (1, 5, 10))
-
-
-def by_modality(name, more_is_better, function, entry=None):
-    """The rows of a figure that says how well the uncertainty of text or image predicts the errors of a direction."""
-    return tuple(
-        Figure(f"{d} {name} by {modality}", more_is_better, (f"{d}_correct", f"{d}_{field}"), function, entry=entry)
-        for d in DIRECTIONS
-        for modality, field in (("text", "uncertainty"), ("image", "image_uncertainty"))
+    figure_name = f"{name}@{levels}"
+    return Figure(
+        figure_name, more_is_better, ("correct", "uncertainty"), function, min_queries=levels
     )
 
 
-RANKED = ("correct", "uncertainty")
-DESCRIBED = ("uncertainty", "relevant")  # relevant: exact ambiguity, how many images a caption describes
-GIVEN = (*DESCRIBED, "words")
+def itself(value):
+    """A metric that the view has already."""
+    return value
+
+
 RETRIEVAL = (
     recall("R@1", "rank", 1),
     recall("R@5", "rank", 5, column=False),
     recall("R@10", "rank", 10, column=False),
-    *(
-        Figure(name, more_is_better, (*RANKED, "levels"), metrics.by_order, bootstrap.by_order, entry=name)
-        for name, more_is_better in (("AURC", False), ("E-AURC", False), ("S", False), ("R2", True), ("-S*R2", True))
-    ),
+    Figure("AURC", False, ("aurc",), itself, takes_weight=False),
+    Figure("E-AURC", False, ("aurc", "correct"), metrics.excess_aurc),
+    Figure("S", False, ("recall_by_level",), metrics.level_spearman, takes_weight=False),
+    Figure("R2", True, ("recall_by_level",), metrics.level_r2, takes_weight=False),
+    Figure("-S*R2", True, ("recall_by_level",), metrics.level_score, takes_weight=False),
     Figure("ties", None, ("uncertainty",), metrics.share_of_ties, column=False),
 )
-AMBIGUITY = (
-    Figure("spearman", True, DESCRIBED, metrics.spearman, bootstrap.spearman),
-    Figure("partial_spearman_given_length", True, GIVEN, metrics.partial_spearman, bootstrap.partial_spearman),
+AMBIGUITY = (  # "relevant" is the exact ambiguity: how many images a caption describes
+    Figure("spearman", True, ("uncertainty", "relevant"), metrics.spearman),
+    Figure(
+        "partial_spearman_given_length",
+        True,
+        ("uncertainty", "relevant", "words"),
+        metrics.partial_spearman,
+    ),
     recall("R@1_described", "relevant_rank", 1),
 )
 RECALL = (
-    *(recall(f"{d} R@{k}", f"{d}_rank", k) for d in DIRECTIONS for k in (1, 5, 10)),
-    Figure("RSUM", True, ("t2i_rank", "i2t_rank"), rsum),
+    recall("t2i R@1", "t2i_rank", 1),
+    recall("t2i R@5", "t2i_rank", 5),
+    recall("t2i R@10", "t2i_rank", 10),
+    recall("i2t R@1", "i2t_rank", 1),
+    recall("i2t R@5", "i2t_rank", 5),
+    recall("i2t R@10", "i2t_rank", 10),
+    Figure("RSUM", True, ("t2i_rank", "i2t_rank"), metrics.rsum),
 )
-ALL_RIGHT = tuple(recall(f"R@{k}", "relevant_rank", k) for k in (1, 5, 10))
+ALL_RIGHT = (
+    recall("R@1", "relevant_rank", 1),
+    recall("R@5", "relevant_rank", 5),
+    recall("R@10", "relevant_rank", 10),
+)
 RELEVANCE = (
     *ALL_RIGHT,
-    Figure("mAP@R", True, ("ap_at_r",), mean, bootstrap.mean),
-    Figure("R-Precision", True, ("r_precision",), mean, bootstrap.mean),
+    Figure("mAP@R", True, ("ap_at_r",), metrics.mean),
+    Figure("R-Precision", True, ("r_precision",), metrics.mean),
 )
-SWEEP = tuple(  # S is easily had at 10 levels
-    Figure(f"{name}@{k}", name != "S", RANKED, partial(metrics.by_level, levels=k), entry=name, queries=k)
-    for name in ("S", "-S*R2")
-    for k in (5, 10, 20, 50)
+SWEEP = (  # 10 levels hide noise that 50 show
+    sweep("S", False, metrics.level_spearman, 5),
+    sweep("S", False, metrics.level_spearman, 10),
+    sweep("S", False, metrics.level_spearman, 20),
+    sweep("S", False, metrics.level_spearman, 50),
+    sweep("-S*R2", True, metrics.level_score, 5),
+    sweep("-S*R2", True, metrics.level_score, 10),
+    sweep("-S*R2", True, metrics.level_score, 20),
+    sweep("-S*R2", True, metrics.level_score, 50),
 )
-CALIBRATION = tuple(
-    Figure(name, False, ("correct", "uncertainty", "image"), risk.calibration, entry=name) for name in ("Brier", "ECE")
+CALIBRATION = (
+    Figure("Brier", False, ("correct", "uncertainty", "image"), selective.brier),
+    Figure(
+        "ECE", False, ("correct", "uncertainty", "image"), selective.expected_calibration_error
+    ),
+)
+ASYMMETRY_AURC = (
+    Figure("t2i AURC by text", False, ("t2i_correct", "t2i_uncertainty"), metrics.aurc),
+    Figure("t2i AURC by image", False, ("t2i_correct", "t2i_image_uncertainty"), metrics.aurc),
+    Figure("i2t AURC by text", False, ("i2t_correct", "i2t_uncertainty"), metrics.aurc),
+    Figure("i2t AURC by image", False, ("i2t_correct", "i2t_image_uncertainty"), metrics.aurc),
+)
+ASYMMETRY_AUROC = (
+    Figure("t2i AUROC by text", True, ("t2i_correct", "t2i_uncertainty"), metrics.auroc),
+    Figure("t2i AUROC by image", True, ("t2i_correct", "t2i_image_uncertainty"), metrics.auroc),
+    Figure("i2t AUROC by text", True, ("i2t_correct", "i2t_uncertainty"), metrics.auroc),
+    Figure("i2t AUROC by image", True, ("i2t_correct", "i2t_image_uncertainty"), metrics.auroc),
 )
 HIERARCHY = (
     Figure("falling", True, ("uncertainty", "chains"), metrics.share_falling),
@@ -109,134 +271,156 @@ HIERARCHY = (
 )
 
 
-@dataclass(frozen=True)
-class Section:
-    """Figures of one view, under one key and in one table."""
-
-    key: str  # of the metrics in a .json
-    title: str  # of the table
-    view: str  # what its figures are functions of (`views_of`)
-    figures: tuple
-    compared: bool = False  # whether its table is in the comparison; else it is in the details
-    resampled: bool = False  # whether its figures have intervals
-
-    def measure(self, view):
-        """Those of its figures that are known: {name: float or None}."""
-        call = once_each(view)
-        return {f.name: f.of(call, f.function) for f in self.figures if f.is_known(view)}
-
-    def resample(self, view, resamples):
-        """Those of its figures that have intervals: {name: (resamples,)}, nan where undefined."""
-        figures = [f for f in self.figures if f.is_known(view) and f.more_is_better is not None]
-        if not (self.resampled and figures and resamples):
-            return {}
-        call = once_each(view, bootstrap.Resamples(view["image"], resamples))
-        return {f.name: f.of(call, f.resampled or partial(bootstrap.one_by_one, f.function)) for f in figures}
+# Sections.
 
 
-FOLDS = Section("recall_folds", "recall, mean over the folds", "folds", RECALL)
+FOLDS = Section("recall_folds", "recall, mean over the folds", None, None, RECALL)
+
+
+def sections_of(direction):
+    """The sections of one direction that are shown in the details."""
+    title = DIRECTIONS[direction]
+    relevance = Section(
+        f"relevance_{direction}",
+        f"{title}, all right answers",
+        direction,
+        judged_queries,
+        RELEVANCE,
+        resampled=True,
+    )
+    cxc = Section(
+        f"cxc_{direction}",
+        f"{title}, all right answers of CxC",
+        direction,
+        cxc_queries,
+        ALL_RIGHT,
+        resampled=True,
+    )
+    sweep = Section(
+        f"sweep_{direction}", f"{title}, 5 to 50 levels", direction, all_queries, SWEEP
+    )
+    by_image = Section(
+        f"image_{direction}",
+        f"{title}, by the image's uncertainty",
+        direction,
+        queries_by_image,
+        RETRIEVAL,
+    )
+    calibration = Section(
+        f"calibration_{direction}",
+        f"{title}, probability of being right",
+        direction,
+        all_queries,
+        CALIBRATION,
+    )
+    return relevance, cxc, sweep, by_image, calibration
+
+
+def _details():
+    """The sections of `sections_of` in turn for both directions, kind by kind."""
+    pairs = zip(sections_of("t2i"), sections_of("i2t"), strict=True)
+    return [section for pair in pairs for section in pair]
 
 
 SECTIONS = (
-    *(Section(d, title, d, RETRIEVAL, compared=True, resampled=True) for d, title in DIRECTIONS.items()),
-    Section("ambiguity", "exact ambiguity", "known t2i", AMBIGUITY, compared=True, resampled=True),
-    Section("recall", "recall", "both", RECALL),
-    FOLDS,
-    *(
-        Section(f"{key}_{d}", f"{title}, {kind}", f"{view} {d}".strip(), figures, resampled=resampled)
-        for key, kind, view, figures, resampled in (
-            ("relevance", "all right answers", "known", RELEVANCE, True),
-            ("cxc", "all right answers of CxC", "cxc", ALL_RIGHT, True),
-            ("sweep", "5 to 50 levels", "", SWEEP, False),
-            ("image", "by the image's uncertainty", "image", RETRIEVAL, False),
-        )
-        for d, title in DIRECTIONS.items()
+    Section("t2i", "text-to-image", "t2i", all_queries, RETRIEVAL, compared=True, resampled=True),
+    Section("i2t", "image-to-text", "i2t", all_queries, RETRIEVAL, compared=True, resampled=True),
+    Section(
+        "ambiguity",
+        "exact ambiguity",
+        "t2i",
+        judged_queries,
+        AMBIGUITY,
+        compared=True,
+        resampled=True,
     ),
-    *(
-        Section(f"calibration_{d}", f"{title}, probability of being right", d, CALIBRATION)
-        for d, title in DIRECTIONS.items()
+    Section("recall", "recall", None, both_directions, RECALL),
+    FOLDS,
+    *_details(),
+    Section(
+        "asymmetry",
+        "asymmetry: AURC by whose uncertainty",
+        None,
+        both_directions,
+        ASYMMETRY_AURC,
     ),
     Section(
-        "asymmetry", "asymmetry: AURC by whose uncertainty", "both", by_modality("AURC", False, metrics.aurc, "AURC")
+        "asymmetry",
+        "asymmetry: AUROC by whose uncertainty",
+        None,
+        both_directions,
+        ASYMMETRY_AUROC,
     ),
-    Section("asymmetry", "asymmetry: AUROC by whose uncertainty", "both", by_modality("AUROC", True, metrics.auroc)),
 )
 
 
 def hierarchy(stem):
     """The section of a file of caption chains."""
-    return Section(f"hierarchy {stem}", f"hierarchy {stem}: from general to specific", "chains", HIERARCHY)
+    title = f"hierarchy {stem}: from general to specific"
+    return Section(f"hierarchy {stem}", title, None, None, HIERARCHY)
 
 
 def guarantees(risks, confidence, at):
-    """The sections of selective retrieval at risks; right: a right answer among the first k, of `at`. A tuple."""
-    sections = []
-    for d, k in itertools.product(DIRECTIONS, at):
-        figures = []
-        for one in risks:
-            function = partial(risk.guarantee, risk=one, confidence=confidence, k=k)
-            for entry, more_is_better, form in (
-                ("coverage", True, ".3f"),
-                ("error", None, ".3f"),
-                ("threshold", None, ".3g"),
-            ):
-                name = f"{entry} at {one:g}"
-                fields = ("rank", "uncertainty", "image")
-                figures.append(Figure(name, more_is_better, fields, function, entry=entry, form=form))
-        title = f"{DIRECTIONS[d]}, right among the first {k}"
-        sections.append(Section(f"risk_{d}_at_{k}", title, d, tuple(figures)))
-    return tuple(sections)
-
-
-def views_of(answers, levels):
-    """What figures are functions of.
+    """The sections of selective retrieval, a list: one per direction and per k in `at`.
 
     Args:
-        answers: {"t2i", "i2t"}, as `scorers.answer` gives them.
-        levels: K.
-    Returns: {view: {field: array, "levels": K}}. Views: "t2i", "i2t"; "known t2i", ..., if their right answers were
-        looked into; "cxc t2i", ..., the same of CxC; "image t2i", ..., whose uncertainty is the image's;
-        "both": fields <direction>_<field>, where "uncertainty" is the text's, if texts have any.
+        risks: the shares of wrong answers that are allowed.
+        confidence: with which the error stays below the risk.
+        at: a query is right if a right answer is among its first k; one section per k.
     """
-    views, both = {}, {}
-    for d, fields in answers.items():
-        asked = fields.get("query", np.arange(len(fields["rank"])))
-        fields = {"image": asked} | fields  # the caption's, or the image asked: what is resampled
-        cxc = {field.removeprefix("cxc_"): values for field, values in fields.items() if field.startswith("cxc_")}
-        views[d] = fields | {"correct": fields["rank"] == 1, "levels": levels}
-        both |= {f"{d}_{field}": values for field, values in views[d].items()}
-        if (uncertainty := uncertainty_of(fields)) is not None:
-            views[d]["uncertainty"] = uncertainty
-        views[f"known {d}"] = only_judged(fields)
-        views[f"cxc {d}"] = only_judged(cxc | {"image": fields["image"]})
-        if "image_uncertainty" in fields:
-            views[f"image {d}"] = views[d] | {"uncertainty": fields["image_uncertainty"]}
-    return views | {"both": both}
+    sections = []
+    for direction, direction_title in DIRECTIONS.items():
+        for k in at:
+            figures = []
+            for risk in risks:
+                figures += _guarantee(risk, confidence, k)
+            key = f"risk_{direction}_at_{k}"
+            title = f"{direction_title}, right among the first {k}"
+            sections.append(Section(key, title, direction, all_queries, tuple(figures)))
+    return sections
 
 
-def uncertainty_of(fields):
-    """What queries are ordered by (Q,): the text's uncertainty, the image's where texts have none, or None."""
-    return fields.get("uncertainty", fields.get("image_uncertainty"))
-
-
-def only_judged(fields):
-    """The answers to the queries whose right answers were looked into; none if nobody looked."""
-    judged = np.asarray(fields.get("relevant", ())) > 0
-    judged = judged & fields.get("annotated", True)  # of results from before, where it is not said by 0
-    return {field: values[judged] for field, values in fields.items()} if judged.any() else {}
+def _guarantee(risk, confidence, k):
+    """Coverage, error and threshold at one risk: three figures."""
+    fields = ("rank", "uncertainty", "image")
+    settings = {"risk": risk, "confidence": confidence, "k": k}
+    coverage = partial(selective.coverage, **settings)
+    error = partial(selective.error, **settings)
+    threshold = partial(selective.threshold, **settings)
+    return [
+        Figure(f"coverage at {risk:g}", True, fields, coverage),
+        Figure(f"error at {risk:g}", None, fields, error),
+        Figure(f"threshold at {risk:g}", None, fields, threshold, form=".3g"),
+    ]
 
 
 def measure(answers, levels, sections=SECTIONS):
-    """The figures of sections: {section key: {figure name: float or None}}; takes what `views_of` takes."""
-    views, measured = views_of(answers, levels), {}
+    """The metrics of sections: {section key: {metric name: float or None}}.
+
+    Args:
+        answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
+        levels: K.
+    """
+    measured = {}
     for section in sections:
-        if values := section.measure(views.get(section.view, {})):
+        if section.view is None:
+            continue
+        values = section.measure(section.view(answers, section.direction, levels))
+        if values:
             measured.setdefault(section.key, {}).update(values)
     return measured
 
 
 def measure_resamples(answers, levels, resamples, sections=SECTIONS):
-    """The figures of resampled queries: {section key: {figure name: (resamples,)}}, nan: undefined; {} for none."""
-    views = views_of(answers, levels)
-    draws = {section.key: section.resample(views.get(section.view, {}), resamples) for section in sections}
-    return {key: values for key, values in draws.items() if values}
+    """The metrics of resampled queries: {section key: {metric name: (resamples,)}}.
+
+    NaN means undefined. Sections without intervals are left out.
+    """
+    draws = {}
+    for section in sections:
+        if section.view is None or not section.resampled:
+            continue
+        values = section.resample(section.view(answers, section.direction, levels), resamples)
+        if values:
+            draws[section.key] = values
+    return draws

@@ -1,154 +1,265 @@
-"""Retrieval and its uncertainty in numbers: arrays in, plain floats out. None stands for "undefined".
+"""Metrics of retrieval and of its uncertainty: arrays in, numbers out.
 
-Uncertainty is one number a query, larger = less certain. A query is answered correctly if its first answer is right.
+Q queries were asked. A query is answered correctly if its first answer is right. The uncertainty
+is one number per query; larger means less certain.
+
+Most metrics take an optional `weight`, which says how often each query counts:
+
+- With no weight, or with one of shape (Q,), they return a float, or None if undefined.
+- With a weight of shape (R, Q), they return an array (R,), which is NaN where undefined.
+
+A bootstrap resample of the queries is such a weight. So the same function computes a metric and
+its resamples (bootstrap.py).
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from utils.lazy import Lazy
-
-stats = Lazy("scipy.stats")  # half a second to import, for caption chains alone
+Metric = float | np.ndarray | None
 
 
-def recall_at(rank, k):
-    """Share of queries whose first right answer, of rank (Q,), is among the best k; in [0, 1].
+def mean(values: ArrayLike, weight: ArrayLike | None = None) -> Metric:
+    """The weighted mean of values (Q,).
 
-    >>> recall_at(np.array([1, 2, 7, 1]), 5)
+    >>> mean([1, 2, 6])
+    3.0
+    """
+    values = np.asarray(values, dtype=np.float64)
+    weight = _weight_of_queries(weight, len(values))
+    return _result(weight @ values / weight.sum(axis=-1))
+
+
+def recall_at(rank: ArrayLike, k: int, weight: ArrayLike | None = None) -> Metric:
+    """Recall@k: the share of queries with a right answer among the first k, in [0, 1].
+
+    Args:
+        rank: rank of the first right answer of each query, (Q,); 1 is the best.
+
+    >>> recall_at([1, 2, 7, 1], 5)
     0.75
     """
-    return float(np.mean(np.asarray(rank) <= k))
+    return mean(np.asarray(rank) <= k, weight)
 
 
-def recall_by_level(correct, uncertainty, levels):
-    """R@1 of equally many queries a level, least uncertain level first.
+def rsum(*ranks: np.ndarray) -> float:
+    """RSUM: R@1, R@5 and R@10 in percent, summed over several arrays of ranks (Q,)."""
+    total = 0.0
+    for rank in ranks:
+        for k in (1, 5, 10):
+            total += 100 * recall_at(rank, k)
+    return total
 
-    Queries are sorted (ties stay in query order) and split; a remainder makes the first levels one query larger.
-    Args: correct (Q,) bool, uncertainty (Q,), levels: K.
-    Returns: list of K floats.
+
+# Recall by uncertainty level.
+
+
+def recall_by_level(
+    correct: np.ndarray, uncertainty: np.ndarray, levels: int, weight: ArrayLike | None = None
+) -> list[float] | np.ndarray:
+    """R@1 in each uncertainty level, least uncertain first.
+
+    Queries are sorted by uncertainty (ties keep the order of the queries) and cut into levels of
+    equal size. No query is dropped: a remainder makes the first levels larger by one. With a
+    weight, a query that counts several times may be shared by two levels.
+
+    Args:
+        correct: (Q,) bool.
+        uncertainty: (Q,).
+        levels: K.
+    Returns: a list of K floats in [0, 1]; with a weight (R, Q), an array (R, K).
     Raises: ValueError if K > Q or K < 1.
     Source: the protocol of ProbVLM (arXiv 2307.00398, sec. 4.1).
+
     >>> recall_by_level(np.array([True, False, True, True]), np.array([0.3, 0.9, 0.1, 0.5]), 2)
     [1.0, 0.5]
     """
-    if not 1 <= levels <= len(correct):
-        raise ValueError(f"{levels} levels for {len(correct)} queries")
+    queries = len(correct)
+    if not 1 <= levels <= queries:
+        raise ValueError(f"{levels} levels for {queries} queries")
     order = np.argsort(uncertainty, kind="stable")
-    return [float(part.mean()) for part in np.array_split(np.asarray(correct, dtype=np.float64)[order], levels)]
+    weight_in_order = _weight_of_queries(weight, queries)[..., order]
+    correct_in_order = np.asarray(correct, dtype=bool)[order]
+    count = _cumulative_from_zero(weight_in_order)  # (..., Q + 1): queries so far
+    hits = _cumulative_from_zero(weight_in_order * correct_in_order)
+    bounds = _level_bounds(count[..., -1], levels)  # (..., K + 1)
+    hits_at_bounds = _interpolate_rows(bounds, count, hits)
+    recall = np.diff(hits_at_bounds) / np.diff(bounds)
+    return recall.tolist() if recall.ndim == 1 else recall
 
 
-def level_statistics(recall):
-    """How steadily recall falls with the uncertainty level.
+def _level_bounds(total, levels):
+    """After how many queries the levels begin and end: totals (...) -> (..., levels + 1)."""
+    level = np.arange(levels + 1)
+    total = np.asarray(total)[..., None]
+    return level * (total // levels) + np.minimum(level, total % levels)
 
-    S is the Spearman correlation of level and recall, -1 is best; R2 is r^2 of the straight line; of -S*R2, 1 is best.
-    Args: recall: K floats, least uncertain first.
-    Returns: dict of three floats, None where undefined: fewer than two levels, or the same recall in all.
+
+def level_spearman(recall: ArrayLike) -> Metric:
+    """S: the Spearman correlation of level and recall, in [-1, 1]; -1 is best.
+
+    Args:
+        recall: (..., K), least uncertain level first, as `recall_by_level` returns it.
+    Returns: undefined if there is one level, or if recall is the same in all levels.
     Source: ProbVLM, sec. 4.1.
-    >>> level_statistics([0.9, 0.6, 0.3])
-    {'S': -1.0, 'R2': 1.0, '-S*R2': 1.0}
+
+    >>> level_spearman([0.9, 0.6, 0.3])
+    -1.0
     """
-    if len(recall) < 2 or np.ptp(recall) == 0:
-        return {"S": None, "R2": None, "-S*R2": None}
-    level = np.arange(len(recall))
-    s, r2 = spearman(level, recall), float(np.corrcoef(level, recall)[0, 1] ** 2)
-    return {"S": s, "R2": r2, "-S*R2": -s * r2}
+    recall = np.asarray(recall, dtype=np.float64)
+    # The rank of a value, up to a constant: how many are smaller minus how many are larger.
+    is_larger = np.sign(recall[..., :, None] - recall[..., None, :])
+    return _result(_correlation_with_level(is_larger.sum(axis=-1)))
 
 
-def by_level(correct, uncertainty, levels):
-    """`level_statistics` of `recall_by_level`."""
-    return level_statistics(recall_by_level(correct, uncertainty, levels))
+def level_r2(recall: ArrayLike) -> Metric:
+    """R2: r^2 of the straight line through recall by level, in [0, 1]; 1 is best.
 
+    Args and source as for `level_spearman`.
 
-def by_order(correct, uncertainty, levels):
-    """What depends on the order of uncertainty: `aurc` and `by_level` in one dict."""
-    return aurc(correct, uncertainty) | by_level(correct, uncertainty, levels)
-
-
-def aurc(correct, uncertainty):
-    """Area under the risk-coverage curve, its mean over n, and its excess over the best possible order's area.
-
-    Args: correct (Q,) bool, uncertainty (Q,).
-    Returns: dict of two floats in [0, 1], less is better.
-    Source: Geifman et al., "Bias-reduced uncertainty estimation", arXiv 1805.08206.
-    >>> aurc(np.array([True, False]), np.array([0.1, 0.2]))
-    {'AURC': 0.25, 'E-AURC': 0.0}
-    >>> aurc(np.array([True, False]), np.array([0.5, 0.5]))
-    {'AURC': 0.5, 'E-AURC': 0.25}
+    >>> level_r2([0.9, 0.6, 0.3])
+    1.0
     """
-    area = float(np.mean(risk_coverage(correct, uncertainty)))
-    best = float(np.mean(risk_coverage(correct, ~np.asarray(correct, dtype=bool))))
-    return {"AURC": area, "E-AURC": max(0.0, area - best)}
+    return _result(_correlation_with_level(np.asarray(recall, dtype=np.float64)) ** 2)
 
 
-def risk_coverage(correct, uncertainty):
+def level_score(recall: ArrayLike) -> Metric:
+    """-S*R2, in [-1, 1]; 1 is best. Args and source as for `level_spearman`.
+
+    >>> level_score([0.9, 0.6, 0.3])
+    1.0
+    """
+    spearman_of_levels = level_spearman(recall)
+    if spearman_of_levels is None:
+        return None
+    return -spearman_of_levels * level_r2(recall)
+
+
+def _correlation_with_level(values):
+    """Pearson correlation of values (..., K) with 0..K-1: (...); NaN where values are constant."""
+    levels = values.shape[-1]
+    centred_level = np.arange(levels) - (levels - 1) / 2
+    centred = values - values.mean(axis=-1, keepdims=True)
+    spread = np.sqrt((centred**2).sum(axis=-1) * (centred_level**2).sum())
+    is_constant = np.ptp(values, axis=-1) == 0
+    spread = np.where(is_constant, np.nan, spread)
+    correlation = centred @ centred_level / spread
+    return np.clip(correlation, -1, 1)  # rounding
+
+
+# Selective prediction: the most certain queries are answered first.
+
+
+def risk_coverage(
+    correct: np.ndarray, uncertainty: np.ndarray, weight: ArrayLike | None = None
+) -> np.ndarray:
     """The risk-coverage curve: the error rate among the n most certain queries, n = 1..Q.
 
-    Of queries with the same uncertainty every order is equally likely, and the expectation is returned.
-    Args: correct (Q,) bool, uncertainty (Q,).
-    Returns: (Q,) array in [0, 1]; entry n - 1 is at coverage n / Q.
+    If several queries have the same uncertainty, every order of them is equally likely; the curve
+    is the expectation over these orders.
+
+    Args:
+        correct: (Q,) bool.
+        uncertainty: (Q,).
+    Returns: (Q,) array in [0, 1], most certain first; entry n - 1 is at coverage n / Q. With a
+        weight (R, Q), an array (R, Q), in the same order of the queries.
+
     >>> risk_coverage(np.array([True, False]), np.array([0.1, 0.2])).tolist()
     [0.0, 0.5]
     """
-    error = 1.0 - np.asarray(correct, dtype=np.float64)
-    _, group = np.unique(uncertainty, return_inverse=True)
-    expected = (np.bincount(group, weights=error) / np.bincount(group))[np.sort(group)]
-    return np.cumsum(expected) / np.arange(1, len(error) + 1)
+    risk, _ = _risk_and_weight(correct, uncertainty, weight)
+    return risk
 
 
-def auroc(correct, uncertainty):
-    """The probability that a wrong answer is less certain than a right one, ties counting half.
+def aurc(correct: np.ndarray, uncertainty: np.ndarray, weight: ArrayLike | None = None) -> Metric:
+    """AURC: the area under the risk-coverage curve, its mean over n, in [0, 1]; less is better.
 
-    Args: correct (Q,) bool, uncertainty (Q,).
-    Returns: float in [0, 1], 0.5 = no information; None where all are right or all wrong.
+    Args:
+        correct: (Q,) bool.
+        uncertainty: (Q,).
+    Source: Geifman et al., "Bias-reduced uncertainty estimation", arXiv 1805.08206.
+
+    >>> aurc(np.array([True, False]), np.array([0.1, 0.2]))
+    0.25
+    >>> aurc(np.array([True, False]), np.array([0.5, 0.5]))
+    0.5
+    """
+    risk, weight = _risk_and_weight(correct, uncertainty, weight)
+    area = (weight * risk).sum(axis=-1) / weight.sum(axis=-1)
+    return _result(area)
+
+
+def excess_aurc(area: Metric, correct: np.ndarray, weight: ArrayLike | None = None) -> Metric:
+    """E-AURC: AURC minus that of the best possible order, in [0, 1]; less is better.
+
+    The best order puts all E wrong answers last. Its AURC is
+    (1 / Q) sum_{k=1..E} k / (Q - E + k) = (E - (Q - E) (H(Q) - H(Q - E))) / Q,
+    where H(n) = 1 + 1/2 + ... + 1/n = digamma(n + 1) + constant.
+
+    Args:
+        area: AURC of the same queries and weight.
+        correct: (Q,) bool.
+    Source: as for `aurc`.
+
+    >>> excess_aurc(0.5, np.array([True, False]))
+    0.25
+    """
+    from scipy.special import digamma
+
+    weight = _weight_of_queries(weight, len(correct))
+    total = weight.sum(axis=-1)
+    right = weight @ np.asarray(correct, dtype=np.float64)
+    wrong = total - right
+    best = (wrong - right * (digamma(total + 1) - digamma(right + 1))) / total
+    return _result(np.maximum(0.0, area - best))
+
+
+def _risk_and_weight(correct, uncertainty, weight):
+    """The risk-coverage curve and the weights, both (..., Q), most certain query first."""
+    order = np.argsort(uncertainty, kind="stable")
+    weight = _weight_of_queries(weight, len(order))[..., order]
+    is_wrong = ~np.asarray(correct, dtype=bool)[order]
+    wrong = weight * is_wrong
+    sorted_uncertainty = np.asarray(uncertainty)[order]
+    is_last = np.append(sorted_uncertainty[1:] != sorted_uncertainty[:-1], True)  # of its value
+    if not is_last.all():
+        wrong = _share_among_ties(wrong, weight, is_last)
+    count = np.cumsum(weight, axis=-1)
+    risk = np.cumsum(wrong, axis=-1) / np.maximum(count, 1)  # 0 before the first that counts
+    return risk, weight
+
+
+def _share_among_ties(wrong, weight, is_last):
+    """Spread the errors (..., Q) of each group of tied queries evenly over the group."""
+    group = np.append(0, np.cumsum(is_last)[:-1])
+    first = np.flatnonzero(np.append(True, is_last[:-1]))  # of each group
+    wrong_in_group = np.add.reduceat(wrong, first, axis=-1)
+    weight_of_group = np.add.reduceat(weight, first, axis=-1)
+    error_rate = wrong_in_group / np.maximum(weight_of_group, 1)
+    return weight * error_rate[..., group]
+
+
+def auroc(correct: np.ndarray, uncertainty: np.ndarray) -> float | None:
+    """The probability that a wrong answer is less certain than a right one; ties count half.
+
+    Args:
+        correct: (Q,) bool.
+        uncertainty: (Q,).
+    Returns: float in [0, 1], 0.5 = no information; None if all are right or all are wrong.
+
     >>> auroc(np.array([True, False, True]), np.array([0.1, 0.2, 0.3]))
     0.5
     """
     correct = np.asarray(correct, dtype=bool)
-    right, wrong = int(correct.sum()), int((~correct).sum())
-    if not right or not wrong:
+    right = int(correct.sum())
+    wrong = len(correct) - right
+    if right == 0 or wrong == 0:
         return None
-    ranks = rank_values(uncertainty)
-    return float((ranks[~correct].sum() - wrong * (wrong + 1) / 2) / (right * wrong))
+    rank_sum = rank_values(uncertainty)[~correct].sum()
+    pairs_in_order = rank_sum - wrong * (wrong + 1) / 2  # Mann-Whitney U
+    return float(pairs_in_order / (right * wrong))
 
 
-def share_falling(uncertainty, chains):
-    """The share of the steps along chains of texts, from general to specific, at which uncertainty falls.
-
-    Args: uncertainty (T,), chains: lists of rows, general first; those of one text are left out.
-    Returns: float in [0, 1], or None without a step.
-    >>> share_falling(np.array([0.9, 0.5, 0.7]), [[0, 1, 2]])
-    0.5
-    """
-    steps = [np.diff(np.asarray(uncertainty)[chain]) < 0 for chain in chains if len(chain) > 1]
-    return float(np.concatenate(steps).mean()) if steps else None
-
-
-def mean_tau(uncertainty, chains):
-    """Kendall's tau-b of depth and certainty, averaged over chains; a chain of constant uncertainty counts 0.
-
-    Args: as for `share_falling`.
-    Returns: float in [-1, 1], 1 = always falls; None without a chain.
-    >>> mean_tau(np.array([0.9, 0.5, 0.7]), [[0, 1, 2]])
-    0.33333333333333337
-    """
-    values = [np.asarray(uncertainty)[chain] for chain in chains if len(chain) > 1]
-    taus = [0.0 if np.ptp(u) == 0 else float(stats.kendalltau(np.arange(len(u)), -u).statistic) for u in values]
-    return float(np.mean(taus)) if taus else None
-
-
-def uncertainty_by_depth(uncertainty, chains):
-    """How uncertainty falls with depth, in ranks, so that methods can be compared.
-
-    Args: as for `share_falling`.
-    Returns: a float a depth, general first: the mean percentile, in [0, 100], of its texts among all T.
-    >>> uncertainty_by_depth(np.array([0.9, 0.5, 0.7]), [[0, 1], [0, 2]])
-    [100.0, 50.0]
-    """
-    percentile = 100 * rank_values(uncertainty) / len(uncertainty)
-    depths = range(max(map(len, chains), default=0))
-    return [float(np.mean([percentile[chain[depth]] for chain in chains if len(chain) > depth])) for depth in depths]
-
-
-def share_of_ties(uncertainty):
+def share_of_ties(uncertainty: ArrayLike) -> float:
     """The share of queries whose uncertainty another query has too, in [0, 1].
 
     >>> share_of_ties(np.array([0.1, 0.1, 0.2, 0.3]))
@@ -158,29 +269,153 @@ def share_of_ties(uncertainty):
     return float((count[group] > 1).mean())
 
 
-def rank_values(values):
-    """The rank of each of some values (Q,), 1 = least; equal ones have the mean of their ranks.
+# Rank correlations.
+
+
+def rank_values(values: ArrayLike, weight: ArrayLike | None = None) -> np.ndarray:
+    """The rank of each of some values (Q,), 1 = smallest; equal values get their mean rank.
+
+    Args:
+        weight: (..., Q): how often each value counts.
+    Returns: (..., Q).
 
     >>> rank_values([0.3, 0.1, 0.3]).tolist()
     [2.5, 1.0, 2.5]
     """
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[group]
+    order = np.argsort(values, kind="stable")
+    sorted_values = np.asarray(values)[order]
+    is_first = np.append(True, sorted_values[1:] != sorted_values[:-1])
+    weight_in_order = _weight_of_queries(weight, len(order))[..., order]
+    count = np.add.reduceat(weight_in_order, np.flatnonzero(is_first), axis=-1)  # per distinct value
+    rank_of_value = np.cumsum(count, axis=-1) - (count - 1) / 2
+    group = np.empty(len(order), dtype=np.int64)
+    group[order] = np.cumsum(is_first) - 1
+    return rank_of_value[..., group]
 
 
-def spearman(x, y):
-    """Spearman rank correlation of x and y (Q,), in [-1, 1], or None if one of them is constant."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(rank_values(x), rank_values(y))[0, 1])
+def spearman(x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None) -> Metric:
+    """Spearman rank correlation of x and y (Q,), in [-1, 1]; undefined if one is constant."""
+    weight = _weight_of_queries(weight, len(x))
+    total = weight.sum(axis=-1)
+    mean_rank = (total + 1)[..., None] / 2
+    x_rank = rank_values(x, weight) - mean_rank
+    y_rank = rank_values(y, weight) - mean_rank
+    covariance = (weight * x_rank * y_rank).sum(axis=-1)
+    x_variance = (weight * x_rank**2).sum(axis=-1)
+    y_variance = (weight * y_rank**2).sum(axis=-1)
+    spread = np.sqrt(x_variance * y_variance)
+    return _result(covariance / np.where(spread > 0, spread, np.nan))
 
 
-def partial_spearman(x, y, given):
-    """Spearman correlation of x and y (Q,) that a third quantity does not explain, in [-1, 1], or None where undefined.
+def partial_spearman(
+    x: ArrayLike, y: ArrayLike, given: ArrayLike, weight: ArrayLike | None = None
+) -> Metric:
+    """Spearman correlation of x and y (Q,) that a third quantity does not explain, in [-1, 1].
 
-    (r_xy - r_xg r_yg) / sqrt((1 - r_xg^2)(1 - r_yg^2))
+    (r_xy - r_xg r_yg) / sqrt((1 - r_xg^2)(1 - r_yg^2)), with r the Spearman correlations and g the
+    given quantity (Q,). Undefined if one of the three is constant, or if g determines x or y.
     """
-    xy, xg, yg = spearman(x, y), spearman(x, given), spearman(y, given)
-    if None in (xy, xg, yg) or (1 - xg**2) * (1 - yg**2) <= 1e-12:
+    xy = spearman(x, y, weight)
+    xg = spearman(x, given, weight)
+    yg = spearman(y, given, weight)
+    if xy is None or xg is None or yg is None:
         return None
-    return float((xy - xg * yg) / np.sqrt((1 - xg**2) * (1 - yg**2)))
+    unexplained = np.asarray((1 - xg**2) * (1 - yg**2))
+    unexplained = np.where(unexplained > 1e-12, unexplained, np.nan)
+    return _result((xy - xg * yg) / np.sqrt(unexplained))
+
+
+# Chains of texts from general to specific.
+
+
+def share_falling(uncertainty: ArrayLike, chains: list[list[int]]) -> float | None:
+    """The share of the steps along caption chains at which the uncertainty falls.
+
+    Args:
+        uncertainty: (T,).
+        chains: lists of rows, general first; chains of one text are left out.
+    Returns: float in [0, 1], or None if there is no step.
+
+    >>> share_falling(np.array([0.9, 0.5, 0.7]), [[0, 1, 2]])
+    0.5
+    """
+    uncertainty = np.asarray(uncertainty)
+    steps = [np.diff(uncertainty[chain]) for chain in chains if len(chain) > 1]
+    if not steps:
+        return None
+    return float((np.concatenate(steps) < 0).mean())
+
+
+def mean_tau(uncertainty: ArrayLike, chains: list[list[int]]) -> float | None:
+    """Kendall's tau-b of depth and certainty, averaged over chains.
+
+    A chain of constant uncertainty counts 0.
+
+    Args: as for `share_falling`.
+    Returns: float in [-1, 1], 1 = uncertainty always falls; None if there is no chain.
+
+    >>> mean_tau(np.array([0.9, 0.5, 0.7]), [[0, 1, 2]])
+    0.33333333333333337
+    """
+    from scipy.stats import kendalltau
+
+    taus = []
+    for chain in chains:
+        values = np.asarray(uncertainty)[chain]
+        if len(values) < 2:
+            continue
+        if np.ptp(values) == 0:
+            taus.append(0.0)
+        else:
+            taus.append(float(kendalltau(np.arange(len(values)), -values).statistic))
+    return float(np.mean(taus)) if taus else None
+
+
+def uncertainty_by_depth(uncertainty: ArrayLike, chains: list[list[int]]) -> list[float]:
+    """How the uncertainty falls with depth, as percentiles, so that methods can be compared.
+
+    Args: as for `share_falling`.
+    Returns: one float per depth, general first: the mean percentile, in [0, 100], of the texts at
+        this depth among all T texts.
+
+    >>> uncertainty_by_depth(np.array([0.9, 0.5, 0.7]), [[0, 1], [0, 2]])
+    [100.0, 50.0]
+    """
+    percentile = 100 * rank_values(uncertainty) / len(uncertainty)
+    deepest = max(map(len, chains), default=0)
+    means = []
+    for depth in range(deepest):
+        rows = [chain[depth] for chain in chains if len(chain) > depth]
+        means.append(float(percentile[rows].mean()))
+    return means
+
+
+# Weights.
+
+
+def _weight_of_queries(weight, queries):
+    """The weight as an array (..., Q) of floats; without one every query counts once."""
+    if weight is None:
+        return np.ones(queries)
+    return np.asarray(weight, dtype=np.float64)
+
+
+def _cumulative_from_zero(values):
+    """Cumulative sums along the last axis, with a 0 before them: (..., Q) -> (..., Q + 1)."""
+    zero = np.zeros((*values.shape[:-1], 1))
+    return np.concatenate([zero, np.cumsum(values, axis=-1)], axis=-1)
+
+
+def _interpolate_rows(x, known_x, known_y):
+    """np.interp for every row of arrays (..., K), (..., Q) and (..., Q): (..., K)."""
+    if x.ndim == 1:
+        return np.interp(x, known_x, known_y)
+    rows = [np.interp(*row) for row in zip(x, known_x, known_y, strict=True)]
+    return np.stack(rows)
+
+
+def _result(value):
+    """A single number as a float, or None for NaN; an array stays an array."""
+    if np.ndim(value) > 0:
+        return value
+    return None if np.isnan(value) else float(value)
