@@ -22,12 +22,12 @@ from utils.cli import Parser, chance, folder_name, need, positive, run_script, s
 from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import questions, tables
-from utils.evaluation.bootstrap import CONFIDENCE, LEAST, RESAMPLES
+from utils.evaluation.bootstrap import CONFIDENCE, MIN_RESAMPLES, RESAMPLES
 from utils.evaluation.export import export, export_file
 from utils.evaluation.reference import open_reference
 from utils.evaluation.results import SUFFIXES, evaluate, load_results, result_name, save_texts, threshold_file
-from utils.evaluation.risk import CONFIDENCE as SURE
-from utils.evaluation.risk import RANKS, RISKS
+from utils.evaluation.selective import CONFIDENCE as SURE
+from utils.evaluation.selective import RANKS, RISKS
 from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, every_scorer
 from utils.lazy import Lazy
 from utils.report import results_page
@@ -128,7 +128,7 @@ def parse(argv):
         (several, "--compare, --export, --prompts and lists of captions are questions of their own; ask one at a time"),
         (args.texts and not args.export, "--texts: goes with --export"),
         (args.json and not asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
-        (args.compare and args.resamples < LEAST, f"--resamples {args.resamples}: a comparison needs {LEAST} at least"),
+        (args.compare and args.resamples < MIN_RESAMPLES, f"--resamples {args.resamples}: a comparison needs {MIN_RESAMPLES} at least"),
         (len(set(args.compare)) == 1, f"--compare {' '.join(args.compare)}: give two different methods"),
     ):
         if is_wrong:

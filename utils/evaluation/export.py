@@ -19,7 +19,7 @@ import torch
 from models.layers import pairwise_products, unit
 from utils.cli import need
 from utils.evaluation.ranking import TILE, rank_queries
-from utils.evaluation.risk import calibrate
+from utils.evaluation.selective import calibrate
 from utils.evaluation.scorers import FROZEN, PUBLISHED, ROWS_AT_ONCE, AdaptorScorer, Scorer
 from utils.files import written_aside
 from utils.lazy import Lazy

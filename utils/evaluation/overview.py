@@ -14,7 +14,7 @@ import numpy as np
 
 from models import expand_groups
 from utils.cli import Parser, folder_name, need, run_script, seed_number, whole_number
-from utils.evaluation.bootstrap import LEAST, RESAMPLES, interval
+from utils.evaluation.bootstrap import MIN_RESAMPLES, RESAMPLES, interval
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, measure, measure_resamples
 from utils.evaluation.results import Results, check_same_queries, load_results, result_name, save_texts
 from utils.evaluation.scorers import BASELINES, OWN, PUBLISHED, SCORES
@@ -78,7 +78,7 @@ def parse(argv):
         need(leader in args.method, f"--against {leader}: not in the table; add it to --method")
         others = any(family(method) != family(leader) for method in args.method)
         need(others, f"--against {leader}: no method of another family is in the table; add one to --method")
-        need(args.resamples >= LEAST, f"--resamples {args.resamples}: --against needs {LEAST} at least")
+        need(args.resamples >= MIN_RESAMPLES, f"--resamples {args.resamples}: --against needs {MIN_RESAMPLES} at least")
     return args
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import rank_values, risk_coverage
-from utils.evaluation.risk import predict_right
+from utils.evaluation.selective import predict_right
 from utils.evaluation.scorers import BASELINES, BESIDE
 from utils.files import written_aside
 

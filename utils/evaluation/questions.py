@@ -10,7 +10,7 @@ import torch
 from models.layers import cosine_similarity
 from utils.cli import UserError, need
 from utils.evaluation.results import Results, check_same_queries
-from utils.evaluation.risk import decide, load_threshold
+from utils.evaluation.selective import decide, load_threshold
 from utils.evaluation.scorers import FROZEN, PUBLISHED, AdaptorScorer, Scorer
 from utils.evaluation.tables import differences
 from utils.files import load_json

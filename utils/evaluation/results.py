@@ -19,7 +19,7 @@ from utils.evaluation.figures import (
     uncertainty_of,
 )
 from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
-from utils.evaluation.risk import split_queries
+from utils.evaluation.selective import split_queries
 from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, answer, recall_in_folds
 from utils.files import load_arrays, load_json, save_json, written_aside
 
@@ -78,7 +78,7 @@ class Results:
             save_json(self.thresholds(config), threshold_file(folder, name, config["seed"]), indent=1)
 
     def thresholds(self, config):
-        """What `risk.load_threshold` reads, of texts: thresholds, what they keep, and what they were calibrated on."""
+        """What `selective.load_threshold` reads, of texts: thresholds, what they keep, and what they were calibrated on."""
         given, metrics, known = self.content["risk"], self.content["metrics"], []
         for k, risk in itertools.product(given["at"], given["risks"]):
             figures = metrics[f"risk_t2i_at_{k}"]

@@ -106,7 +106,7 @@ def in_short(results):
     short = {}
     for section, table in tables_of(results, [section for section in COMPARED if section.key == "t2i"]).items():
         none = dict.fromkeys(next(iter(table.values())), (np.nan, None))
-        short[section] = {f: cells for f, cells in table.items() if not kept or "levels" not in f.fields}
+        short[section] = {f: cells for f, cells in table.items() if not kept or "recall_by_level" not in f.fields}
         short[section] |= {f: none | cells for f, cells in kept.items() if f.more_is_better}
     return short
 

@@ -53,5 +53,5 @@ def retrieval(scorer, cache):
     for direction, fields in answer(scorer, cache).items():
         correct, uncertainty = fields["rank"] == 1, fields.get("uncertainty", fields.get("image_uncertainty"))
         figures[direction] = {"R@1": recall_at(fields["rank"], 1)}
-        figures[direction] |= {} if uncertainty is None else {"AURC": aurc(correct, uncertainty)["AURC"]}
+        figures[direction] |= {} if uncertainty is None else {"AURC": aurc(correct, uncertainty)}
     return figures
