@@ -14,7 +14,7 @@ from models.base import SMALL
 from tests.conftest import load_result, make_cache
 from utils.checkpoint import save_adaptor
 from utils.cli import run_script
-from utils.evaluation.risk import choose_threshold, load_threshold, split_queries
+from utils.evaluation.selective import choose_threshold, load_threshold, split_queries
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 0)
 FILE = Path("results/tiny/0/pfe.threshold.json")

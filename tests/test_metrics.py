@@ -1,19 +1,35 @@
 """Metrics against slow loops and closed forms, and the worked examples of their docstrings."""
 
 import doctest
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from utils.evaluation import metrics, ranking
-from utils.evaluation.metrics import aurc, level_statistics, partial_spearman, recall_by_level, spearman
-from utils.evaluation.ranking import rank_queries
+from utils.evaluation.metrics import (
+    aurc,
+    auroc,
+    excess_aurc,
+    level_r2,
+    level_score,
+    level_spearman,
+    partial_spearman,
+    rank_values,
+    recall_at,
+    recall_by_level,
+    share_of_ties,
+    spearman,
+    uncertainty_by_depth,
+)
+from utils.evaluation.ranking import rank_queries, rank_relevant
 from utils.evaluation.results import Results
 
 
-@pytest.mark.parametrize(("module", "least"), [(metrics, 11), (ranking, 6)])
+@pytest.mark.parametrize(("module", "least"), [(metrics, 16), (ranking, 6)])
 def test_docstring_examples_hold(module, least):
     result = doctest.testmod(module)
     assert result.attempted >= least
@@ -100,14 +116,16 @@ def test_levels_drop_no_query_and_differ_by_at_most_one(queries):
 
 def test_level_statistics_agree_with_scipy():
     recall = [0.9, 0.8, 0.85, 0.5, 0.3]
-    found = level_statistics(recall)
-    assert found["S"] == pytest.approx(stats.spearmanr(range(5), recall).statistic)
-    assert found["R2"] == pytest.approx(np.corrcoef(range(5), recall)[0, 1] ** 2)
-    assert found["-S*R2"] == pytest.approx(-found["S"] * found["R2"])
+    assert level_spearman(recall) == pytest.approx(stats.spearmanr(range(5), recall).statistic)
+    assert level_r2(recall) == pytest.approx(np.corrcoef(range(5), recall)[0, 1] ** 2)
+    assert level_score(recall) == pytest.approx(-level_spearman(recall) * level_r2(recall))
+    tied = [0.9, 0.8, 0.8, 0.5, 0.8]
+    assert level_spearman(tied) == pytest.approx(stats.spearmanr(range(5), tied).statistic)
 
 
 def test_constant_recall_or_uncertainty_is_undefined_and_not_nan():
-    assert level_statistics([0.5, 0.5, 0.5]) == {"S": None, "R2": None, "-S*R2": None}
+    for recall in ([0.5, 0.5, 0.5], [0.5]):
+        assert level_spearman(recall) is level_r2(recall) is level_score(recall) is None
     assert spearman(np.ones(5), np.arange(5)) is None
     assert partial_spearman(np.arange(5), np.arange(5), np.ones(5)) is None
 
@@ -120,13 +138,20 @@ def test_aurc_of_ties_is_the_mean_over_their_orders():
         order = np.lexsort((rng.random(30), uncertainty))
         error = 1.0 - correct[order]
         areas.append(np.mean([error[: n + 1].mean() for n in range(30)]))
-    assert aurc(correct, uncertainty)["AURC"] == pytest.approx(np.mean(areas), abs=4 * np.std(areas) / np.sqrt(4000))
+    assert aurc(correct, uncertainty) == pytest.approx(np.mean(areas), abs=4 * np.std(areas) / np.sqrt(4000))
 
 
 def test_perfect_order_has_no_excess_area():
     correct = np.array([True] * 7 + [False] * 3)
-    assert aurc(correct, np.arange(10))["E-AURC"] == 0
-    assert aurc(correct, -np.arange(10))["E-AURC"] > 0.3
+    assert excess_aurc(aurc(correct, np.arange(10)), correct) == pytest.approx(0, abs=1e-12)
+    assert excess_aurc(aurc(correct, -np.arange(10)), correct) > 0.3
+
+
+@pytest.mark.parametrize("right", [0, 1, 7, 10])
+def test_the_excess_area_is_over_the_area_of_the_sorted_answers(right):
+    correct = np.arange(10) < right
+    best = np.mean([np.mean(~correct[: n + 1]) for n in range(10)])
+    assert excess_aurc(0.9, correct) == pytest.approx(0.9 - best if best < 0.9 else 0.0)
 
 
 def test_partial_correlation_equals_that_of_rank_residuals():
@@ -136,3 +161,111 @@ def test_partial_correlation_equals_that_of_rank_residuals():
     ranks = [stats.rankdata(v) for v in (x, y, given)]
     residuals = [r - np.polyval(np.polyfit(ranks[2], r, 1), ranks[2]) for r in ranks[:2]]
     assert partial_spearman(x, y, given) == pytest.approx(np.corrcoef(*residuals)[0, 1], abs=1e-9)
+
+
+# Weights: how often each query counts.
+
+
+@pytest.fixture(params=[False, True])
+def weighted(request):
+    """60 queries, with ties or without, and five weights of them, some of which are 0."""
+    rng = np.random.default_rng(3)
+    uncertainty = rng.integers(0, 12, 60) / 10 if request.param else rng.random(60)
+    return rng.random(60) < 0.6, uncertainty, rng.random(60), rng.integers(0, 4, size=(5, 60))
+
+
+def test_a_weighted_metric_is_that_of_repeated_queries(weighted):
+    correct, x, y, weights = weighted
+    for function, columns in (
+        (metrics.mean, (y,)),
+        (partial(recall_at, k=3), (1 + 10 * y,)),
+        (partial(recall_by_level, levels=7), (correct, x)),
+        (spearman, (x, y)),
+        (partial_spearman, (x, y, x + y)),
+        (partial(excess_aurc, 0.8), (correct,)),
+    ):
+        together = function(*columns, weight=weights)
+        for weight, value in zip(weights, together, strict=True):
+            repeated = function(*(np.repeat(column, weight) for column in columns))
+            assert value == pytest.approx(repeated, abs=1e-12)
+            assert function(*columns, weight=weight) == pytest.approx(repeated, abs=1e-12)
+
+
+def test_the_weighted_area_equals_a_plain_loop_and_is_near_that_of_repeated_queries(weighted):
+    correct, uncertainty, _, weights = weighted
+    for weight, area in zip(weights, aurc(correct, uncertainty, weights), strict=True):
+        areas = []
+        for _ in range(2000):  # over orders of the tied queries
+            order = np.lexsort((np.random.default_rng(len(areas)).random(60), uncertainty))
+            w, wrong = weight[order], weight[order] * ~correct[order]
+            risk = np.cumsum(wrong) / np.maximum(np.cumsum(w), 1)
+            areas.append(np.sum(w * risk) / np.sum(w))
+        error = 5 * np.std(areas) / np.sqrt(len(areas))
+        tied = len(np.unique(uncertainty)) < 60
+        assert area == pytest.approx(np.mean(areas), abs=0.02 if tied else 1e-12 + error)
+        repeated = aurc(np.repeat(correct, weight), np.repeat(uncertainty, weight))
+        assert area == pytest.approx(repeated, abs=0.03)
+
+
+def test_a_weight_of_one_changes_nothing(weighted):
+    correct, x, y, _ = weighted
+    ones = np.ones(60)
+    assert aurc(correct, x, ones) == aurc(correct, x)
+    assert recall_by_level(correct, x, 7, ones) == recall_by_level(correct, x, 7)
+    assert spearman(x, y, ones) == spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    np.testing.assert_allclose(rank_values(x), stats.rankdata(x))
+
+
+def test_what_is_undefined_in_one_weight_is_nan_there_alone():
+    weights = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    found = spearman([1.0, 1.0, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0], weights)
+    assert np.isnan(found).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_equals_scikit_learns(ties):
+    rng = np.random.default_rng(0)
+    wrong, uncertainty = rng.random(60) < 0.8, rng.integers(0, 12, 60) / 10 if ties else rng.random(60)
+    assert auroc(~wrong, uncertainty) == pytest.approx(roc_auc_score(wrong, uncertainty))
+
+
+def test_auroc_without_errors_is_undefined():
+    assert auroc(np.array([True, True]), np.array([0.1, 0.2])) is None
+
+
+def test_ties_are_the_queries_that_share_their_uncertainty():
+    values = [3, 1, 3, 2, 3, 1, 5]
+    assert share_of_ties(np.array(values)) == pytest.approx(sum(values.count(v) > 1 for v in values) / len(values))
+
+
+def test_depth_is_averaged_over_the_chains_that_reach_it():
+    uncertainty = np.array([0.4, 0.3, 0.2, 0.1])
+    assert uncertainty_by_depth(uncertainty, [[0, 1, 3], [1, 2]]) == [87.5, 62.5, 25.0]
+
+
+def slow_relevant(similarity, relevance):
+    """First right rank and AP@R of every query, by sorting and counting."""
+    ranks, precisions = [], []
+    for values, right in zip(similarity, relevance, strict=True):
+        order = sorted(range(len(values)), key=lambda a: (-values[a], a))
+        hits = [answer in right for answer in order]
+        ranks.append(hits.index(True) + 1)
+        top = hits[: len(right)]
+        precisions.append(sum(sum(top[: k + 1]) / (k + 1) for k in range(len(top)) if top[k]) / len(right))
+    return ranks, precisions
+
+
+@pytest.mark.parametrize("tile", [1, 7, 128])
+@pytest.mark.parametrize("ties", [False, True])
+def test_right_answers_equal_a_plain_loop(tile, ties, monkeypatch):
+    monkeypatch.setattr(ranking, "TILE", tile)
+    rng = np.random.default_rng(tile)
+    similarity = (
+        rng.integers(0, 5, (23, 17)).astype(np.float32) if ties else rng.normal(size=(23, 17)).astype(np.float32)
+    )
+    relevance = [sorted(rng.choice(17, size=rng.integers(1, 17), replace=False).tolist()) for _ in range(23)]
+    found = rank_relevant(lambda q, a: torch.from_numpy(similarity)[q][:, a], relevance, 17)
+    ranks, precisions = slow_relevant(similarity, relevance)
+    assert found["relevant"].tolist() == [len(rows) for rows in relevance]
+    assert found["relevant_rank"].tolist() == ranks
+    np.testing.assert_allclose(found["ap_at_r"], precisions, rtol=1e-12)

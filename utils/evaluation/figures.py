@@ -403,9 +403,7 @@ def measure(answers, levels, sections=SECTIONS):
     """
     measured = {}
     for section in sections:
-        if section.view is None:
-            continue
-        values = section.measure(section.view(answers, section.direction, levels))
+        values = section.measure(_view_of(section, answers, levels))
         if values:
             measured.setdefault(section.key, {}).update(values)
     return measured
@@ -418,9 +416,16 @@ def measure_resamples(answers, levels, resamples, sections=SECTIONS):
     """
     draws = {}
     for section in sections:
-        if section.view is None or not section.resampled:
-            continue
-        values = section.resample(section.view(answers, section.direction, levels), resamples)
+        values = section.resample(_view_of(section, answers, levels), resamples)
         if values:
             draws[section.key] = values
     return draws
+
+
+def _view_of(section, answers, levels):
+    """What the metrics of a section are computed from; {} if the answers do not have it."""
+    if section.view is None:
+        return {}
+    if section.direction is not None and section.direction not in answers:
+        return {}
+    return section.view(answers, section.direction, levels)

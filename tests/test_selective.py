@@ -10,25 +10,33 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import brier_score_loss
 
 from utils.cli import UserError
-from utils.evaluation import risk as risk_module
-from utils.evaluation.risk import (
+from utils.evaluation import selective
+from utils.evaluation.selective import (
+    brier,
     calibrate,
-    calibration,
     choose_threshold,
     decide,
-    guarantee,
+    expected_calibration_error,
     load_threshold,
     predict_right,
     split_queries,
 )
 from utils.files import save_json
 
+FIGURES = {"threshold": selective.threshold, "coverage": selective.coverage, "error": selective.error}
+
+
+def guarantee(*arguments):
+    """Threshold, coverage and error: a dict."""
+    return {name: function(*arguments) for name, function in FIGURES.items()}
+
+
 SETS, DELTA = 1000, 0.05
 TOO_MANY = stats.binom.isf(1e-4, SETS, DELTA)  # of sets: one test in 10,000 finds more where the guarantee holds
 
 
 def test_the_examples_hold():
-    assert doctest.testmod(risk_module).failed == 0
+    assert doctest.testmod(selective).failed == 0
 
 
 def draw(steps, rng, size=400):
@@ -144,7 +152,8 @@ def test_without_a_threshold_nothing_is_kept(captions):
 def test_a_single_image_is_no_error():
     one = np.array([1, 2]), np.array([0.1, 0.2]), np.array([3, 3])
     assert guarantee(*one, 0.1, 0.95, 1) == {"threshold": None, "coverage": 0.0, "error": None}
-    assert calibration(one[0] == 1, *one[1:]) == {"Brier": None, "ECE": None}
+    assert brier(one[0] == 1, *one[1:]) is None
+    assert expected_calibration_error(one[0] == 1, *one[1:]) is None
 
 
 @pytest.mark.parametrize("steps", [0, 7])
@@ -157,7 +166,8 @@ def test_probabilities_equal_scikit_learns(steps):
 
 def test_the_figures_of_calibration_equal_plain_ones(captions):
     rank, uncertainty, image = captions
-    found = calibration(rank == 1, uncertainty, image)
+    answers = rank == 1, uncertainty, image
+    found = {"Brier": brier(*answers), "ECE": expected_calibration_error(*answers)}
     probability, right, weight = predict_right(rank == 1, uncertainty, image)
     assert found["Brier"] == pytest.approx(brier_score_loss(right, probability, sample_weight=weight))
     ece = 0.0
@@ -181,7 +191,7 @@ def test_a_threshold_is_found_by_its_risk(tmp_path):
     with pytest.raises(UserError, match=r"--risk 0\.3"):
         load_threshold(path, 0.3)
     assert load_threshold(path, 0.2, confidence=0.9) == 0.5
-    with pytest.raises(UserError, match=r"of --confidence 0\.9, not 0\.95"):
+    with pytest.raises(UserError, match=r"for --confidence 0\.9, not 0\.95"):
         load_threshold(path, 0.2, confidence=0.95)
 
 
