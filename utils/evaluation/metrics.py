@@ -26,7 +26,7 @@ def mean(values: ArrayLike, weight: ArrayLike | None = None) -> Metric:
     """
     values = np.asarray(values, dtype=np.float64)
     weight = _weight_of_queries(weight, len(values))
-    return _result(weight @ values / weight.sum(axis=-1))
+    return _result(_sum(weight, values) / weight.sum(axis=-1))
 
 
 def recall_at(rank: ArrayLike, k: int, weight: ArrayLike | None = None) -> Metric:
@@ -184,7 +184,7 @@ def aurc(correct: np.ndarray, uncertainty: np.ndarray, weight: ArrayLike | None 
     0.5
     """
     risk, weight = _risk_and_weight(correct, uncertainty, weight)
-    area = (weight * risk).sum(axis=-1) / weight.sum(axis=-1)
+    area = _sum(weight, risk) / weight.sum(axis=-1)
     return _result(area)
 
 
@@ -207,7 +207,7 @@ def excess_aurc(area: Metric, correct: np.ndarray, weight: ArrayLike | None = No
 
     weight = _weight_of_queries(weight, len(correct))
     total = weight.sum(axis=-1)
-    right = weight @ np.asarray(correct, dtype=np.float64)
+    right = _sum(weight, np.asarray(correct, dtype=np.float64))
     wrong = total - right
     best = (wrong - right * (digamma(total + 1) - digamma(right + 1))) / total
     return _result(np.maximum(0.0, area - best))
@@ -398,6 +398,11 @@ def _weight_of_queries(weight, queries):
     if weight is None:
         return np.ones(queries)
     return np.asarray(weight, dtype=np.float64)
+
+
+def _sum(weight, values):
+    """The weighted sum of values (Q,) or (..., Q): (...). For long rows, `@` is slower."""
+    return (weight * values).sum(axis=-1)
 
 
 def _cumulative_from_zero(values):
