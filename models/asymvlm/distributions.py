@@ -243,9 +243,9 @@ def _log_scaled_bessel(kappa, v):
     if steps == 0:
         return log_f
     log_f_above = _expansion(kappa, v + steps + 1)
-    for order in reversed(range(1, steps + 1)):
+    for step in reversed(range(1, steps + 1)):
         ratio = torch.exp(log_f_above - log_f)
-        log_f_below = log_f + torch.log(2 * (v + order) + kappa.square() * ratio)
+        log_f_below = log_f + torch.log(2 * (v + step) + kappa.square() * ratio)
         log_f_above = log_f
         log_f = log_f_below
     return log_f
