@@ -23,7 +23,9 @@ from models.layers import full_precision, pairwise_products, widest
 
 KAPPA_MIN = 1e-6  # keeps mu = eta / kappa and 1/kappa finite if eta = 0
 LEAST_ORDER = 7  # v at D = 16, the smallest order for which TERMS terms suffice
-TERMS = 6  # of the Bessel function's expansion; 4 are off by 1.7e-9 in the loss at D = 16, 6 by 2e-11
+TERMS = (
+    6  # of the Bessel function's expansion; 4 are off by 1.7e-9 in the loss at D = 16, 6 by 2e-11
+)
 
 
 @full_precision

@@ -27,7 +27,7 @@ def exponential_variance(x):
 
 @full_precision
 def mutual_likelihood_loss(mean_image, var_image, mean_text, var_text):
-    """mean_b sum_d [ (mean_image - mean_text)^2 / (var_image + var_text) + log(var_image + var_text) ].
+    """mean_b sum_d [ (mean_image - mean_text)^2 / V + log V ], V = var_image + var_text.
 
     This is twice the negative mutual likelihood score of B true pairs, without the constant
     D log 2 pi.
@@ -84,10 +84,10 @@ def mutual_likelihood_score(mean_image, var_image, mean_text, var_text):
         code.
     """
     score = mean_image.new_empty(len(mean_image), len(mean_text))
-    for rows in torch.arange(len(mean_image)).split(BLOCK[0]):
-        for columns in torch.arange(len(mean_text)).split(BLOCK[1]):
-            image = slice(rows[0], rows[-1] + 1)
-            text = slice(columns[0], columns[-1] + 1)
+    for row in range(0, len(mean_image), BLOCK[0]):
+        image = slice(row, row + BLOCK[0])
+        for column in range(0, len(mean_text), BLOCK[1]):
+            text = slice(column, column + BLOCK[1])
             score[image, text] = -_disagreement_of_block(
                 mean_image[image], var_image[image], mean_text[text], var_text[text]
             )
