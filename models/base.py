@@ -222,7 +222,7 @@ class GaussianAdaptor(Adaptor):
             self.set_last_bias(math.log(variance / self.embed_dim))
 
     def set_last_bias(self, value):
-        """Set the last bias of both heads, which is log_var before training, up to small weights."""
+        """Set the last bias of both heads, to which log_var is close before training."""
         for head in (self.image_head, self.text_head):
             nn.init.constant_(head["log_var"][-1].bias, value)
 

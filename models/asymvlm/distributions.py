@@ -153,8 +153,8 @@ def power_spherical_log_normalizer(kappa, dim):
 
     log C(kappa) = -[(a + b) log 2 + lgamma(a) - lgamma(a + b) + b log pi], with a = (D-1)/2 + kappa
     and b = (D-1)/2.
-    Domain: kappa >= 0, D >= 2. Limits: 0 as kappa -> 0; b log(kappa / 4 pi) - kappa log 2 - log C(0)
-    as kappa -> inf.
+    Domain: kappa >= 0, D >= 2. Limits: 0 as kappa -> 0; b log(kappa / 4 pi) - kappa log 2
+    - log C(0) as kappa -> inf.
     Accuracy: computed in float64 if the device supports it; in float32 it would be off by up to
     2e-3 at small kappa.
 

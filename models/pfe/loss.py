@@ -96,11 +96,17 @@ def mutual_likelihood_score(mean_image, var_image, mean_text, var_text):
 
 def _disagreement_of_block(mean_image, var_image, mean_text, var_text):
     """`_disagreement` of all pairs, (n, D) and (m, D) -> (n, m), one dimension after the other."""
-    total = mean_image.new_zeros(len(mean_image), len(mean_text))
+    mean_image = mean_image.T[:, :, None].contiguous()  # (D, n, 1)
+    var_image = var_image.T[:, :, None].contiguous()
+    mean_text = mean_text.T.contiguous()  # (D, m)
+    var_text = var_text.T.contiguous()
+    total = mean_image.new_zeros(mean_image.shape[1], mean_text.shape[1])  # (n, m)
     product = torch.ones_like(total)
-    for d in range(mean_image.shape[1]):
-        var = var_image[:, d, None] + var_text[:, d]  # (n, m)
-        difference = mean_image[:, d, None] - mean_text[:, d]
+    var = torch.empty_like(total)
+    difference = torch.empty_like(total)
+    for d in range(len(mean_image)):
+        torch.add(var_image[d], var_text[d], out=var)
+        torch.sub(mean_image[d], mean_text[d], out=difference)
         total.addcdiv_(difference.square_(), var)
         product.mul_(var)
         if (d + 1) % TOGETHER == 0:
