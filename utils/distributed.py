@@ -19,16 +19,6 @@ from utils.cli import UserError, torchrun_rank
 PATIENCE = datetime.timedelta(days=7)  # for ranks at work; a rank that died is noticed at once
 
 
-def check_ranks(method, adaptor_class):
-    """Raise a UserError if several ranks are to train a method that one process has to train."""
-    _, ranks = torchrun_rank()
-    if ranks > 1 and adaptor_class.single_process_only:
-        raise UserError(
-            f"--method {method}: its batch norm or dropout does not work across {ranks} processes; "
-            "train it with python train.py instead of torchrun"
-        )
-
-
 @contextlib.contextmanager
 def joined(device, timeout=None):
     """Connect the ranks for the duration of the block, if torchrun started this process.
