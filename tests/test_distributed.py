@@ -188,7 +188,7 @@ def test_methods_with_batch_norm_or_dropout_are_for_one_process(workdir, monkeyp
         assert METHODS[method].single_process_only
         with pytest.raises(UserError, match=f"--method {method}: .* single process"):
             train_script.parse(["--method", "pcmepp-original", method, "--recipe", "original"])
-    train_script.parse(["--method", "all", "pcmepp-original", "prolip-original", "--recipe", "original"])
+    train_script.parse(["--method", "asymvlm-psd", "pcmepp", "prolip", "--recipe", "original"])
 
 
 def test_an_error_of_every_rank_names_its_rank(workdir):
