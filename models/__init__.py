@@ -1,4 +1,4 @@
-"""The methods by the name that --method takes, and the groups of them that it takes too."""
+"""The methods by the names that --method takes, and the groups of methods that it takes too."""
 
 from models.asymvlm import variants
 from models.asymvlm.adaptor import PowerSphericalAdaptor, VonMisesFisherAdaptor
@@ -11,7 +11,8 @@ from models.probvlm.original import ProbVLMOriginal
 from models.prolip.adaptor import ProLIPAdaptor
 from models.prolip.original import ProLIPOriginal
 
-METHODS = {
+# The six methods of the paper.
+PAPER = {
     "asymvlm-psd": PowerSphericalAdaptor,
     "asymvlm-vmf": VonMisesFisherAdaptor,
     "probvlm": ProbVLMAdaptor,
@@ -19,6 +20,7 @@ METHODS = {
     "pcmepp": PCMEPPAdaptor,
     "prolip": ProLIPAdaptor,
 }
+# AsymVLM with one of its design choices changed.
 VARIANTS = {
     "asymvlm-psd-frozen": variants.PowerSphericalFrozen,
     "asymvlm-vmf-frozen": variants.VonMisesFisherFrozen,
@@ -32,29 +34,47 @@ VARIANTS = {
     "asymvlm-psd-anchored": variants.PowerSphericalAnchored,
     "asymvlm-vmf-anchored": variants.VonMisesFisherAnchored,
 }
+# The baselines as their own authors build and train them.
 ORIGINALS = {
     "probvlm-original": ProbVLMOriginal,
     "pfe-original": PFEOriginal,
     "pcmepp-original": PCMEPPOriginal,
     "prolip-original": ProLIPOriginal,
 }
-# The paper's six; asymvlm's claims, one at a time; the rivals as their own authors build them.
-GROUPS = {"all": tuple(METHODS), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
-METHODS |= VARIANTS | ORIGINALS
+METHODS = {**PAPER, **VARIANTS, **ORIGINALS}
+GROUPS = {"all": tuple(PAPER), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
 
 
 def expand_groups(names, recipe=None):
-    """The methods that a list of names and groups stands for, each once, members of groups first.
+    """List the methods that a list of names and groups stands for, without repetition.
 
-    Args: recipe: what they are trained by: under "original", `pfe` stands for `pfe-original`, where there is one.
+    The members of groups come first.
+
+    Args:
+        names: names of methods and of groups.
+        recipe: the recipe they are trained with. With "original", a method such as `pfe` stands
+            for `pfe-original` if that exists.
     """
-    members = [method for name in names for method in GROUPS.get(name, ())]
-    members = [*members, *(name for name in names if name not in GROUPS)]
-    forms = [form if (form := f"{method}-{recipe}") in METHODS else method for method in members]
-    return list(dict.fromkeys(forms))
+    groups = [name for name in names if name in GROUPS]
+    single_methods = [name for name in names if name not in GROUPS]
+    methods = []
+    for group in groups:
+        methods.extend(GROUPS[group])
+    methods.extend(single_methods)
+    if recipe == "original":
+        methods = [_original_of(method) for method in methods]
+    return list(dict.fromkeys(methods))
+
+
+def _original_of(method):
+    """The name of the method as its own authors build it, if METHODS has it, else the same name."""
+    name = f"{method}-original"
+    return name if name in METHODS else method
 
 
 def recipes_for(method):
-    """The names of the recipes that `--method` can be given with, those of its further forms among them."""
-    forms = [name.removeprefix(f"{method}-") for name in METHODS if name.startswith(f"{method}-")]
-    return [*METHODS[method].recipes, *(name for name in forms if name in METHODS[f"{method}-{name}"].recipes)]
+    """List the recipes that a method can be trained with, including its original authors'."""
+    recipes = list(METHODS[method].recipes)
+    if f"{method}-original" in METHODS:
+        recipes.append("original")
+    return recipes

@@ -1,128 +1,208 @@
-"""The contract: what a method gives, so that train.py, eval.py and a researcher need not know which one it is."""
+"""What every method provides, so that train.py, eval.py and a researcher can use any of them."""
 
 import math
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.layers import at_least_float32, cosine_similarity, mlp, total_variance, unit
+
+Encoded = tuple[Tensor, ...]  # the parameters of N distributions, (N, ...) each
+Loss = Tensor | dict[str, Tensor]  # (), or the terms of the loss by name, whose sum is the loss
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is trained."""
+    """How a method is trained.
 
-    optimizer: str  # "sgd", "adam" or "adamw"
-    lr: float  # falls to min_lr on a cosine, step by step, if `drops` does not say otherwise
-    weight_decay: float  # on every parameter, if `decayed_from` does not say otherwise
-    batch_size: int = 2048  # pairs a step
-    epochs: int = 200  # passes over the captions
-    momentum: float = 0.9  # of SGD
+    Attributes:
+        optimizer: "sgd", "adam" or "adamw".
+        lr: the initial learning rate. It follows a cosine down to `min_lr`, unless `drops` is set.
+        weight_decay: applied to every parameter, unless `decayed_from` is set.
+        batch_size: pairs per step.
+        epochs: passes over the captions.
+        momentum: of SGD.
+        min_lr: the learning rate at the end of the cosine.
+        start_variance: the variance of every distribution before the first step, summed over the
+            dimensions. None leaves the layers as they are initialised.
+        drops: fractions of the steps after which the learning rate is divided by ten. An empty
+            tuple keeps it constant, None selects the cosine.
+        warm_up: fraction of the steps in which the learning rate rises linearly from 0.
+        betas: of Adam and AdamW.
+        decayed_from: the smallest number of dimensions of a parameter that is decayed: 1 leaves
+            out learned scalars, 2 leaves out all but matrices.
+        clip_norm: the largest norm of the gradient. None does not clip it.
+        ramped_epoch: the epoch in which the weight of the loss rises from 0 to 1.
+        averaged_after: fraction of the epochs after which the weights are averaged, one set of
+            weights per epoch.
+        max_steps: the largest number of steps per epoch.
+    """
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    batch_size: int = 2048
+    epochs: int = 200
+    momentum: float = 0.9
     min_lr: float = 1e-6
-    start_variance: float | None = None  # before the first step, all dimensions together; None: as the layers give it
-    drops: tuple | None = None  # shares of the steps, after each of which lr is a tenth; (): constant; None: the cosine
-    warm_up: float = 0.0  # share of the steps in which lr rises from 0 on a line, before the cosine of the others
-    betas: tuple = (0.9, 0.999)  # of Adam and AdamW
-    decayed_from: int = 0  # dimensions that a decayed parameter has at least: 1: no learnt scalars, 2: matrices alone
-    clip_norm: float | None = None  # of the gradient
-    ramped_epoch: int | None = None  # in which the loss is weighted from 0 to 1
-    averaged_after: float = 1.0  # share of the epochs: the weights at the end of each later one are averaged
-    max_steps: int | None = None  # an epoch
+    start_variance: float | None = None
+    drops: tuple | None = None
+    warm_up: float = 0.0
+    betas: tuple = (0.9, 0.999)
+    decayed_from: int = 0
+    clip_norm: float | None = None
+    ramped_epoch: int | None = None
+    averaged_after: float = 1.0
+    max_steps: int | None = None
 
     def steps(self, captions):
-        """Steps of an epoch over so many captions; the last batch may be smaller."""
-        return min(-(-captions // self.batch_size), self.max_steps or captions)
+        """Steps per epoch over this many captions. The last batch may be smaller."""
+        steps = math.ceil(captions / self.batch_size)
+        if self.max_steps is None:
+            return steps
+        return min(steps, self.max_steps)
 
 
-# For caches under some 100,000 captions, where the paper's recipe (289 steps an epoch on COCO) starves; and for a look.
+# For caches of fewer than about 100,000 captions, for which the paper's recipe has too few steps.
 SMALL = Recipe("adamw", lr=1e-3, weight_decay=0.05, batch_size=1024, epochs=10)
+# For a first look.
 DEMO = replace(SMALL, batch_size=256, epochs=1)
 
 
 def recipes_of(paper, lr, start_variance=None):
-    """The recipes of a method: the paper repository's; SMALL with this learning rate; and DEMO."""
-    small, demo = (replace(recipe, start_variance=start_variance) for recipe in (SMALL, DEMO))
-    return {"paper": paper, "small": replace(small, lr=lr), "demo": demo}
+    """The recipes of a method: the paper repository's, SMALL with this learning rate, and DEMO."""
+    return {
+        "paper": paper,
+        "small": replace(SMALL, lr=lr, start_variance=start_variance),
+        "demo": replace(DEMO, start_variance=start_variance),
+    }
+
+
+def total_loss(loss: Loss) -> Tensor:
+    """The value to minimise, (): the sum of the terms if `loss` is a dict, else `loss` itself."""
+    if isinstance(loss, dict):
+        return sum(loss.values())
+    return loss
 
 
 class Adaptor(nn.Module):
-    """A head on frozen CLIP embeddings, embed_dim = D wide, that knows how uncertain it is.
+    """A head on frozen CLIP embeddings that also estimates how uncertain each of them is.
 
-    A method subclasses this and gives `recipes`, `encode_image`, `encode_text`, `describe_text` and `loss`;
-    `describe_image` if its images are uncertain, as one modality at least is; `score` if it ranks by something else
-    than the cosine of the means; and `own_score` if its authors do. Embeddings z are (N, D), raw, of any float type:
-    half precision is raised to float32, float64 stays float64.
+    A method subclasses this and defines `recipes`, `encode_image`, `encode_text`, `describe_text`
+    and `loss`. It also defines `describe_image` if its images are uncertain, `score` if it does not
+    rank by the cosine of the means, and `own_score` if its authors rank by another score. At least
+    one modality has an uncertainty.
+
+    Embeddings z are (N, D), where D is `embed_dim`. They are not normalised and may have any
+    floating-point type: half precision is raised to float32, and float64 stays float64.
     """
 
-    recipes: dict  # name -> Recipe: "paper" and "small" at least, or "original" alone
+    recipes: dict[str, Recipe]  # "paper" and "small" at least, or "original" alone
+    # Whether `score` is the cosine of the frozen embeddings, which training does not change.
+    ranks_by_frozen_cosine: bool = False
+    # Whether the method can only be trained by one process: batch norm sees one process's part of
+    # a batch, and dropout draws different masks if the batch is divided.
+    single_process_only: bool = False
 
-    def __init__(self, embed_dim=512):
+    def __init__(self, embed_dim: int = 512):
         super().__init__()
         self.embed_dim = embed_dim
 
-    def encode_image(self, z):
-        """Image embeddings z (N, D) to the parameters of their distributions, a tuple of (N, ...) tensors."""
+    # What a method defines.
+
+    def encode_image(self, z: Tensor) -> Encoded:
+        """Map image embeddings z (N, D) to the parameters of their distributions, (N, ...) each."""
         raise NotImplementedError
 
-    def encode_text(self, z):
-        """Text embeddings z (N, D) to the parameters of their distributions, a tuple of (N, ...) tensors."""
+    def encode_text(self, z: Tensor) -> Encoded:
+        """Map text embeddings z (N, D) to the parameters of their distributions, (N, ...) each."""
         raise NotImplementedError
 
-    def describe_image(self, *encoded):
-        """Mean (N, D) and uncertainty (N,), or None where images have none, of what `encode_image` returned."""
+    def describe_image(self, *encoded: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean (N, D) and uncertainty (N,) of what `encode_image` returned.
+
+        The uncertainty is None if images have none.
+        """
         return encoded[0], None
 
-    def describe_text(self, *encoded):
-        """Mean (N, D) and uncertainty (N,), or None where texts have none, of what `encode_text` returned."""
+    def describe_text(self, *encoded: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean (N, D) and uncertainty (N,) of what `encode_text` returned.
+
+        The uncertainty is None if texts have none.
+        """
         raise NotImplementedError
 
-    def loss(self, *encoded):
-        """The training loss, (), of what `encode` returned for B true pairs."""
+    def loss(self, *encoded: Tensor) -> Loss:
+        """The training loss of what `encode` returned for B true pairs.
+
+        Returns: the loss, (), or a dict of its named terms, () each, whose sum is the loss.
+        """
         raise NotImplementedError
 
-    def score(self, image, text):
-        """How well N images match M texts, (N, M), larger = better, float32 at least, from what the encoders return."""
+    def score(self, image: Encoded, text: Encoded) -> Tensor:
+        """How well N images match M texts, from what the encoders returned.
+
+        Returns: (N, M), float32 or float64; a larger score is a better match.
+        """
         return cosine_similarity(image[0], text[0])
 
-    def own_score(self, image, text):
-        """The same by the score that the method's own authors rank by, which their variances enter."""
+    def own_score(self, image: Encoded, text: Encoded) -> Tensor:
+        """As `score`, but the score that the method's own authors rank by, variances included."""
         return self.score(image, text)
 
-    def start_at(self, variance):
-        """Let every distribution start with this variance, summed over the dimensions; None: leave it as it is."""
+    def start_at(self, variance: float | None) -> None:
+        """Give every distribution this initial variance, summed over the dimensions.
+
+        None leaves the layers as they are.
+        """
         if variance is not None:
             raise NotImplementedError(f"{type(self).__name__} has no start_variance")
 
-    # What follows is the same for every method.
+    # What all methods share.
 
-    def encode(self, z_image, z_text):
-        """B pairs of embeddings, each (B, D), to the arguments of `loss`, a tuple of (B, ...) tensors."""
-        return (*self.encode_image(at_least_float32(z_image)), *self.encode_text(at_least_float32(z_text)))
+    def encode(self, z_image: Tensor, z_text: Tensor) -> Encoded:
+        """Map B pairs of embeddings, (B, D) each, to the arguments of `loss`, (B, ...) each."""
+        image = self.encode_image(at_least_float32(z_image))
+        text = self.encode_text(at_least_float32(z_text))
+        return (*image, *text)
 
-    def forward(self, z_image, z_text):
-        """The training loss, (), of B true pairs of embeddings, each (B, D)."""
-        return self.loss(*self.encode(z_image, z_text))
+    def forward(self, z_image: Tensor, z_text: Tensor) -> Tensor:
+        """The training loss, (), of B true pairs of embeddings, (B, D) each."""
+        encoded = self.encode(z_image, z_text)
+        return total_loss(self.loss(*encoded))
 
-    def adapt_image(self, z):
-        """Image embeddings (N, D) to mean (N, D) and uncertainty (N,) or None."""
-        return self.describe_image(*self.encode_image(at_least_float32(z)))
+    def adapt_image(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map image embeddings (N, D) to mean (N, D) and uncertainty, (N,) or None."""
+        encoded = self.encode_image(at_least_float32(z))
+        return self.describe_image(*encoded)
 
-    def adapt_text(self, z):
-        """Text embeddings (N, D) to mean (N, D) and uncertainty (N,) or None; larger = less certain."""
-        return self.describe_text(*self.encode_text(at_least_float32(z)))
+    def adapt_text(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map text embeddings (N, D) to mean (N, D) and uncertainty, (N,) or None.
 
-    def similarity(self, z_image, z_text):
-        """Retrieval scores of all pairs, z_image (N, D) and z_text (M, D) -> (N, M); larger = better match."""
-        return self.score(self.encode_image(at_least_float32(z_image)), self.encode_text(at_least_float32(z_text)))
+        A larger uncertainty is less certain.
+        """
+        encoded = self.encode_text(at_least_float32(z))
+        return self.describe_text(*encoded)
+
+    def similarity(self, z_image: Tensor, z_text: Tensor) -> Tensor:
+        """Retrieval scores of all pairs: z_image (N, D) and z_text (M, D) -> (N, M).
+
+        A larger score is a better match.
+        """
+        image = self.encode_image(at_least_float32(z_image))
+        text = self.encode_text(at_least_float32(z_text))
+        return self.score(image, text)
 
 
 class GaussianAdaptor(Adaptor):
-    """What PCME++ and ProLIP share: every embedding becomes a diagonal Gaussian. A subclass gives `recipes` and `loss`.
+    """What PCME++ and ProLIP share: every embedding becomes a diagonal Gaussian.
 
     mean = unit(z), log_var = MLP(unit(z)), (N, D) each; uncertainty = mean_d exp(log_var).
+    A subclass defines `recipes` and `loss`.
     """
 
-    trunk = staticmethod(mlp)  # embed_dim -> Sequential, (N, D) -> (N, D), that ends in a linear layer
+    ranks_by_frozen_cosine = True
+    trunk = staticmethod(mlp)  # embed_dim -> Sequential, (N, D) -> (N, D), ends in a linear layer
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
@@ -138,8 +218,13 @@ class GaussianAdaptor(Adaptor):
         return mean, self.text_head["log_var"](mean)
 
     def start_at(self, variance):
-        for head in (self.image_head, self.text_head) if variance is not None else ():
-            nn.init.constant_(head["log_var"][-1].bias, math.log(variance / self.embed_dim))
+        if variance is not None:
+            self.set_last_bias(math.log(variance / self.embed_dim))
+
+    def set_last_bias(self, value):
+        """Set the last bias of both heads, to which log_var is close before training."""
+        for head in (self.image_head, self.text_head):
+            nn.init.constant_(head["log_var"][-1].bias, value)
 
     def describe_text(self, mean, log_var):
         return mean, total_variance(log_var) / self.embed_dim

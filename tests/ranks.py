@@ -29,7 +29,6 @@ DIM = 32
 LIMIT = 60  # seconds, after which a fork hangs
 STEPPED = (  # every way to be encoded
     *(*GROUPS["all"], "asymvlm-psd-both", "asymvlm-psd-image", "asymvlm-vmf-frozen"),
-    *("probvlm-original", "pfe-original"),  # of which dropout and batch norm see the whole batch
 )
 BATCHES = (37, 3)  # neither can be shared evenly by 2 or 4 ranks; of the smaller one, one of 4 has nothing
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models import GROUPS, METHODS, recipes_for
-from models.base import SMALL, GaussianAdaptor
+from models.base import SMALL, GaussianAdaptor, total_loss
+from models.layers import cosine_similarity
 from tests.conftest import recipe_of
 from utils.checkpoint import load_adaptor, save_adaptor
 
@@ -118,7 +119,8 @@ def test_loss_is_finite_and_reaches_every_parameter(method):
 def test_forward_is_the_loss_of_what_encode_returns(method):
     adaptor = make(method)
     z_image, z_text = embeddings(8), embeddings(8, seed=1)
-    assert torch.equal(adaptor(z_image, z_text), adaptor.loss(*adaptor.encode(z_image, z_text)))
+    loss = adaptor.loss(*adaptor.encode(z_image, z_text))
+    assert torch.equal(adaptor(z_image, z_text), total_loss(loss))
     encoded = (*adaptor.encode_image(z_image), *adaptor.encode_text(z_text))
     assert all(torch.equal(x, y) for x, y in zip(adaptor.encode(z_image, z_text), encoded, strict=True))
 
@@ -130,6 +132,39 @@ def test_similarity_is_the_score_of_what_the_encoders_return(method):
     assert torch.equal(
         adaptor.similarity(z_image, z_text), adaptor.score(adaptor.encode_image(z_image), adaptor.encode_text(z_text))
     )
+
+
+TERMS = {
+    "probvlm": {"intra_image", "intra_text", "cross_image", "cross_text"},
+    "probvlm-original": {"intra_image", "intra_text", "cross_image", "cross_text"},
+    "pcmepp": {"matching"},
+    "pcmepp-original": {"matching", "pseudo_positives", "kl_image", "kl_text"},
+    "prolip": {"contrastive", "kl_image", "kl_text"},
+    "prolip-original": {"contrastive", "kl_image", "kl_text", "inclusion"},
+}
+
+
+@EVERY
+def test_losses_of_several_terms_name_them(method):
+    adaptor = make(method)
+    loss = adaptor.loss(*adaptor.encode(embeddings(8), embeddings(8, seed=1)))
+    if method not in TERMS:
+        assert isinstance(loss, torch.Tensor)
+        assert total_loss(loss) is loss
+        return
+    assert set(loss) == TERMS[method]
+    assert {term.shape for term in loss.values()} == {()}
+    assert total_loss(loss).item() == pytest.approx(sum(term.item() for term in loss.values()), rel=1e-6)
+
+
+@EVERY
+def test_what_ranks_by_the_frozen_cosine_says_so(method):
+    adaptor = make(method)
+    expected = method.removesuffix("-original") in ("pfe", "pcmepp", "prolip")
+    assert adaptor.ranks_by_frozen_cosine is expected
+    z_image, z_text = embeddings(20), embeddings(30, seed=1)
+    same = torch.allclose(adaptor.similarity(z_image, z_text).float(), cosine_similarity(z_image, z_text), atol=1e-5)
+    assert same == expected
 
 
 @EVERY

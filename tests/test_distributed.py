@@ -176,6 +176,21 @@ def test_a_share_is_of_consecutive_rows_and_alone_it_is_all():
     assert gather(encoded, 2) is encoded
 
 
+def test_methods_with_batch_norm_or_dropout_are_for_one_process(workdir, monkeypatch):
+    layers = (torch.nn.BatchNorm1d, torch.nn.Dropout)
+    for adaptor_class in METHODS.values():
+        modules = adaptor_class(8).modules()
+        active = [m for m in modules if isinstance(m, layers) and getattr(m, "p", 1) > 0]
+        assert adaptor_class.single_process_only == bool(active)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for method in ("pfe-original", "probvlm-original"):
+        assert METHODS[method].single_process_only
+        with pytest.raises(UserError, match=f"--method {method}: .* single process"):
+            train_script.parse(["--method", "pcmepp-original", method, "--recipe", "original"])
+    train_script.parse(["--method", "asymvlm-psd", "pcmepp", "prolip", "--recipe", "original"])
+
+
 def test_an_error_of_every_rank_names_its_rank(workdir):
     done = torchrun(2, REPOSITORY / "train.py", "--dataset", "nowhere")
     assert done.returncode != 0

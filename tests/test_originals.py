@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import GROUPS, METHODS, expand_groups
-from models.base import Recipe
+from models.base import Recipe, total_loss
 from models.layers import unit
 from models.pcmepp import loss as pcmepp
 from models.pfe import loss as pfe
@@ -26,7 +26,7 @@ def gaussians(batch=6, dim=5, rows=None):
 def agree(fast, slow, arguments):
     """Whether two functions of tensors have the same value and gradients, none of which is 0."""
     arguments = [x.clone().requires_grad_() for x in arguments]
-    values = fast(*arguments), slow(*arguments)
+    values = total_loss(fast(*arguments)), slow(*arguments)
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
     gradients = [torch.autograd.grad(value, arguments) for value in values]
     for one, other in zip(*gradients, strict=True):
@@ -100,9 +100,33 @@ def test_pfes_head_is_scaled_batch_norms():
     x = (x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-3).sqrt()
     torch.testing.assert_close(head(z), 1e-6 + (1e-4 * x - 7).exp(), rtol=1e-9, atol=0)
     torch.testing.assert_close(norm.running_mean, 0.005 * mean)  # from 0 and 1
-    torch.testing.assert_close(norm.running_var, 0.995 + 0.005 * var)
+    torch.testing.assert_close(norm.running_var, 0.995 + 0.005 * var * 50 / 49)  # torch keeps the unbiased one
     head.eval()
     torch.testing.assert_close(head(z)[:3], head(z[:3]), rtol=1e-12, atol=0)  # the running averages' turn
+
+
+def test_pfes_batch_norm_takes_a_batch_of_one_by_the_running_averages():
+    head = METHODS["pfe-original"](8).double().text_head
+    for _ in range(100):
+        head(3 * torch.randn(50, 8, dtype=torch.float64))
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    z = torch.randn(1, 8, dtype=torch.float64)
+    one = head(z)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert torch.equal(one, head.eval()(z))
+
+
+def test_the_state_of_pfes_batch_norm_is_as_it_always_was():
+    """A checkpoint has the weights and running averages of both norms, and no count of batches."""
+    adaptor = METHODS["pfe-original"](8)
+    heads = ("image_head", "text_head")
+    norms = ("1.weight", "1.bias", "1.running_mean", "1.running_var", "4.running_mean", "4.running_var")
+    names = {f"{head}.layers.{norm}" for head in heads for norm in norms}
+    names |= {f"{head}.{name}" for head in heads for name in ("layers.0.weight", "layers.3.weight", "gain", "bias")}
+    assert set(adaptor.state_dict()) == names
+    weights = {name: torch.rand_like(value) for name, value in adaptor.state_dict().items()}
+    adaptor.load_state_dict(weights)  # a plain dict, as a file gives it
+    assert all(torch.equal(value, weights[name]) for name, value in adaptor.state_dict().items())
 
 
 # PCME++.

@@ -1,8 +1,10 @@
-"""Several processes that compute what one would: the ranks that torchrun starts. Alone, everything here does nothing.
+"""Training and caching with several processes, the ranks that torchrun starts.
 
-No loss knows of ranks. Each encodes its `share_of_rank` of a batch; `gather` gives it what all have encoded, with
-gradients; it computes the loss of the batch; `average_gradients` makes of their gradients those of a single process.
-Only the first rank writes; a `barrier` keeps it from changing files that others still read.
+The result is that of a single process. Each rank encodes its `share_of_rank` of a batch, `gather`
+collects what all ranks have encoded, with gradients, and every rank computes the loss of the whole
+batch. `average_gradients` then turns the ranks' gradients into those of a single process, so that
+no loss needs to know about ranks. Only the first rank writes files, and a `barrier` keeps it from
+changing files that others still read. In a single process, everything here does nothing.
 """
 
 import contextlib
@@ -14,96 +16,126 @@ import torch.distributed as dist
 
 from utils.cli import UserError, torchrun_rank
 
-PATIENCE = datetime.timedelta(days=7)  # for a rank that is still encoding; one that has died is noticed at once
+PATIENCE = datetime.timedelta(days=7)  # for ranks at work; a rank that died is noticed at once
 
 
 @contextlib.contextmanager
 def joined(device, timeout=None):
-    """Join the ranks, which exchange tensors of this device, while the block runs, if torchrun started this process.
+    """Connect the ranks for the duration of the block, if torchrun started this process.
 
-    Args: timeout: timedelta until an answer must be there; None: the backend's.
-    Raises: UserError if they do not find each other.
+    Args:
+        device: the device of the tensors that the ranks exchange.
+        timeout: how long to wait for an answer, a timedelta. None selects the backend's default.
+    Raises: UserError if the ranks cannot connect.
     """
-    if torchrun_rank()[1] == 1:
+    _, ranks = torchrun_rank()
+    if ranks == 1:
         yield
         return
-    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        what = "the processes of this run do not find each other"
-        raise UserError(f"{what} ({str(error).splitlines()[0][:160]}); start them with torchrun") from None
+        raise UserError(
+            f"the processes of this run do not find each other ({_first_line(error)}); "
+            "start them with torchrun"
+        ) from None
     yield
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+    dist.destroy_process_group()  # not after an error, since it would wait for ranks that are gone
 
 
 def world_size():
-    """How many ranks there are."""
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
-    """Which of them this process is, from 0."""
+    """The number of this rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first():
-    """Whether this rank is the one that writes."""
+    """Whether this rank is the one that writes files."""
     return rank() == 0
 
 
 def share_of_rank(rows):
-    """This rank's consecutive rows of a batch, (B, ...) -> (b, ...): b differs by one at most and may be 0."""
+    """This rank's consecutive rows of a batch, (B, ...) -> (b, ...).
+
+    b differs between ranks by at most one and may be 0.
+    """
     return rows.tensor_split(world_size())[rank()]
 
 
 def gather(encoded, total):
-    """What all ranks encoded of their shares of a batch of B = `total` rows: tuple of (b, ...) -> of (B, ...)."""
-    return encoded if world_size() == 1 else tuple(_Gather.apply(x, total) for x in encoded)
+    """Collect what all ranks encoded of a batch of `total` = B rows.
+
+    Args: encoded: tuple of (b, ...) tensors, this rank's share.
+    Returns: tuple of (B, ...) tensors.
+    """
+    if world_size() == 1:
+        return encoded
+    return tuple(_Gather.apply(share, total) for share in encoded)
 
 
 class _Gather(torch.autograd.Function):
-    """Going back takes no exchange: each rank computes the loss of all pairs, so it has the gradient of all rows."""
+    """all_gather with a gradient.
+
+    The backward pass needs no exchange: each rank computes the loss of the whole batch, so it
+    already has the gradient of all rows.
+    """
 
     @staticmethod
     def forward(ctx, x, total):
-        ctx.sizes = [len(share) for share in torch.empty(total).tensor_split(world_size())]
-        padded = torch.cat([x, x.new_zeros(ctx.sizes[0] - len(x), *x.shape[1:])])  # to the one size of an all_gather
-        shares = [torch.empty_like(padded) for _ in ctx.sizes]
-        _exchange(dist.all_gather, shares, padded)
-        return torch.cat([share[:size] for share, size in zip(shares, ctx.sizes, strict=True)])
+        shares = torch.empty(total).tensor_split(world_size())
+        sizes = [len(share) for share in shares]
+        ctx.sizes = sizes
+        padding = x.new_zeros(sizes[0] - len(x), *x.shape[1:])
+        padded = torch.cat([x, padding])  # all_gather needs equal sizes
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        _exchange(dist.all_gather, gathered, padded)
+        rows = [share[:size] for share, size in zip(gathered, sizes, strict=True)]
+        return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.split(ctx.sizes)[rank()] * world_size(), None  # averaged later, where their sum is right
+        share = gradient.split(ctx.sizes)[rank()]
+        # average_gradients divides by the number of ranks, but the sum over the ranks is right.
+        return share * world_size(), None
 
 
 def average_gradients(parameters):
-    """Replace every gradient of an adaptor's parameters by its mean over the ranks."""
+    """Replace the gradients of an adaptor's parameters by their means over the ranks."""
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     _exchange(dist.all_reduce, flat)
-    for gradient, mean in zip(gradients, (flat / world_size()).split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    means = flat / world_size()
+    start = 0
+    for gradient in gradients:
+        end = start + gradient.numel()
+        gradient.copy_(means[start:end].view_as(gradient))
+        start = end
 
 
 def sum_over_ranks(count):
-    """A whole number, summed over the ranks: the same on every rank."""
-    summed = torch.tensor([count], dtype=torch.float64)
-    _exchange(dist.all_reduce, summed)
-    return int(summed)
+    """The sum of a whole number over the ranks, the same on every rank."""
+    total = torch.tensor([count], dtype=torch.float64)
+    _exchange(dist.all_reduce, total)
+    return int(total)
 
 
 def barrier():
-    """Wait for all ranks to be here."""
+    """Wait until all ranks have reached this point."""
     _exchange(dist.barrier)
 
 
 @contextlib.contextmanager
 def first_rank_first():
-    """The first rank goes through the block before the others do."""
+    """Let the first rank finish the block before the others enter it."""
     if not is_first():
         barrier()
     yield
@@ -113,23 +145,41 @@ def first_rank_first():
 
 @contextlib.contextmanager
 def stop_together():
-    """Where one rank has an error in the block, all stop at its end, the others with a UserError that says so."""
+    """If one rank fails in the block, stop all ranks at its end.
+
+    Raises: the rank's own error, or on the other ranks a UserError that says why they stop.
+    """
     error = None
     try:
         yield
     except (UserError, OSError) as raised:
         error = raised
         if world_size() > 1:
-            logging.error("rank %d has to stop: %s", rank(), error)  # now, as the others may be at work for long
-    if sum_over_ranks(error is not None):
-        raise error or UserError("stopped, as another process of this run had to stop; see its message")
+            # At once, because the other ranks may take long to reach the end of the block.
+            logging.error("rank %d has to stop: %s", rank(), error)
+    failed_ranks = sum_over_ranks(error is not None)
+    if error is not None:
+        raise error
+    if failed_ranks > 0:
+        raise UserError("stopped, as another process of this run had to stop; see its message")
 
 
 def _exchange(collective, *tensors):
-    """Call one of torch's collective functions if there are other ranks; that one is gone becomes a UserError."""
+    """Call one of torch's collective functions if there are other ranks.
+
+    Raises: UserError if a rank is gone.
+    """
+    if world_size() == 1:
+        return
     try:
-        if world_size() > 1:
-            collective(*tensors)
+        collective(*tensors)
     except RuntimeError as error:
-        reason, cure = str(error).splitlines()[0][:160], "give the same command again, to train.py with --resume"
-        raise UserError(f"lost another process of this run ({reason}); {cure}") from None
+        raise UserError(
+            f"lost another process of this run ({_first_line(error)}); "
+            "give the same command again, to train.py with --resume"
+        ) from None
+
+
+def _first_line(error):
+    """The first line of an error message, cut to 160 characters."""
+    return str(error).splitlines()[0][:160]

@@ -1,4 +1,4 @@
-"""A recipe in, the optimiser and the learning rate of every step out."""
+"""The optimiser and the learning-rate schedule of a recipe."""
 
 import math
 
@@ -8,26 +8,48 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch
 
 
 def make_optimizer(adaptor, recipe, steps):
-    """The optimiser of an adaptor's parameters and the schedule of its learning rate, as a recipe has them.
+    """Make the optimiser of an adaptor's parameters and its learning-rate schedule.
 
-    Args: steps: of the whole run.
+    Args:
+        steps: the number of steps of the whole run.
+    Returns: optimiser, schedule.
     """
-    options = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {"betas": recipe.betas}
-    options |= {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
-    decayed = [parameter for parameter in adaptor.parameters() if parameter.ndim >= recipe.decayed_from]
-    others = [parameter for parameter in adaptor.parameters() if parameter.ndim < recipe.decayed_from]
-    groups = [{"params": decayed}, *([{"params": others, "weight_decay": 0.0}] if others else [])]
+    decayed = []
+    not_decayed = []
+    for parameter in adaptor.parameters():
+        if parameter.ndim >= recipe.decayed_from:
+            decayed.append(parameter)
+        else:
+            not_decayed.append(parameter)
+    groups = [{"params": decayed}]
+    if not_decayed:
+        groups.append({"params": not_decayed, "weight_decay": 0.0})
+
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+    if recipe.optimizer == "sgd":
+        options["momentum"] = recipe.momentum
+    else:
+        options["betas"] = recipe.betas
     optimizer = OPTIMIZERS[recipe.optimizer](groups, **options)
-    if recipe.drops is None and not recipe.warm_up:
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, recipe.min_lr)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_lr(recipe, step / steps))
+
+    if recipe.drops is None and recipe.warm_up == 0:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, recipe.min_lr)
+        return optimizer, schedule
+
+    def factor(step):
+        return _lr_factor(recipe, step / steps)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _share_of_lr(recipe, done):
-    """What lr is multiplied by when so large a share of the steps is done."""
-    if done < recipe.warm_up:
-        return done / recipe.warm_up
+def _lr_factor(recipe, progress):
+    """What the learning rate is multiplied by after this fraction of the steps."""
+    if progress < recipe.warm_up:
+        return progress / recipe.warm_up
     if recipe.drops is not None:
-        return 0.1 ** sum(done >= drop for drop in recipe.drops)
-    least, done = recipe.min_lr / recipe.lr, (done - recipe.warm_up) / (1 - recipe.warm_up)
-    return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
+        drops_so_far = sum(progress >= drop for drop in recipe.drops)
+        return 0.1**drops_so_far
+    progress_after_warm_up = (progress - recipe.warm_up) / (1 - recipe.warm_up)
+    cosine = (1 + math.cos(math.pi * progress_after_warm_up)) / 2
+    smallest = recipe.min_lr / recipe.lr
+    return smallest + (1 - smallest) * cosine

@@ -1,4 +1,4 @@
-"""AsymVLM: raw CLIP embeddings in, likelihoods of images under texts' distributions out (arXiv 2505.11029, sec. 3)."""
+"""AsymVLM: a text becomes a distribution on the sphere, an image a point (arXiv 2505.11029)."""
 
 import torch
 from torch import nn
@@ -9,19 +9,24 @@ from models.base import Adaptor, Recipe, recipes_of
 from models.layers import mlp, symmetric_cross_entropy, unit
 
 TEMPERATURE = 1.0  # initial value, as in the paper's code
+PAPER_RECIPE = Recipe("sgd", lr=1e-2, weight_decay=5e-4)
 
 
 class AsymVLM(Adaptor):
-    """An image stays a point x = unit(z) on the sphere, a text becomes a distribution on it, which a subclass names.
+    """An image stays a point x = unit(z) on the sphere, a text becomes a distribution on it.
 
-    eta = MLP(z), kappa = ||eta||, mu = eta / kappa; mean = mu, uncertainty = 1 / kappa. models/asymvlm/variants.py has
-    other choices of what is a point and what a distribution.
+    eta = MLP(z), kappa = ||eta||, mu = eta / kappa; mean = mu, uncertainty = 1 / kappa.
+    A subclass names the distribution. variants.py changes what is a point and what a distribution.
+    Source: arXiv 2505.11029, sec. 3.
     """
 
-    recipes = recipes_of(paper := Recipe("sgd", lr=1e-2, weight_decay=5e-4), lr=3e-3) | {"original": paper}
+    recipes = {**recipes_of(PAPER_RECIPE, lr=3e-3), "original": PAPER_RECIPE}
     spread = ("text",)  # the modalities whose embeddings become distributions
-    log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M), log C(kappa) - log C(0) + kappa kernel(mu.x)
-    log_normalizer = kernel = None  # (kappa (M,), D) -> (M,); (cosine) -> the same shape
+
+    # The distribution: log p = log_normalizer(kappa) + kappa kernel(mu.x).
+    log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M)
+    log_normalizer = None  # (kappa (M,), D) -> (M,)
+    kernel = None  # cosine -> a tensor of the same shape
     expected_log_prob = None  # (eta_image (N, D), eta_text (M, D), temperature) -> (N, M)
 
     def __init__(self, embed_dim=512):
@@ -38,19 +43,27 @@ class AsymVLM(Adaptor):
 
     def describe_text(self, eta):
         kappa = concentration(eta)  # (N,)
-        return eta / kappa[:, None], 1 / kappa
+        mu = eta / kappa[:, None]  # (N, D)
+        return mu, 1 / kappa
 
     def log_likelihood(self, x, eta, temperature=1.0):
         """temperature log p(x_i | text_j), (N, M), of what the encoders return."""
         return self.log_prob(x, eta, temperature)
 
     def score(self, image, text):
-        """log p(x_i | text_j), (N, M): the normaliser changes the ranking of texts for an image, not that of images."""
+        """log p(x_i | text_j), (N, M).
+
+        The normaliser changes the ranking of texts for an image, but not of images for a text.
+        """
         return self.log_likelihood(*image, *text)
 
     def loss(self, *encoded):
-        """InfoNCE in both directions: -mean_b [log softmax over the row + log softmax over the column]_{bb} / 2."""
-        return symmetric_cross_entropy(self.log_likelihood(*encoded, temperature=self.temperature))
+        """InfoNCE in both directions.
+
+        -mean_b [log softmax over the row + log softmax over the column]_{bb} / 2.
+        """
+        logits = self.log_likelihood(*encoded, temperature=self.temperature)  # (B, B)
+        return symmetric_cross_entropy(logits)
 
 
 class PowerSphericalAdaptor(AsymVLM):

@@ -1,30 +1,40 @@
-"""AsymVLM's claims, one taken away at a time: raw CLIP embeddings in, likelihoods of one modality under the other out.
+"""AsymVLM with one design choice changed at a time, to test what the paper claims for it.
 
-Each class lists what it does otherwise than AsymVLM (adaptor.py); everything else, the recipe too, is the same.
+The docstring of a class says what it does differently from AsymVLM (adaptor.py). Everything else,
+including the recipe, is the same.
 """
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
 
-from models.asymvlm.adaptor import TEMPERATURE, AsymVLM, PowerSphericalAdaptor, VonMisesFisherAdaptor
+from models.asymvlm import distributions
+from models.asymvlm.adaptor import (
+    TEMPERATURE,
+    AsymVLM,
+    PowerSphericalAdaptor,
+    VonMisesFisherAdaptor,
+)
 from models.asymvlm.distributions import (
     approximate_von_mises_fisher_log_normalizer,
     concentration,
-    von_mises_fisher_log_prob,
-    widest,
 )
-from models.layers import HIDDEN, at_least_float32, pairwise_products, unit
+from models.layers import HIDDEN, at_least_float32, pairwise_products, unit, widest
 
-START_KAPPA, RATE, REACH = 20.0, 0.3, 0.2  # of Anchored, chosen on a held-out tenth of the train images of `shapes`
-MOST_LOG_KAPPA = 10.0  # of Anchored: guards exp against a text unlike all that it was trained on
+# Constants of Anchored, chosen on a held-out tenth of the train images of `shapes`.
+START_KAPPA = 20.0
+RATE = 0.3
+REACH = 0.2
+LARGEST_LOG_KAPPA = 10.0  # guards exp against texts unlike those of the training set
 
 
 class Frozen(AsymVLM):
-    """mu = unit(z) and kappa = ||MLP(z)|| for a text: the frozen CLIP ranks images, and kappa alone is learnt."""
+    """mu = unit(z) and kappa = ||MLP(z)|| for a text: only kappa is learned.
+
+    Images are ranked as by the frozen CLIP.
+    """
 
     def encode_text(self, z):
         return unit(z), concentration(self.text_mlp(z))
@@ -33,16 +43,20 @@ class Frozen(AsymVLM):
         return mu, 1 / kappa
 
     def log_likelihood(self, x, mu, kappa, temperature=1.0):
-        return self.log_prob(x, kappa[:, None] * mu, temperature)
+        eta = kappa[:, None] * mu
+        return self.log_prob(x, eta, temperature)
 
     def score(self, image, text):
-        """log p(x_i | text_j), (N, M), from the frozen CLIP's own cosines, in float64 where the device has it.
+        """log p(x_i | text_j), (N, M), in float64 if the device supports it.
 
-        It grows with the cosine: float64 keeps apart what float32 cosines above -1 keep apart, and equal ones equal, so
-        that images are ranked as by the frozen CLIP, ties too. In float32 neighbours would merge.
+        It increases with the frozen CLIP's cosine. In float64, different cosines give different
+        scores and equal cosines equal ones, so that images are ranked exactly as by the frozen
+        CLIP, ties included. In float32, close cosines would become ties.
         """
-        (x,), (mu, kappa) = image, text
-        cosine, kappa = widest(pairwise_products(x, mu)), widest(kappa)
+        (x,) = image
+        mu, kappa = text
+        cosine = widest(pairwise_products(x, mu))  # (N, M)
+        kappa = widest(kappa)  # (M,)
         return self.log_normalizer(kappa, self.embed_dim) + kappa * self.kernel(cosine)
 
 
@@ -67,12 +81,13 @@ class Image(AsymVLM):
 
 
 class Both(AsymVLM):
-    """Both are distributions, and a text scores by the log-likelihood that it gives to draws of the image.
+    """Both are distributions, and a text is scored by its expected log-likelihood of the image.
 
-    S_ij = E_{x ~ p(x | image_i)} log p(x | text_j), minus the cross-entropy of the two: log p(x_i | text_j) where the
-    image's kappa is infinite. Equations and accuracy: distributions.py, `expected_..._log_prob`.
-    eta = D MLP(z) for an image: its mean depends on kappa / D alone, and the product of two small kappas would make all
-    logits alike at the start.
+    S_ij = E_{x ~ p(x | image_i)} log p(x | text_j), which is minus the cross-entropy of the two
+    and tends to log p(x_i | text_j) as the image's kappa tends to infinity. Equations and
+    accuracy: `expected_..._log_prob` in distributions.py.
+    eta = D MLP(z) for an image: its mean depends on kappa / D alone. Without the factor D, all
+    logits would be nearly equal before training.
     """
 
     spread = ("image", "text")
@@ -87,7 +102,10 @@ class Both(AsymVLM):
 
 
 class FixedTemperature(AsymVLM):
-    """temperature = 1, a constant: S_ij is the log density itself. It stays in the checkpoint, under its name."""
+    """temperature = 1, a constant: S_ij is the log density itself.
+
+    The temperature is a buffer, so that checkpoints hold it under the usual name.
+    """
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
@@ -96,14 +114,15 @@ class FixedTemperature(AsymVLM):
 
 
 class Anchored(AsymVLM):
-    """A text starts where the frozen CLIP has it, and is moved from there by a short step that weight decay shortens.
+    """A text starts at its direction in the frozen CLIP and moves away by a short, decayed step.
 
-    eta = START_KAPPA exp(RATE a) (unit(z) + REACH b / sqrt(D)), a (N, 1) and b (N, D) linear in the MLP's last hidden
-    layer and near 0 at the start; kappa = ||eta|| and mu = eta / kappa, as ever. REACH holds mu back where kappa
-    learns, so that the CLIP's ranking stays nearly as it is where data are few; RATE holds log kappa back.
+    eta = START_KAPPA exp(RATE a) (unit(z) + REACH b / sqrt(D)), where a (N, 1) and b (N, D) are
+    linear in the MLP's last hidden layer and near 0 before training; kappa = ||eta|| and
+    mu = eta / kappa as usual. REACH slows mu down relative to kappa, so that the CLIP's ranking
+    changes little if there are few data. RATE slows log kappa down.
     """
 
-    recipes = AsymVLM.recipes | {"small": replace(AsymVLM.recipes["small"], lr=1e-3)}
+    recipes = {**AsymVLM.recipes, "small": replace(AsymVLM.recipes["small"], lr=1e-3)}
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
@@ -111,9 +130,12 @@ class Anchored(AsymVLM):
 
     def encode_text(self, z):
         hidden = self.text_mlp[:-1](z)  # (N, 1024)
-        log_kappa = math.log(START_KAPPA) + RATE * at_least_float32(self.log_kappa(hidden))
-        step = REACH / self.embed_dim**0.5 * at_least_float32(self.text_mlp[-1](hidden))
-        return (log_kappa.clamp_max(MOST_LOG_KAPPA).exp() * (unit(z) + step),)
+        a = at_least_float32(self.log_kappa(hidden))  # (N, 1)
+        b = at_least_float32(self.text_mlp[-1](hidden))  # (N, D)
+        log_kappa = math.log(START_KAPPA) + RATE * a
+        kappa = log_kappa.clamp_max(LARGEST_LOG_KAPPA).exp()
+        step = REACH * b / self.embed_dim**0.5
+        return (kappa * (unit(z) + step),)
 
 
 class PowerSphericalFrozen(Frozen, PowerSphericalAdaptor):
@@ -157,13 +179,16 @@ class VonMisesFisherAnchored(Anchored, VonMisesFisherAdaptor):
 
 
 class VonMisesFisherApproximate(VonMisesFisherAdaptor):
-    """`asymvlm-vmf-approximate`: the paper's normaliser without a Bessel function.
+    """`asymvlm-vmf-approximate`: the paper's approximation of the normaliser.
 
-    Exactness changes log C by up to 0.1 at D = 512, which moves texts of
-    different kappa against each other for an image; images for a text keep their order.
+    It differs from the exact log C by up to 0.1 at D = 512. That changes the ranking of texts of
+    different kappa for an image, but not of images for a text.
     """
 
     log_normalizer = staticmethod(approximate_von_mises_fisher_log_normalizer)
-    log_prob = staticmethod(
-        partial(von_mises_fisher_log_prob, log_normalizer=approximate_von_mises_fisher_log_normalizer)
-    )
+
+    @staticmethod
+    def log_prob(x, eta, temperature=1.0):
+        return distributions.von_mises_fisher_log_prob(
+            x, eta, temperature, approximate_von_mises_fisher_log_normalizer
+        )

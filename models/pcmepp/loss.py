@@ -1,67 +1,98 @@
-"""PCME++'s loss: the expected squared distance of two Gaussians as the logit of a match, over all pairs of a batch."""
+"""PCME++'s loss: the logit of a match is the expected squared distance of two Gaussians."""
 
 from torch.nn import functional as F
 
-from models.layers import full_precision, pairwise_products, pairwise_sigmoid_loss, same_rows, total_variance
+from models.layers import (
+    full_precision,
+    pairwise_products,
+    pairwise_sigmoid_loss,
+    same_rows,
+    total_variance,
+)
 
-# The author's own, which the paper's code leaves out (arXiv 2305.18171, sec. 3, and the author's code).
-SMOOTHING = 1e-4  # a match has the label 1 - 1e-4, another pair 1e-4
+# The author's own terms, which the paper's code leaves out (arXiv 2305.18171, sec. 3).
+SMOOTHING = 1e-4  # a match has the label 1 - 1e-4, any other pair 1e-4
 VIB_WEIGHT = 1e-4  # of each modality's information bottleneck
 PSEUDO_WEIGHT = 0.1  # of the pseudo-positives of rows and of columns
 
 
 @full_precision
 def closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text):
-    """The expected squared distance of a draw from each Gaussian, for all pairs: (N, D) and (M, D) -> (N, M), >= 0.
+    """Expected squared distance of a draw from each Gaussian, for all pairs.
 
-    d(i, j) = ||mean_i - mean_j||^2 + sum_d (exp log_var_i + exp log_var_j): a matmul plus row and column sums, where
-    the (B, B, D) tensor of the definition would take 8.6 GB at B = 2048, D = 512.
+    d(i, j) = ||mean_i - mean_j||^2 + sum_d (exp log_var_i + exp log_var_j). This is a matrix
+    product plus row and column sums; the (B, B, D) tensor of the definition would take 8.6 GB at
+    B = 2048, D = 512.
+
+    Args: images (N, D) each, texts (M, D) each.
+    Returns: (N, M), >= 0.
     Source: Chun, "Improved probabilistic image-text representations", arXiv 2305.18171, eq. 1.
     """
-    norms = mean_image.square().sum(dim=-1)[:, None] + mean_text.square().sum(dim=-1)  # (N, M)
-    between = norms - 2 * pairwise_products(mean_image, mean_text)  # rounding brings equal means below 0
-    return between.clamp_min(0) + total_variance(log_var_image)[:, None] + total_variance(log_var_text)
+    norm_image = mean_image.square().sum(dim=-1)[:, None]  # (N, 1)
+    norm_text = mean_text.square().sum(dim=-1)  # (M,)
+    between_means = norm_image + norm_text - 2 * pairwise_products(mean_image, mean_text)  # (N, M)
+    between_means = between_means.clamp_min(0)  # rounding can make it negative
+    return between_means + total_variance(log_var_image)[:, None] + total_variance(log_var_text)
 
 
 @full_precision
 def matching_loss(mean_image, log_var_image, mean_text, log_var_text, shift, negative_scale):
-    """2 mean_ij BCE(sigmoid(-negative_scale d(i, j) + shift), [i = j]), of B true pairs: (B, D) each, scalars -> ().
+    """2 mean_ij BCE(sigmoid(-negative_scale d(i, j) + shift), [i = j]) of B true pairs.
 
+    Args: (B, D) each; shift and negative_scale are scalars.
+    Returns: ().
     Source: arXiv 2305.18171, eq. 2, twice, as in the paper's code.
     """
-    distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)
-    return 2 * pairwise_sigmoid_loss(shift - negative_scale * distance) / distance.numel()
+    distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)
+    logits = shift - negative_scale * distance  # (B, B)
+    return 2 * pairwise_sigmoid_loss(logits) / logits.numel()
 
 
 @full_precision
 def original_loss(mean_image, log_var_image, mean_text, log_var_text, shift, negative_scale):
-    """2 BCE(logit, M) + 0.1 (P_rows + P_columns) + 1e-4 (KL_image + KL_text), of B true pairs: (B, D) each -> ().
+    """2 BCE(logit, M) + 0.1 (P_rows + P_columns) + 1e-4 (KL_image + KL_text) of B true pairs.
 
-    logit_ij = -negative_scale d(i, j) + shift; BCE is the mean over all pairs. M_ij is whether text j describes image
-    i, of which equal means are the same one; labels are smoothed. P_rows and P_columns: `pseudo_positives`. KL:
-    `information_bottleneck`.
+    logit_ij = -negative_scale d(i, j) + shift, and BCE is the mean over all pairs. M_ij is whether
+    text j describes image i, where equal means are the same image; labels are smoothed. P_rows and
+    P_columns: `pseudo_positives`. KL: `information_bottleneck`.
+
+    Args: (B, D) each; shift and negative_scale are scalars.
+    Returns: the terms by name, () each, weighted so that their sum is the loss.
     Source: arXiv 2305.18171, sec. 3, with the weights of the author's code.
     """
-    distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)  # (B, B)
-    logits, match = shift - negative_scale * distance, same_rows(mean_image)
-    pseudo = soft_cross_entropy(logits, match | pseudo_positives(logits))
-    pseudo = pseudo + soft_cross_entropy(logits, match | pseudo_positives(logits.T).T)
-    bottleneck = information_bottleneck(mean_image, log_var_image) + information_bottleneck(mean_text, log_var_text)
-    return 2 * soft_cross_entropy(logits, match) + PSEUDO_WEIGHT * pseudo + VIB_WEIGHT * bottleneck
+    distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)
+    logits = shift - negative_scale * distance  # (B, B)
+    match = same_rows(mean_image)  # (B, B)
+    by_row = match | pseudo_positives(logits)
+    by_column = match | pseudo_positives(logits.T).T
+    pseudo = soft_cross_entropy(logits, by_row) + soft_cross_entropy(logits, by_column)
+    return {
+        "matching": 2 * soft_cross_entropy(logits, match),
+        "pseudo_positives": PSEUDO_WEIGHT * pseudo,
+        "kl_image": VIB_WEIGHT * information_bottleneck(mean_image, log_var_image),
+        "kl_text": VIB_WEIGHT * information_bottleneck(mean_text, log_var_text),
+    }
 
 
 def soft_cross_entropy(logits, match):
-    """Mean over all pairs of the cross-entropy with the label 1 - 1e-4 of a match and 1e-4 else, (B, B) each -> ()."""
+    """Mean cross-entropy over all pairs, with smoothed labels: (B, B) each -> ().
+
+    The label is 1 - 1e-4 for a match and 1e-4 for any other pair.
+    """
     labels = SMOOTHING + (1 - 2 * SMOOTHING) * match.to(logits)
-    return -(labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits)).mean()
+    log_likelihood = labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits)
+    return -log_likelihood.mean()
 
 
 def pseudo_positives(logits):
-    """The j whose logit is at least the true pair's, i's own, in row i: (B, B) -> (B, B), bool."""
+    """Which j of row i have at least the logit of the true pair (i, i): (B, B) -> (B, B), bool."""
     return logits >= logits.diagonal()[:, None]
 
 
 @full_precision
 def information_bottleneck(mean, log_var):
-    """-mean_bd (1 + log_var - mean^2 - exp(log_var)) / 2, the divergence from a standard normal, (B, D) -> ()."""
+    """-mean_bd (1 + log_var - mean^2 - exp(log_var)) / 2, (B, D) each -> ().
+
+    This is the divergence from a standard normal distribution.
+    """
     return -(1 + log_var - mean.square() - log_var.exp()).mean() / 2

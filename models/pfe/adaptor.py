@@ -1,4 +1,4 @@
-"""PFE: raw CLIP embeddings in, the same with a variance of each coordinate out (arXiv 1904.09658, sec. 3)."""
+"""PFE: an embedding gets a variance for each of its coordinates (arXiv 1904.09658)."""
 
 from models.base import Adaptor, Recipe, recipes_of
 from models.layers import mlp
@@ -6,9 +6,13 @@ from models.pfe.loss import mutual_likelihood_loss, mutual_likelihood_score, var
 
 
 class PFEAdaptor(Adaptor):
-    """mean = z, raw; var = softplus(MLP(z)), (N, D) each; uncertainty = mean_d var. Retrieval is the frozen CLIP's."""
+    """mean = z, not normalised; var = softplus(MLP(z)), (N, D) each; uncertainty = mean_d var.
+
+    Source: arXiv 1904.09658, sec. 3.
+    """
 
     recipes = recipes_of(Recipe("sgd", lr=1e-3, weight_decay=5e-4), lr=3e-4)
+    ranks_by_frozen_cosine = True
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
@@ -26,7 +30,9 @@ class PFEAdaptor(Adaptor):
 
     describe_image = describe_text
 
-    loss = staticmethod(mutual_likelihood_loss)  # of the true pairs; there are no negatives
+    def loss(self, *encoded):
+        """The mutual likelihood loss of the true pairs. There are no negatives."""
+        return mutual_likelihood_loss(*encoded)
 
     def own_score(self, image, text):
         """The mutual likelihood score, (N, M), without a gradient."""

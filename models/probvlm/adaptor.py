@@ -1,24 +1,40 @@
-"""ProbVLM: raw CLIP embeddings in, generalised Gaussians that reconstruct them out (arXiv 2307.00398, sec. 3)."""
+"""ProbVLM: generalised Gaussians that reconstruct the embeddings (arXiv 2307.00398)."""
 
 from torch import nn
 
 from models.base import Adaptor, Recipe, recipes_of
-from models.layers import HIDDEN, Dropout, at_least_float32
+from models.layers import HIDDEN, at_least_float32
 from models.probvlm.loss import mean_variance, positive, probvlm_loss
 
 
 class BayesCap(nn.Module):
-    """The network of one modality: a residual trunk, and heads for the three parameters of a generalised Gaussian."""
+    """The network of one modality: a residual trunk and a head for each of the three parameters."""
 
-    hidden, dropout = HIDDEN, 0.0  # width of the hidden layers; share of them that is dropped in training
-    positive = staticmethod(positive)  # what makes 1/alpha and beta positive
+    hidden = HIDDEN  # width of the hidden layers
+    dropout = 0.0  # fraction of the second hidden layer
+    positive = staticmethod(positive)  # makes 1/alpha and beta positive
 
     def __init__(self, embed_dim):
         super().__init__()
-        layers = [nn.Linear(embed_dim, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.hidden), nn.ReLU()]
-        self.mod = nn.Sequential(*layers, Dropout(self.dropout), nn.Linear(self.hidden, embed_dim))
-        self.block_mu, self.block_alpha, self.block_beta = (
-            nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)) for _ in range(3)
+        self.mod = nn.Sequential(
+            nn.Linear(embed_dim, self.hidden),
+            nn.ReLU(),
+            nn.Linear(self.hidden, self.hidden),
+            nn.ReLU(),
+            nn.Dropout(self.dropout),
+            nn.Linear(self.hidden, embed_dim),
+        )
+        self.block_mu = self.make_head(embed_dim)
+        self.block_alpha = self.make_head(embed_dim)
+        self.block_beta = self.make_head(embed_dim)
+
+    @staticmethod
+    def make_head(embed_dim):
+        """A network for one parameter, (N, D) -> (N, D)."""
+        return nn.Sequential(
+            nn.Linear(embed_dim, embed_dim),
+            nn.ReLU(),
+            nn.Linear(embed_dim, embed_dim),
         )
 
     def forward(self, z):
@@ -26,16 +42,20 @@ class BayesCap(nn.Module):
         return self.heads(self.mod(z) + z)
 
     def heads(self, h):
-        """The same from what the trunk gives, (N, D)."""
-        mean, inv_alpha, beta = self.block_mu(h), self.block_alpha(h), self.block_beta(h)
-        return at_least_float32(mean), self.positive(inv_alpha), self.positive(beta)
+        """The same from the output of the trunk, (N, D)."""
+        mean = at_least_float32(self.block_mu(h))
+        inv_alpha = self.positive(self.block_alpha(h))
+        beta = self.positive(self.block_beta(h))
+        return mean, inv_alpha, beta
 
 
 class ProbVLMAdaptor(Adaptor):
-    """mean, 1/alpha and beta from a BayesCap a modality, beside the z that they reconstruct, (N, D) each.
+    """mean, 1/alpha and beta from a BayesCap per modality, which reconstruct z, (N, D) each.
 
-    uncertainty = 1 / mean_d var, inverted as in the AsymVLM paper's repository (its authors invert the text's alone);
-    with `adaptor.inverted = False` it is the variance, which reverses every ranking.
+    uncertainty = 1 / mean_d var, as in the AsymVLM paper's repository. The authors of ProbVLM
+    invert it for texts alone. With `adaptor.inverted = False` it is the variance itself, which
+    reverses every ranking.
+    Source: arXiv 2307.00398, sec. 3.
     """
 
     recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4), lr=3e-4)
@@ -48,15 +68,19 @@ class ProbVLMAdaptor(Adaptor):
         self.text_bayescap = self.bayescap(embed_dim)
 
     def encode_image(self, z):
-        return *self.image_bayescap(z), z
+        return (*self.image_bayescap(z), z)
 
     def encode_text(self, z):
-        return *self.text_bayescap(z), z
+        return (*self.text_bayescap(z), z)
 
     def describe_text(self, mean, inv_alpha, beta, z):
         variance = mean_variance(inv_alpha, beta)  # (N,)
-        return mean, 1 / variance if self.inverted else variance
+        if self.inverted:
+            return mean, 1 / variance
+        return mean, variance
 
     describe_image = describe_text
 
-    loss = staticmethod(probvlm_loss)  # of the true pairs; there are no negatives
+    def loss(self, *encoded):
+        """The terms of the loss of the true pairs. There are no negatives."""
+        return probvlm_loss(*encoded)

@@ -1,7 +1,8 @@
-"""ProbVLM's loss, how well a generalised Gaussian reconstructs both modalities' embeddings; and its variance.
+"""ProbVLM's loss and variance: generalised Gaussians that reconstruct the embeddings.
 
-The density of a residual r is beta / (2 alpha Gamma(1/beta)) exp(-(|r| / alpha)^beta): alpha > 0 is the scale, beta > 0
-the shape, one each a coordinate. All constants are those of the authors' code.
+The density of a residual r is beta / (2 alpha Gamma(1/beta)) exp(-(|r| / alpha)^beta), where
+alpha > 0 is the scale and beta > 0 the shape of each coordinate. All constants are those of the
+authors' code.
 """
 
 import torch
@@ -9,44 +10,70 @@ from torch.nn import functional as F
 
 from models.layers import full_precision, widest
 
-PARAMETER_EPS = 1e-4  # added to 1/alpha and beta in the loss: log and 1/beta stay finite where softplus is 0
-RESIDUAL_RANGE = (1e-4, 1e3)  # of the residual's term: one outlier does not carry the batch
-LIKELIHOOD_WEIGHT = 0.05  # of the likelihood, beside the absolute error
+# In the loss.
+PARAMETER_EPS = 1e-4  # added to 1/alpha and beta, so that log and 1/beta are finite at 0
+RESIDUAL_RANGE = (1e-4, 1e3)  # so that one outlier does not dominate the batch
+LIKELIHOOD_WEIGHT = 0.05  # relative to the absolute error
 CROSS_WEIGHT = 1e-4  # of reconstructing the other modality
-INV_ALPHA_EPS, ALPHA_RANGE = 1e-5, (1e-4, 5.0)  # in the variance: 1/alpha may be 0
-BETA_OFFSET, BETA_RANGE = 0.1, (0.1, 5.0)  # in the variance: keeps Gamma(3/beta) below 9e30, which float32 holds
+
+# In the variance.
+INV_ALPHA_EPS = 1e-5  # 1/alpha may be 0
+ALPHA_RANGE = (1e-4, 5.0)
+BETA_OFFSET = 0.1
+BETA_RANGE = (0.1, 5.0)  # keeps Gamma(3/beta) below 9e30, which float32 can represent
 
 
 @full_precision
 def positive(x):
-    """softplus(x), of any shape; may underflow to 0."""
+    """softplus(x), of any shape. It may underflow to 0."""
     return F.softplus(x)
 
 
 @full_precision
-def probvlm_loss(mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text):
-    """fit(image, z_image) + fit(text, z_text) + 1e-4 (fit(image, z_text) + fit(text, z_image)), (B, D) each -> ().
+def probvlm_loss(
+    mean_image,
+    inv_alpha_image,
+    beta_image,
+    z_image,
+    mean_text,
+    inv_alpha_text,
+    beta_text,
+    z_text,
+):
+    """fit(image, z_image) + fit(text, z_text) + 1e-4 (fit(image, z_text) + fit(text, z_image)).
 
-    fit(mean, t) = mean_bd |mean - t| + 0.05 mean_bd [ clamp(|mean - t| a b, 1e-4, 1e3) - log a + lgamma(1/b) - log b ],
+    fit(mean, t) = mean_bd |mean - t|
+                   + 0.05 mean_bd [ clamp(|mean - t| a b, 1e-4, 1e3) - log a + lgamma(1/b) - log b ]
     with a = 1/alpha + 1e-4 and b = beta + 1e-4.
-    Source: Upadhyay et al., "ProbVLM", arXiv 2307.00398, sec. 3, in the form of the authors' code, whose residual is
-    multiplied by beta where the density raises it to that power.
+
+    Args: (B, D) each.
+    Returns: the terms by name, () each, weighted so that their sum is the loss.
+    Source: Upadhyay et al., "ProbVLM", arXiv 2307.00398, sec. 3, in the form of the authors' code,
+        whose residual is multiplied by beta where the density raises it to that power.
     """
-    image = _reconstruction_loss(mean_image, inv_alpha_image, beta_image, z_image, z_text)
-    return image + _reconstruction_loss(mean_text, inv_alpha_text, beta_text, z_text, z_image)
+    intra_image, cross_image = _fit(mean_image, inv_alpha_image, beta_image, z_image, z_text)
+    intra_text, cross_text = _fit(mean_text, inv_alpha_text, beta_text, z_text, z_image)
+    return {
+        "intra_image": intra_image,
+        "intra_text": intra_text,
+        "cross_image": CROSS_WEIGHT * cross_image,
+        "cross_text": CROSS_WEIGHT * cross_text,
+    }
 
 
-def _reconstruction_loss(mean, inv_alpha, beta, z, z_other):
-    """fit(mean, z) + 1e-4 fit(mean, z_other), all (B, D) -> (); the normaliser, the same for both, is computed once."""
-    a, b = inv_alpha + PARAMETER_EPS, beta + PARAMETER_EPS
-    # lgamma(1/b) - log b = lgamma(1 + 1/b), and nothing cancels at large b
-    normalizer = (torch.lgamma(1 + 1 / b) - a.log()).mean()
+def _fit(mean, inv_alpha, beta, z, z_other):
+    """fit(mean, z) and fit(mean, z_other), all (B, D) -> () and (), with the same normaliser."""
+    a = inv_alpha + PARAMETER_EPS
+    b = beta + PARAMETER_EPS
+    # lgamma(1/b) - log b = lgamma(1 + 1/b), in which nothing cancels at large b
+    log_normalizer = (torch.lgamma(1 + 1 / b) - a.log()).mean()
 
     def fit(target):
         error = (mean - target).abs()  # (B, D)
-        return error.mean() + LIKELIHOOD_WEIGHT * ((error * a * b).clamp(*RESIDUAL_RANGE).mean() + normalizer)
+        residual = (error * a * b).clamp(*RESIDUAL_RANGE).mean()
+        return error.mean() + LIKELIHOOD_WEIGHT * (residual + log_normalizer)
 
-    return fit(z) + CROSS_WEIGHT * fit(z_other)
+    return fit(z), fit(z_other)
 
 
 def mean_variance(inv_alpha, beta):
@@ -56,33 +83,35 @@ def mean_variance(inv_alpha, beta):
 
 @full_precision
 def variance(inv_alpha, beta):
-    """alpha^2 Gamma(3/b) / Gamma(1/b), the variance of a generalised Gaussian, of every coordinate.
+    """alpha^2 Gamma(3/b) / Gamma(1/b), the variance of a generalised Gaussian, per coordinate.
 
     alpha = 1 / (inv_alpha + 1e-5), clipped to [1e-4, 5]; b = beta + 0.1, clipped to [0.1, 5].
-    Args: inv_alpha (N, D), beta (N, D), both >= 0.
-    Returns: (N, D), from 1e-9 to 6e26: the ratio of the Gammas is taken in logarithms.
-    Source: arXiv 2307.00398, sec. 3; the clips are the authors' code's.
+
+    Args: inv_alpha and beta, >= 0, of any shape.
+    Returns: the same shape, from 1e-9 to 6e26. The ratio of the Gammas is taken in logarithms.
+    Source: arXiv 2307.00398, sec. 3; the clips are those of the authors' code.
     """
     alpha = (1 / (inv_alpha + INV_ALPHA_EPS)).clamp(*ALPHA_RANGE)
     b = (beta + BETA_OFFSET).clamp(*BETA_RANGE)
-    return alpha.square() * (torch.lgamma(3 / b) - torch.lgamma(1 / b)).exp()
+    log_ratio = torch.lgamma(3 / b) - torch.lgamma(1 / b)
+    return alpha.square() * log_ratio.exp()
 
 
-def variance_of_passes(passes):
-    """How uncertain several passes through a network with dropout are of each coordinate: aleatoric and epistemic.
+def variance_of_passes(mean, inv_alpha, beta):
+    """Aleatoric plus epistemic uncertainty of K >= 2 passes through a network with dropout.
 
-    variance(mean_k 1/alpha_k, mean_k beta_k) + sqrt(Var_k[variance_k] Var_k[mean_k]), Var_k with K - 1 below.
-    Args: passes: K >= 2 of (mean, 1/alpha, beta), (N, D) each, one after the other; only sums of them are kept.
-    Returns: (N, D), up to 1e28, in float64 where the device has it, as the square of a variance is beyond float32.
+    variance(mean_k 1/alpha_k, mean_k beta_k) + sqrt(Var_k[variance_k] Var_k[mean_k]), where Var_k
+    divides by K - 1.
+
+    Args: (K, N, D) each.
+    Returns: (N, D), up to 1e28, in float64 if the device supports it, because the square of a
+        variance overflows in float32.
     Source: arXiv 2307.00398, sec. 3, in the form of the authors' code.
     """
-    for k, (mean, inv_alpha, beta) in enumerate(passes, start=1):
-        found = [widest(x) for x in (inv_alpha, beta, variance(inv_alpha, beta), mean)]
-        if k == 1:
-            averages, squares = found, [0.0] * 4
-            continue
-        shifts = [x - average for x, average in zip(found, averages, strict=True)]
-        averages = [average + shift / k for average, shift in zip(averages, shifts, strict=True)]
-        squares = [s + shift**2 * (k - 1) / k for s, shift in zip(squares, shifts, strict=True)]  # Welford's
-    of_variance, of_mean = (s / (k - 1) for s in squares[2:])
-    return variance(*averages[:2]) + (of_variance * of_mean).sqrt()
+    average_inv_alpha = widest(inv_alpha).mean(dim=0)  # (N, D)
+    average_beta = widest(beta).mean(dim=0)
+    aleatoric = variance(average_inv_alpha, average_beta)
+    variance_of_variance = widest(variance(inv_alpha, beta)).var(dim=0)
+    variance_of_mean = widest(mean).var(dim=0)
+    epistemic = (variance_of_variance * variance_of_mean).sqrt()
+    return aleatoric + epistemic

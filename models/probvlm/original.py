@@ -1,4 +1,4 @@
-"""ProbVLM as its own authors build and train it: `probvlm-original` (arXiv 2307.00398, sec. 3, and their code)."""
+"""ProbVLM as its own authors build and train it: `probvlm-original` (arXiv 2307.00398)."""
 
 import torch
 
@@ -7,38 +7,56 @@ from models.layers import full_precision, unit
 from models.probvlm.adaptor import BayesCap, ProbVLMAdaptor
 from models.probvlm.loss import variance_of_passes
 
-LOGIT_SCALE = 100.0  # exp(logit scale) of OpenAI's CLIPs; an adaptor does not see the cache's own
-PASSES, PASS_DROPOUT = 15, 0.3  # for an uncertainty, and the share of the hidden layer that each leaves out
-ROWS_AT_ONCE = 4096  # that are passed
+LOGIT_SCALE = 100.0  # exp(logit scale) of OpenAI's CLIPs; an adaptor does not know the cache's own
+
+# For an uncertainty.
+PASSES = 15
+PASS_DROPOUT = 0.3  # fraction of the hidden layer that each pass drops
+ROWS_AT_ONCE = 512  # (15, 512, 512) numbers take 31 MB in float64
 
 
 class NarrowBayesCap(BayesCap):
-    """A hidden layer of 256 with dropout; 1/alpha and beta end in a ReLU."""
+    """A BayesCap with hidden layers of width 256 and dropout; 1/alpha and beta end in a ReLU."""
 
-    hidden, dropout = 256, 0.05
+    hidden = 256
+    dropout = 0.05
     positive = staticmethod(full_precision(torch.relu))
 
     def passes(self, z):
-        """Yield mean, 1/alpha and beta, (N, D) each, of 15 passes through the network with dropout.
+        """mean, 1/alpha and beta of 15 passes through the network with dropout, (15, N, D) each.
 
-        Each has a mask of its own over the 256 hidden units, the same in every call and for all rows: what a row's
-        passes give depends on no other row.
+        Each pass has one mask over the 256 hidden units, the same for all rows and in every call,
+        so that the result for a row depends on no other row.
         """
-        kept = torch.rand(PASSES, self.hidden, generator=torch.Generator().manual_seed(0)) >= PASS_DROPOUT
+        generator = torch.Generator().manual_seed(0)
+        kept = torch.rand(PASSES, self.hidden, generator=generator) >= PASS_DROPOUT  # (15, 256)
         hidden = self.mod[:4](z)  # (N, 256)
-        for mask in kept.to(hidden) / (1 - PASS_DROPOUT):
-            yield self.heads(self.mod[5](hidden * mask) + z)
+        masks = kept.to(hidden) / (1 - PASS_DROPOUT)
+        masked = masks[:, None] * hidden  # (15, N, 256)
+        return self.heads(self.mod[5](masked) + z)
 
 
 class ProbVLMOriginal(ProbVLMAdaptor):
-    """Reconstructs unit(z) of a text and 100 unit(z) of an image, which are what its networks read.
+    """Reads and reconstructs unit(z) for a text and 100 unit(z) for an image.
 
-    uncertainty = 1 / mean_d u of a text, mean_d u of an image, u = aleatoric + epistemic (`variance_of_passes`),
-    without a gradient; with `adaptor.inverted = False` it is mean_d u of both.
+    With u = aleatoric + epistemic (`variance_of_passes`), the uncertainty is 1 / mean_d u for a
+    text and mean_d u for an image, both without a gradient. With `adaptor.inverted = False` it is
+    mean_d u for both.
     """
 
-    recipes = {"original": Recipe("adam", lr=8e-5, weight_decay=0, batch_size=64, epochs=500, drops=(), max_steps=2001)}
+    recipes = {
+        "original": Recipe(
+            "adam",
+            lr=8e-5,
+            weight_decay=0,
+            batch_size=64,
+            epochs=500,
+            drops=(),
+            max_steps=2001,
+        )
+    }
     bayescap = NarrowBayesCap
+    single_process_only = True  # dropout
 
     def encode_image(self, z):
         return super().encode_image(LOGIT_SCALE * unit(z))
@@ -51,14 +69,21 @@ class ProbVLMOriginal(ProbVLMAdaptor):
 
     def describe_text(self, mean, inv_alpha, beta, z):
         uncertainty = _uncertainty(self.text_bayescap, z)
-        return mean, 1 / uncertainty if self.inverted else uncertainty
+        if self.inverted:
+            return mean, 1 / uncertainty
+        return mean, uncertainty
 
 
 @torch.no_grad()
 def _uncertainty(bayescap, z):
-    """mean_d u of what a network reads, (N, D) -> (N,), in float64 where the device has it.
+    """mean_d u of what a network reads, (N, D) -> (N,), in float64 if the device supports it.
 
-    Coordinates with beta = 0, whose variance is the greatest that the clips allow, make up nearly all of it: texts
-    differ by 1e-5 of it, which float32 would make ties.
+    Coordinates with beta = 0, whose variance is the largest that the clips allow, dominate the
+    mean. The remaining differences between texts are about 1e-5 of it, which float32 would round
+    away.
     """
-    return torch.cat([variance_of_passes(bayescap.passes(rows)).mean(dim=-1) for rows in z.split(ROWS_AT_ONCE)])
+    uncertainties = []
+    for rows in z.split(ROWS_AT_ONCE):
+        u = variance_of_passes(*bayescap.passes(rows))  # (n, D)
+        uncertainties.append(u.mean(dim=-1))
+    return torch.cat(uncertainties)
