@@ -51,7 +51,9 @@ def main(argv=None):
         cache, held_out_cache = cache.hold_out(args.validation)
         held_out = HeldOut(held_out_cache, precision)
     if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
-        message = "note: %d captions are few for the paper's recipe, made for COCO; try --recipe small"
+        message = (
+            "note: %d captions are few for the paper's recipe, made for COCO; try --recipe small"
+        )
         logging.warning(message, len(cache.text))
 
     with joined(device):
@@ -245,9 +247,7 @@ def train(run, cache, ladder, precision, shuffle_buffer, held_out=None):
         held_out.compare(run.kept_record(), run.path)
 
 
-def step(
-    adaptor, pairs, batch_size, optimizer, schedule, precision, weight=1.0, clip_norm=None
-):
+def step(adaptor, pairs, batch_size, optimizer, schedule, precision, weight=1.0, clip_norm=None):
     """One optimizer step on a batch of B pairs.
 
     Args:

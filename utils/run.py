@@ -66,11 +66,11 @@ class Run:
             if is_first():
                 lock = self.path.with_name(f".{self.method}.lock")
                 exits.enter_context(locked(lock, self.path))
-            if self.resume:
-                self._find_saved()
             # torchrun and Slurm stop a process with SIGTERM. It is treated like Ctrl-C.
             handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
             exits.callback(signal.signal, signal.SIGTERM, handler)
+            if self.resume:
+                self._find_saved()
             self.exits = exits.pop_all()
         return self
 
@@ -87,7 +87,7 @@ class Run:
             if isinstance(error, KeyboardInterrupt):
                 outcome = f"no epoch was finished, and {self.state_path} is unchanged"
                 if self.state is not None:
-                    outcome = f"saved after epoch {len(self.log)}"
+                    outcome = f"saved after epoch {len(self.state['log'])}"
                 cure = "the same command with --resume goes on from there"
                 raise KeyboardInterrupt(f"{outcome}; {cure}") from None
 
