@@ -44,6 +44,7 @@ def main(argv=None):
     precision = pick_precision(args.precision, device)
     cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
+    prompts = None if ladder is None else ladder[1].to(device)
     held_out = None
     if args.validation:
         from utils.evaluation.validation import HeldOut
@@ -51,10 +52,11 @@ def main(argv=None):
         cache, held_out_cache = cache.hold_out(args.validation)
         held_out = HeldOut(held_out_cache, precision)
     if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
-        message = (
-            "note: %d captions are few for the paper's recipe, made for COCO; try --recipe small"
+        logging.warning(
+            "note: the paper's recipe is made for COCO and takes too few steps on %d captions; "
+            "try --recipe small",
+            len(cache.text),
         )
-        logging.warning(message, len(cache.text))
 
     with joined(device):
         for seed in args.seed:
@@ -63,7 +65,7 @@ def main(argv=None):
                 path = checkpoint_path(args.dataset, seed, method)
                 recipe = replace(METHODS[method].recipes[args.recipe], **args.changes)
                 with Run(path, recipe, config, args.resume, args.save_every) as run:
-                    train(run, cache, ladder, precision, args.shuffle_buffer, held_out)
+                    train(run, cache, prompts, precision, args.shuffle_buffer, held_out)
 
 
 def run_config(args, seed, cache, precision):
@@ -89,7 +91,7 @@ def run_config(args, seed, cache, precision):
 
 def make_parser():
     parser = Parser(
-        description="Train adaptors on cached embeddings. Flags that are not given keep the recipe's values."
+        description="Train adaptors on cached embeddings. The recipe decides what no flag sets."
     )
     add = parser.add_argument
     add(
@@ -110,8 +112,8 @@ def make_parser():
     add(
         "--recipe",
         default="paper",
-        help="paper (made for COCO), original (from the authors of the baseline), small (for caches "
-        "of fewer than about 100,000 captions) or demo (one epoch); default: paper",
+        help="paper (made for COCO), original (by the authors of the baseline), small (for fewer "
+        "than about 100,000 captions) or demo (one epoch); default: paper",
     )
     add("--epochs", type=positive, help="the number of passes over the captions")
     add("--batch-size", type=positive, help="the number of pairs per step")
@@ -129,7 +131,7 @@ def make_parser():
         type=share,
         default=0,
         metavar="SHARE",
-        help="hold out this share of the images, such as 0.1, and evaluate on them after every epoch",
+        help="hold out this share of the images, such as 0.1, and evaluate every epoch on them",
     )
     add(
         "--keep",
@@ -163,11 +165,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.method = expand_groups(args.method, args.recipe)
     args.seed = list(dict.fromkeys(args.seed))  # each seed once
-    args.changes = {}
-    for field in RECIPE_FLAGS:
-        value = getattr(args, field)
-        if value is not None:
-            args.changes[field] = value
+    flags = vars(args)
+    args.changes = {name: flags[name] for name in RECIPE_FLAGS if flags[name] is not None}
 
     if args.keep == "best" and not args.validation:
         parser.error("--keep best: needs held-out images to choose an epoch; add --validation 0.1")
@@ -181,13 +180,13 @@ def parse(argv):
     return args
 
 
-def train(run, cache, ladder, precision, shuffle_buffer, held_out=None):
+def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
     """Train one adaptor from its seed, or from where the run was saved.
 
     Args:
         run: Run, entered.
         cache: EmbeddingCache of the train split.
-        ladder: prompts as `load_texts` returns them, or None. Their uncertainties are logged.
+        prompts: embeddings (T, D) of the prompt ladder, whose uncertainties are logged, or None.
         precision: dtype of matrix products.
         shuffle_buffer: number of captions of a sharded cache that are shuffled together.
         held_out: HeldOut, measured after every epoch, or None.
@@ -213,18 +212,11 @@ def train(run, cache, ladder, precision, shuffle_buffer, held_out=None):
             # rows (utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
             weight = number / steps if epoch == recipe.ramped_epoch else 1.0
-            loss, named = step(
-                adaptor,
-                pairs,
-                len(rows),
-                optimizer,
-                schedule,
-                precision,
-                weight,
-                recipe.clip_norm,
+            loss, loss_terms = step(
+                adaptor, pairs, len(rows), optimizer, schedule, precision, weight, recipe.clip_norm
             )
             losses.append(loss)
-            terms.append(named)
+            terms.append(loss_terms)
             bar.update(len(rows))
 
         losses = torch.stack(losses)
@@ -240,7 +232,7 @@ def train(run, cache, ladder, precision, shuffle_buffer, held_out=None):
             record["terms"] = mean_terms(terms)
         if held_out:
             record["validation"] = held_out.measure(adaptor, recipe.batch_size)
-        record["ladder"] = ladder_uncertainty(adaptor, ladder, cache.device)
+        record["ladder"] = None if prompts is None else uncertainty_of(adaptor, prompts)
         run.record(record)
 
     if held_out and run.log:
@@ -269,9 +261,8 @@ def step(adaptor, pairs, batch_size, optimizer, schedule, precision, weight=1.0,
         torch.nn.utils.clip_grad_norm_(adaptor.parameters(), clip_norm)
     optimizer.step()
     schedule.step()
-    if not isinstance(terms, dict):
-        return loss.detach(), {}
-    return loss.detach(), {name: term.detach() for name, term in terms.items()}
+    named_terms = terms if isinstance(terms, dict) else {}
+    return loss.detach(), {name: term.detach() for name, term in named_terms.items()}
 
 
 def mean_terms(steps):
@@ -289,12 +280,9 @@ def learned_scalars(adaptor):
 
 
 @torch.no_grad()
-def ladder_uncertainty(adaptor, ladder, device):
-    """Uncertainties of the prompts, a list, or None without prompts or if texts have none."""
-    if ladder is None:
-        return None
-    _, embeddings, _ = ladder
-    _, uncertainty = adaptor.adapt_text(embeddings.to(device))
+def uncertainty_of(adaptor, texts):
+    """The uncertainties of text embeddings (T, D), a list; None if the method gives texts none."""
+    _, uncertainty = adaptor.adapt_text(texts)
     return None if uncertainty is None else uncertainty.tolist()
 
 

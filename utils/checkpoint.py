@@ -13,7 +13,7 @@ from utils.files import differences, load_tensors, save_tensors, sha256
 from utils.paper import translate
 from utils.preprocess import ClipId
 
-OPTIONAL = ("validation", "keep")  # entries of a config that only runs with held-out images have
+UNVALIDATED = {"validation": None, "keep": None}  # what a config without these stands for
 LARGEST_WIDTH = 65536
 
 
@@ -64,34 +64,30 @@ def load_run(path, recipe, config):
     if not path.exists():
         return None
     content = load_tensors(path)
-    is_run = (
-        isinstance(content, dict)
-        and isinstance(content.get("config"), dict)
-        and isinstance(content.get("recipe"), dict)
-    )
-    need(is_run, f"{path}: does not say which run it is of; start again without --resume")
+    for key in ("config", "recipe"):
+        is_run = isinstance(content, dict) and isinstance(content.get(key), dict)
+        need(is_run, f"{path}: does not say which run it is of; start again without --resume")
 
-    saved_config = content["config"]
-    expected_config = dict(config)
-    for key in OPTIONAL:
-        if key in saved_config:
-            expected_config.setdefault(key, None)
+    saved_config = {**UNVALIDATED, **content["config"]}
+    current_config = {**UNVALIDATED, **config}
     if isinstance(saved_config.get("clip"), dict):
         # Older files lack the SHA-256 of the CLIP's files.
-        clip = {key: config["clip"].get(key) for key in saved_config["clip"]}
-        expected_config["clip"] = clip
-
-    saved_recipe = content["recipe"]
-    expected_recipe = {}
-    for field, value in asdict(recipe).items():
-        if field in saved_recipe:  # Older files lack newer fields.
-            expected_recipe[field] = value
-
-    changed = differences(saved_config, expected_config)
-    changed = changed or differences(saved_recipe, expected_recipe)
-    cure = "resume it with those, or start again without --resume"
-    need(not changed, f"{path}: of a run with other settings: {changed}; {cure}")
+        current_config["clip"] = _entries_of(saved_config["clip"], current_config["clip"])
+    # Older files lack newer fields of the recipe.
+    current_recipe = _entries_of(content["recipe"], asdict(recipe))
+    changed = differences(saved_config, current_config)
+    changed = changed or differences(content["recipe"], current_recipe)
+    need(
+        not changed,
+        f"{path}: of a run with other settings: {changed}; "
+        "resume it with those, or start again without --resume",
+    )
     return content
+
+
+def _entries_of(saved, current):
+    """The entries of `current` that are in `saved`, too."""
+    return {key: value for key, value in current.items() if key in saved}
 
 
 def load_adaptor(
@@ -164,18 +160,22 @@ def check_fits(adaptor, path, cache, other_clip=False):
     Args: other_clip: accept an adaptor that was trained on embeddings of another CLIP.
     Raises: UserError if it is not.
     """
-    widths = f"{adaptor.embed_dim} wide, those of {cache.folder} are {cache.embed_dim} wide"
-    same_width = adaptor.embed_dim == cache.embed_dim
-    need(same_width, f"{path}: trained on embeddings {widths}; train again")
+    need(
+        adaptor.embed_dim == cache.embed_dim,
+        f"{path}: trained on embeddings {adaptor.embed_dim} wide, those of {cache.folder} are "
+        f"{cache.embed_dim} wide; train again",
+    )
     trained_on = ClipId.of_meta(adaptor.config.get("clip"))
     if not trained_on.pretrained or not cache.clip_id.pretrained:
-        message = "note: it is not known whether %s was trained on embeddings of the CLIP of %s"
-        logging.warning(message, path, cache.folder)
+        logging.warning(
+            "note: nothing says whether %s was trained on the CLIP of %s", path, cache.folder
+        )
         return
-    clips = f"{trained_on.readable()}, those of {cache.folder} are of {cache.clip_id.readable()}"
-    is_accepted = other_clip or not trained_on.contradicts(cache.clip_id)
-    cure = "train again, or use it anyway with --other-clip"
-    need(is_accepted, f"{path}: trained on embeddings of {clips}; {cure}")
+    need(
+        other_clip or not trained_on.contradicts(cache.clip_id),
+        f"{path}: trained on embeddings of {trained_on.readable()}, those of {cache.folder} are "
+        f"of {cache.clip_id.readable()}; train again, or use it anyway with --other-clip",
+    )
 
 
 def load_adaptors(dataset, methods, seeds, cache, other_clip):
@@ -187,8 +187,11 @@ def load_adaptors(dataset, methods, seeds, cache, other_clip):
     for method in methods:
         for seed in seeds:
             path = checkpoint_path(dataset, seed, method)
-            command = f"python train.py --dataset {dataset} --method {method} --seed {seed}"
-            need(path.exists(), f"{path}: no such checkpoint; make it with {command}")
+            need(
+                path.exists(),
+                f"{path}: no such checkpoint; make it with "
+                f"python train.py --dataset {dataset} --method {method} --seed {seed}",
+            )
             adaptor = load_adaptor(path, cache.device, method)
             check_fits(adaptor, path, cache, other_clip)
             adaptors[method, seed] = adaptor

@@ -65,27 +65,22 @@ def seed_number(text):
     return value
 
 
-def non_negative(text):
-    """An argparse type: a finite number of at least 0."""
+def non_negative(text, below=float("inf")):
+    """An argparse type: a number of at least 0 and below `below`."""
     with contextlib.suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
+        if 0 <= float(text) < below:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0 and below {below}")
 
 
-def share(text):
-    """An argparse type: a number of at least 0 and below 1."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0 and below 1")
+share = functools.partial(non_negative, below=1)  # an argparse type as well
 
 
 def chance(text):
     """An argparse type: a probability above 0 and below 1."""
     value = share(text)
     if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
     return value
 
 
@@ -96,8 +91,9 @@ def folder_name(text):
     """
     is_plain = text == os.path.basename(text) and text.isprintable()
     if not is_plain or text in ("", "texts") or text.startswith("."):
-        message = f"{text!r} cannot be the name of a folder here; give a plain name"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be the name of a folder here; give a plain name"
+        )
     return text
 
 

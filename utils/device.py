@@ -25,8 +25,9 @@ def pick_device(name):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        message = f"--device {name}: not available here ({reason}); try --device cpu"
-        raise UserError(message) from None
+        raise UserError(
+            f"--device {name}: not available here ({reason}); try --device cpu"
+        ) from None
     return device
 
 
@@ -42,17 +43,16 @@ def pick_precision(name, device):
     if name in ("auto", None):
         return torch.bfloat16 if is_native else torch.float32
     if name == "bf16" and not is_native:
-        message = "note: --precision bf16: %s does not compute it natively and may be very slow"
-        logging.warning(message, device.type)
+        logging.warning(
+            "note: --precision bf16: %s does not compute it natively and may be very slow",
+            device.type,
+        )
     return PRECISIONS[name]
 
 
 def precision_name(dtype):
     """The name of a dtype in --precision."""
-    for name, candidate in PRECISIONS.items():
-        if candidate == dtype:
-            return name
-    raise ValueError(f"{dtype} is not a precision")
+    return next(name for name, candidate in PRECISIONS.items() if candidate == dtype)
 
 
 def autocast(device, dtype):

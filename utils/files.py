@@ -95,8 +95,9 @@ def locked(path, what):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            message = f"{what}: another process is at work on it; wait until it has ended"
-            raise UserError(message) from None
+            raise UserError(
+                f"{what}: another process is at work on it; wait until it has ended"
+            ) from None
     _locks.add(file)
     try:
         yield
@@ -179,12 +180,15 @@ def load_tensors(path, check_sums=True):
         reason = type(error).__name__
         if str(error):
             reason = str(error).splitlines()[0].split(". ")[0][:120]
-        message = f"{path}: not a file of tensors that can be read safely ({reason})"
-        raise UserError(message) from None
+        raise UserError(
+            f"{path}: not a file of tensors that can be read safely ({reason})"
+        ) from None
     for _, leaf in leaves(content):
         if isinstance(leaf, torch.Tensor) and not _is_stored_in_full(leaf):
-            problem = f"holds a tensor of shape {tuple(leaf.shape)} that is not stored in full"
-            raise UserError(f"{path}: {problem}; write it again with torch.save")
+            raise UserError(
+                f"{path}: holds a tensor of shape {tuple(leaf.shape)} that is not stored in full; "
+                "write it again with torch.save"
+            )
     return content
 
 
@@ -229,8 +233,9 @@ def load_arrays(path):
         raise
     except Exception as error:  # noqa: BLE001  A broken file can raise almost anything.
         reason = " ".join(str(error).split())[:120]
-        problem = f"{path}: not a file of arrays that can be read safely ({reason})"
-        raise UserError(f"{problem}; evaluate again") from None
+        raise UserError(
+            f"{path}: not a file of arrays that can be read safely ({reason}); evaluate again"
+        ) from None
 
 
 def load_json(path):

@@ -88,8 +88,9 @@ class Run:
                 outcome = f"no epoch was finished, and {self.state_path} is unchanged"
                 if self.state is not None:
                     outcome = f"saved after epoch {len(self.state['log'])}"
-                cure = "the same command with --resume goes on from there"
-                raise KeyboardInterrupt(f"{outcome}; {cure}") from None
+                raise KeyboardInterrupt(
+                    f"{outcome}; the same command with --resume goes on from there"
+                ) from None
 
     def _find_saved(self):
         """Read the state of an unfinished run, or see that the run is finished."""
@@ -109,8 +110,10 @@ class Run:
             yield
         except Exception as error:  # noqa: BLE001
             reason = " ".join(str(error).split())[:120]
-            problem = f"{self.state_path}: not the state of such a run ({reason})"
-            raise UserError(f"{problem}; start again without --resume") from None
+            raise UserError(
+                f"{self.state_path}: not the state of such a run ({reason}); "
+                "start again without --resume"
+            ) from None
 
     def restore(self, adaptor, optimizer, schedule, shuffling):
         """Load the saved state, if there is one. From now on the run saves these objects.
@@ -166,13 +169,11 @@ class Run:
         path = self.path.with_suffix(".jsonl") if is_first() else os.devnull
         file = open(path, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.log_file = self.exits.enter_context(file)
-        for record in self.log:
-            self.log_file.write(json.dumps(record) + "\n")
+        self.log_file.writelines(json.dumps(record) + "\n" for record in self.log)
 
     def _open_bar(self):
         captions = self.config["captions"]
-        steps = self.recipe.steps(captions)
-        pairs = min(captions, steps * self.recipe.batch_size)  # per epoch
+        pairs = min(captions, self.recipe.steps(captions) * self.recipe.batch_size)  # per epoch
         bar = tqdm(
             desc=f"{self.method}, seed {self.config['seed']}",
             initial=len(self.log) * pairs,
@@ -281,5 +282,7 @@ def check_finite(losses, adaptor, method, epoch):
         problem = "it leaves weights that are not finite"
     else:
         return
-    cure = "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
-    raise UserError(f"{method}, epoch {epoch}, step {step + 1}: {problem}; {cure}")
+    raise UserError(
+        f"{method}, epoch {epoch}, step {step + 1}: {problem}; "
+        "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
+    )
