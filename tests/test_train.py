@@ -379,7 +379,7 @@ def test_weights_that_are_not_finite_are_not_saved(script, monkeypatch, one_thre
     def ruin(adaptor, *_):
         """A step whose loss is fine and whose update is not."""
         next(adaptor.parameters()).data.fill_(float("inf"))
-        return torch.tensor(1.0)
+        return torch.tensor(1.0), {}
 
     monkeypatch.setattr(train_script, "step", ruin)
     status, _, last = script(train_script.main, *LONG)
