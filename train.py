@@ -176,7 +176,9 @@ def parse(argv):
             recipes = ", ".join(recipes_for(method))
             parser.error(f"--recipe {args.recipe}: the recipes of {method} are {recipes}")
         if ranks > 1 and getattr(METHODS[method], "single_process_only", False):
-            parser.error(f"--method {method}: trains in a single process only; omit torchrun")
+            parser.error(
+                f"--method {method}: trains in a single process only; start it without torchrun"
+            )
     return args
 
 
