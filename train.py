@@ -1,4 +1,4 @@
-"""Embeddings in, checkpoint out: checkpoints/<name>/<seed>/<method>.pt, with its log beside it.
+"""Train adaptors on cached embeddings; write checkpoints/<name>/<seed>/<method>.pt and a log.
 
 python train.py --method asymvlm-psd
 python train.py --dataset shapes --method all --seed 0 1 2 --recipe small
@@ -16,125 +16,246 @@ from datasets.embedding import EmbeddingCache
 from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
 from models import GROUPS, METHODS, expand_groups, recipes_for
+from models.base import total_loss
 from utils.checkpoint import checkpoint_path
-from utils.cli import Parser, folder_name, non_negative, positive, run_script, seed_number, share
+from utils.cli import (
+    Parser,
+    folder_name,
+    non_negative,
+    positive,
+    run_script,
+    seed_number,
+    share,
+    torchrun_rank,
+)
 from utils.device import autocast, pick_device, pick_precision, precision_name
 from utils.distributed import average_gradients, gather, joined, share_of_rank
-from utils.evaluation.validation import HeldOut
 from utils.optimizer import OPTIMIZERS, make_optimizer
 from utils.run import Run, check_finite
 from utils.seed import seed_everything
 
-SMALL_CACHE = 100_000  # captions, under which --recipe small is the better choice
-STARVES = "note: the paper's recipe is made for COCO and starves on %d captions; try --recipe small"
+SMALL_CACHE = 100_000  # captions; --recipe small is the better choice for fewer
+RECIPE_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "weight_decay")
 
 
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)  # one in many files stays on the disk
-    ladder, held_out = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta), None
+    cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)
+    ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
+    prompts = None if ladder is None else ladder[1].to(device)
+    held_out = None
     if args.validation:
-        cache, held_out = cache.hold_out(args.validation)
-        held_out = HeldOut(held_out, precision)
-    config = {"dataset": args.dataset, "seed": None, "recipe": args.recipe, "precision": precision_name(precision)}
-    config |= {"device": device.type, "captions": len(cache.text), "images": len(cache.image)}
-    config |= {"clip": cache.clip_id.sums(), "cache": cache.digest}
-    config |= {"shuffle_buffer": args.shuffle_buffer} if cache.mapped else {}  # --resume refuses another config
-    config |= {"validation": args.validation, "keep": args.keep} if held_out else {}
+        from utils.evaluation.validation import HeldOut
+
+        cache, held_out_cache = cache.hold_out(args.validation)
+        held_out = HeldOut(held_out_cache, precision)
     if args.recipe == "paper" and len(cache.text) < SMALL_CACHE:
-        logging.warning(STARVES, len(cache.text))
+        logging.warning(
+            "note: the paper's recipe is made for COCO and takes too few steps on %d captions; "
+            "try --recipe small",
+            len(cache.text),
+        )
+
     with joined(device):
-        for seed, method in itertools.product(args.seed, args.method):
-            path = checkpoint_path(args.dataset, seed, method)
-            recipe = replace(METHODS[method].recipes[args.recipe], **args.changes)
-            with Run(path, recipe, config | {"seed": seed}, args.resume, args.save_every) as run:
-                train(run, cache, ladder, precision, args.shuffle_buffer, held_out)
+        for seed in args.seed:
+            config = run_config(args, seed, cache, precision)
+            for method in args.method:
+                path = checkpoint_path(args.dataset, seed, method)
+                recipe = replace(METHODS[method].recipes[args.recipe], **args.changes)
+                with Run(path, recipe, config, args.resume, args.save_every) as run:
+                    train(run, cache, prompts, precision, args.shuffle_buffer, held_out)
+
+
+def run_config(args, seed, cache, precision):
+    """What a result depends on besides its recipe. It is saved, and --resume compares it."""
+    config = {
+        "dataset": args.dataset,
+        "seed": seed,
+        "recipe": args.recipe,
+        "precision": precision_name(precision),
+        "device": cache.device.type,
+        "captions": len(cache.text),
+        "images": len(cache.image),
+        "clip": cache.clip_id.sums(),
+        "cache": cache.digest,
+    }
+    if cache.mapped:
+        config["shuffle_buffer"] = args.shuffle_buffer
+    if args.validation:
+        config["validation"] = args.validation
+        config["keep"] = args.keep
+    return config
+
+
+def make_parser():
+    parser = Parser(
+        description="Train adaptors on cached embeddings. The recipe decides what no flag sets."
+    )
+    add = parser.add_argument
+    add(
+        "--dataset",
+        type=folder_name,
+        default="coco",
+        help="the cache to train on, a folder under embeddings/ (default: coco)",
+    )
+    add(
+        "--method",
+        nargs="+",
+        default=["asymvlm-psd"],
+        choices=[*METHODS, *GROUPS],
+        metavar="METHOD",
+        help=f"one or more of {', '.join(METHODS)}, or of the groups {', '.join(GROUPS)}",
+    )
+    add("--seed", nargs="+", type=seed_number, default=[0], help="one run per seed (default: 0)")
+    add(
+        "--recipe",
+        default="paper",
+        help="paper (made for COCO), original (by the authors of the baseline), small (for fewer "
+        "than about 100,000 captions) or demo (one epoch); default: paper",
+    )
+    add("--epochs", type=positive, help="the number of passes over the captions")
+    add("--batch-size", type=positive, help="the number of pairs per step")
+    add("--optimizer", choices=sorted(OPTIMIZERS))
+    add("--lr", type=non_negative, help="the learning rate")
+    add("--weight-decay", type=non_negative)
+    add(
+        "--shuffle-buffer",
+        type=positive,
+        default=BUFFER,
+        help=f"how many captions of a sharded cache are shuffled together (default: {BUFFER})",
+    )
+    add(
+        "--validation",
+        type=share,
+        default=0,
+        metavar="SHARE",
+        help="hold out this share of the images, such as 0.1, and evaluate every epoch on them",
+    )
+    add(
+        "--keep",
+        default="last",
+        choices=("last", "best"),
+        help="keep the weights of the last epoch, or of the one with the lowest held-out AURC",
+    )
+    add(
+        "--save-every",
+        type=positive,
+        default=10,
+        help="save the training state every so many epochs (default: 10)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue from the saved state; the result equals that of an unbroken run",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 and so on (default: auto)")
+    add(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="the precision of matrix products (default: auto)",
+    )
+    return parser
 
 
 def parse(argv):
-    parser = Parser(description="Train adaptors on cached embeddings. What a flag does not say, the recipe does.")
-    add = parser.add_argument
-    add("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
-    names, choices = f"{', '.join(METHODS)}, or {', '.join(GROUPS)}", [*METHODS, *GROUPS]
-    add("--method", nargs="+", default=["asymvlm-psd"], choices=choices, metavar="METHOD", help=names)
-    add("--seed", nargs="+", type=seed_number, default=[0])
-    recipes = "paper (made for COCO), original (the methods' own authors'), small (under some 100,000 captions), demo"
-    add("--recipe", default="paper", help=recipes)
-    add("--epochs", type=positive)
-    add("--batch-size", type=positive)
-    add("--optimizer", choices=sorted(OPTIMIZERS))
-    add("--lr", type=non_negative)
-    add("--weight-decay", type=non_negative)
-    add("--shuffle-buffer", type=positive, default=BUFFER, help="captions shuffled together in a cache of many files")
-    add("--validation", type=share, default=0, metavar="SHARE", help="of the images that is held out, as 0.1")
-    add("--keep", default="last", choices=("last", "best"), help="epoch; best: of the least held-out AURC")
-    add("--save-every", type=positive, default=10, help="epochs between two saved states of the run (default: 10)")
-    add("--resume", action="store_true", help="go on where a run was saved; the result is that of an unbroken run")
-    add("--device", default="auto")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the matrix products")
+    parser = make_parser()
     args = parser.parse_args(argv)
-    args.method, args.seed = expand_groups(args.method, args.recipe), list(dict.fromkeys(args.seed))
-    changes = {key: getattr(args, key) for key in ("epochs", "batch_size", "optimizer", "lr", "weight_decay")}
-    args.changes = {key: value for key, value in changes.items() if value is not None}
+    args.method = expand_groups(args.method, args.recipe)
+    args.seed = list(dict.fromkeys(args.seed))  # each seed once
+    flags = vars(args)
+    args.changes = {name: flags[name] for name in RECIPE_FLAGS if flags[name] is not None}
+
     if args.keep == "best" and not args.validation:
-        parser.error("--keep best: needs held-out images to judge by; add --validation 0.1")
+        parser.error("--keep best: needs held-out images to choose an epoch; add --validation 0.1")
+    _, ranks = torchrun_rank()
     for method in args.method:
         if args.recipe not in METHODS[method].recipes:
-            parser.error(f"--recipe {args.recipe}: {method} has {', '.join(recipes_for(method))}")
+            recipes = ", ".join(recipes_for(method))
+            parser.error(f"--recipe {args.recipe}: the recipes of {method} are {recipes}")
+        if ranks > 1 and getattr(METHODS[method], "single_process_only", False):
+            parser.error(
+                f"--method {method}: trains in a single process only; start it without torchrun"
+            )
     return args
 
 
-def train(run, cache, ladder, precision, shuffle_buffer, held_out=None):
-    """Train one adaptor as its run says, from its seed on, or from where the run was saved.
+def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
+    """Train one adaptor from its seed, or from where the run was saved.
 
     Args:
-        ladder: prompts as `load_texts` returns them, or None; their uncertainties go into the log.
-        held_out: HeldOut, which is measured after every epoch, or None.
+        run: Run, entered.
+        cache: EmbeddingCache of the train split.
+        prompts: embeddings (T, D) of the prompt ladder, whose uncertainties are logged, or None.
+        precision: dtype of matrix products.
+        shuffle_buffer: number of captions of a sharded cache that are shuffled together.
+        held_out: HeldOut, measured after every epoch, or None.
     """
-    seed_everything(run.config["seed"])
-    adaptor = METHODS[run.method](cache.embed_dim).to(cache.device)
-    adaptor.start_at(run.recipe.start_variance)
-    steps = run.recipe.steps(len(cache.text))  # an epoch
-    optimizer, schedule = make_optimizer(adaptor, run.recipe, steps * run.recipe.epochs)
-    shuffling = torch.Generator().manual_seed(run.config["seed"])
-    run.restore(adaptor, optimizer, schedule, shuffling)
     recipe = run.recipe
+    seed = run.config["seed"]
+    seed_everything(seed)
+    adaptor = METHODS[run.method](cache.embed_dim).to(cache.device)
+    adaptor.start_at(recipe.start_variance)
+    steps = recipe.steps(len(cache.text))  # per epoch
+    optimizer, schedule = make_optimizer(adaptor, recipe, steps * recipe.epochs)
+    shuffling = torch.Generator().manual_seed(seed)
+    run.restore(adaptor, optimizer, schedule, shuffling)
+
     for epoch, bar in run.epochs():
-        start, losses = time.perf_counter(), []
+        start = time.perf_counter()
+        losses = []
+        terms = []
         adaptor.train()
-        batches = itertools.islice(cache.batches(recipe.batch_size, shuffling, shuffle_buffer), steps)
-        for number, rows in enumerate(batches):
-            # Every rank draws the same rows and encodes its share; the loss is that of all rows (utils/distributed.py).
+        batches = cache.batches(recipe.batch_size, shuffling, shuffle_buffer)
+        for number, rows in enumerate(itertools.islice(batches, steps)):
+            # Every rank draws the same rows and encodes its share of them. The loss is that of all
+            # rows (utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
             weight = number / steps if epoch == recipe.ramped_epoch else 1.0
-            losses.append(step(adaptor, pairs, len(rows), optimizer, schedule, precision, weight, recipe.clip_norm))
+            loss, loss_terms = step(
+                adaptor, pairs, len(rows), optimizer, schedule, precision, weight, recipe.clip_norm
+            )
+            losses.append(loss)
+            terms.append(loss_terms)
             bar.update(len(rows))
+
         losses = torch.stack(losses)
         check_finite(losses, adaptor.eval(), run.method, epoch)
-        record = {"epoch": epoch, "loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
-        record |= {"seconds": time.perf_counter() - start}
-        record |= {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}  # scalars
-        record |= {"validation": held_out.measure(adaptor, recipe.batch_size)} if held_out else {}
-        uncertainty = adaptor.adapt_text(ladder[1].to(cache.device))[1] if ladder else None  # nor have all texts one
-        run.record(record | {"ladder": None if uncertainty is None else uncertainty.tolist()})
+        record = {
+            "epoch": epoch,
+            "loss": losses.mean().item(),
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - start,
+            **learned_scalars(adaptor),
+        }
+        if terms[0]:
+            record["terms"] = mean_terms(terms)
+        if held_out:
+            record["validation"] = held_out.measure(adaptor, recipe.batch_size)
+        record["ladder"] = None if prompts is None else uncertainty_of(adaptor, prompts)
+        run.record(record)
+
     if held_out and run.log:
-        held_out.compare(run.kept(), run.path)
+        held_out.compare(run.kept_record(), run.path)
 
 
-def step(adaptor, pairs, total, optimizer, schedule, precision, weight=1.0, clip_norm=None):
-    """One optimiser step on B pairs.
+def step(adaptor, pairs, batch_size, optimizer, schedule, precision, weight=1.0, clip_norm=None):
+    """One optimizer step on a batch of B pairs.
 
     Args:
-        pairs: this rank's share of them, (b, D) and (b, D).
-        total: B.
-        weight: of the loss.
-        clip_norm: what the gradient's norm is cut to; None: not cut.
-    Returns: the loss, (), still on the device: nothing here waits for it.
+        pairs: this rank's share of the batch, image and text embeddings (b, D).
+        batch_size: B.
+        precision: dtype of matrix products.
+        weight: factor of the loss.
+        clip_norm: largest norm of the gradient; None: no limit.
+    Returns: the loss () and its terms {name: ()}, empty if the method names none. They are detached
+        and still on the device, so that nothing here waits for it.
     """
     with autocast(pairs[0].device, precision):
-        loss = adaptor.loss(*gather(adaptor.encode(*pairs), total))
+        terms = adaptor.loss(*gather(adaptor.encode(*pairs), batch_size))
+        loss = total_loss(terms)
     optimizer.zero_grad()
     (weight * loss).backward()
     average_gradients(adaptor.parameters())
@@ -142,7 +263,29 @@ def step(adaptor, pairs, total, optimizer, schedule, precision, weight=1.0, clip
         torch.nn.utils.clip_grad_norm_(adaptor.parameters(), clip_norm)
     optimizer.step()
     schedule.step()
-    return loss.detach()
+    named_terms = terms if isinstance(terms, dict) else {}
+    return loss.detach(), {name: term.detach() for name, term in named_terms.items()}
+
+
+def mean_terms(steps):
+    """The means {name: float} of the loss terms of an epoch, a list of {name: tensor ()}."""
+    means = {}
+    for name in steps[0]:
+        values = torch.stack([terms[name] for terms in steps])
+        means[name] = values.mean().item()
+    return means
+
+
+def learned_scalars(adaptor):
+    """{name: value} of the parameters that are single numbers, such as a temperature."""
+    return {name: value.item() for name, value in adaptor.named_parameters() if value.numel() == 1}
+
+
+@torch.no_grad()
+def uncertainty_of(adaptor, texts):
+    """The uncertainties of text embeddings (T, D), a list; None if the method gives texts none."""
+    _, uncertainty = adaptor.adapt_text(texts)
+    return None if uncertainty is None else uncertainty.tolist()
 
 
 if __name__ == "__main__":

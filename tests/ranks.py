@@ -56,7 +56,7 @@ def steps(argv):
                 adaptor = new_adaptor(method)
                 optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes[recipe_of(method)], 10)
                 pairs = [share_of_rank(z) for z in random_pairs(batch)]
-                loss = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32)
+                loss, _ = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32)
                 gradients = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
                 found[f"{method} {batch}"] = {"loss": loss, "share": len(pairs[0]), "gradients": gradients}
                 found[f"{method} {batch}"]["buffers"] = dict(adaptor.named_buffers())

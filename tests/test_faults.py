@@ -109,6 +109,6 @@ def test_a_folder_that_may_not_be_written_is_one_line(workdir):
         folder.chmod(mode | 0o011)  # so that somebody else finds the way here
     assert faults.finish(faults.start(train_script.main, faults.TRAIN, lambda: os.setuid(65534))) == 2
     last = Path("output.txt").read_text().splitlines()[-1]
-    assert "Permission denied; give yourself the right to it" in last
+    assert "Permission denied; change its permissions" in last
     for folder, mode in before.items():
         folder.chmod(mode)

@@ -20,12 +20,14 @@ from models import GROUPS, METHODS, expand_groups
 from models.base import SMALL, Adaptor
 from models.layers import mlp
 from tests.conftest import REPOSITORY, load_result, make_cache, recipe_of
+from tests.ranks import Ranks
 from utils.checkpoint import load_adaptor, load_run, save_adaptor
 from utils.cli import UserError
 from utils.device import pick_precision
 from utils.files import locked, save_tensors
 
 PLAIN = ("--no-plots", "--resamples", 20)
+BASELINES = ("pcmepp", "pfe", "probvlm", "prolip")
 QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
 
 
@@ -50,6 +52,20 @@ def test_models_and_runs_load_no_library_of_data_sets_or_plots():
     code = f"import sys, models, utils.run; print(*{heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert not done.stdout.split()
+
+
+def test_training_reads_at_most_24_of_our_files():
+    """Those of the baselines are not counted: a run of one method needs none of the others."""
+    code = "import sys, train; print(*(getattr(m, '__file__', None) or '' for m in sys.modules.values()), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    files = [Path(line) for line in done.stdout.splitlines()]
+    ours = {
+        str(file.relative_to(REPOSITORY)) for file in files if file.is_relative_to(REPOSITORY) and file.stat().st_size
+    }
+    ours = {file for file in ours if not file.startswith((".venv", *(f"models/{name}/" for name in BASELINES)))}
+    assert {"train.py", "models/asymvlm/adaptor.py", "utils/run.py"} <= ours
+    assert not any(file.startswith("utils/evaluation") for file in ours)
+    assert len(ours) <= 24, sorted(ours)
 
 
 def test_training_writes_a_checkpoint_and_a_log_of_every_epoch(script):
@@ -140,6 +156,108 @@ def test_a_method_of_ones_own_goes_through_both_scripts(script, monkeypatch):
     assert script(train_script.main, *QUICK, "--method", "toy")[0] == 0
     assert script(eval_script.main, "--dataset", "tiny", *PLAIN, "--method", "toy")[0] == 0
     assert load_result("tiny", 0, "toy")[0]["config"]["method"] == "toy"
+
+
+class Named(Toy):
+    """The same with a loss whose terms have names."""
+
+    def loss(self, z_image, z_text, shift):
+        return {"distance": (z_image - z_text - shift).square().mean(), "size": 0.5 * shift.square().mean()}
+
+
+def test_the_terms_of_a_loss_are_logged_by_name_resumed_or_not(script, monkeypatch, one_thread):
+    monkeypatch.setitem(METHODS, "named", Named)
+    make_cache("tiny")
+    steps, step = [], train_script.step
+
+    def look(*arguments):
+        loss, terms = step(*arguments)
+        assert not loss.requires_grad
+        assert not any(term.requires_grad for term in terms.values())
+        steps.append((loss, terms))
+        return loss, terms
+
+    monkeypatch.setattr(train_script, "step", look)
+    run = (*LONG, "--method", "named", "--precision", "fp32")
+    assert script(train_script.main, *run)[0] == 0
+    log = read_log("named")
+    for number, record in enumerate(log):
+        epoch = steps[3 * number : 3 * number + 3]  # 120 captions: three steps an epoch
+        assert list(record["terms"]) == ["distance", "size"]
+        for name, mean in record["terms"].items():
+            assert mean == pytest.approx(sum(terms[name].item() for _, terms in epoch) / 3, rel=1e-5)
+        assert sum(record["terms"].values()) == pytest.approx(record["loss"], rel=1e-5)
+    path = Path("checkpoints/tiny/0/named.pt")
+    whole = path.read_bytes()
+    path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in_epoch(patch, 4, die)
+        script(train_script.main, *run)
+    assert script(train_script.main, *run, "--resume")[0] == 0
+    assert path.read_bytes() == whole
+    assert read_log("named") == log
+
+
+def test_the_log_of_a_loss_without_names_has_no_terms(script):
+    make_cache("tiny")
+    assert script(train_script.main, *QUICK)[0] == 0
+    assert not any("terms" in record for record in read_log())
+
+
+class Normalized(Toy):
+    """The same with a batch norm, which counts its batches in an integer."""
+
+    def __init__(self, embed_dim=512):
+        super().__init__(embed_dim)
+        self.norm = torch.nn.BatchNorm1d(embed_dim)
+
+    def encode_text(self, z):
+        return z, self.trunk(self.norm(z))
+
+
+def test_counts_of_batches_are_kept_and_older_files_lack_them(script, monkeypatch, one_thread):
+    recipe = replace(SMALL, averaged_after=0.5)
+    monkeypatch.setattr(Normalized, "recipes", {"small": recipe})
+    monkeypatch.setitem(METHODS, "normalized", Normalized)
+    make_cache("tiny")
+    run = (*LONG, "--method", "normalized")
+    assert script(train_script.main, *run)[0] == 0
+    path = Path("checkpoints/tiny/0/normalized.pt")
+    content = torch.load(path, weights_only=True)
+    assert load_adaptor(path).norm.num_batches_tracked == content["state_dict"]["norm.num_batches_tracked"] == 21
+    for older in (dict(content["state_dict"]), METHODS["normalized"](64).state_dict()):  # a plain dict, and torch's
+        del older["norm.num_batches_tracked"]
+        torch.save(content | {"state_dict": older}, path)
+        assert load_adaptor(path).norm.num_batches_tracked == 0
+    for key, value in (("norm.num_batches_tracked", torch.tensor(1.5)), ("norm.running_mean", torch.ones(64).long())):
+        torch.save(content | {"state_dict": content["state_dict"] | {key: value}}, path)
+        with pytest.raises(UserError, match=key):
+            load_adaptor(path)
+    path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in_epoch(patch, 7, die)
+        script(train_script.main, *run)
+    state = torch.load(path.with_suffix(".resume.pt"), weights_only=True)
+    for weights in (state["state_dict"], state["average"]):
+        del weights["norm.num_batches_tracked"]
+    torch.save(state, path.with_suffix(".resume.pt"))
+    assert script(train_script.main, *run, "--resume")[0] == 0
+    resumed = torch.load(path, weights_only=True)["state_dict"]
+    assert resumed.pop("norm.num_batches_tracked") == 3
+    assert all(torch.equal(value, content["state_dict"][name]) for name, value in resumed.items())
+
+
+def test_a_method_for_a_single_process_refuses_ranks(script, monkeypatch):
+    make_cache("tiny")
+    monkeypatch.setattr(METHODS["pcmepp"], "single_process_only", True, raising=False)
+    run = (*QUICK, "--method", "asymvlm-psd", "pcmepp")
+    with Ranks(2, train_script.main, run, "train.py") as ranks:
+        assert ranks.wait() == [2, 2]
+        lines = [line for line in ranks.output().splitlines() if line]
+    assert len(lines) == 2  # one per rank
+    assert all("--method pcmepp" in line and "single process" in line for line in lines)
+    assert not Path("checkpoints").exists()
+    assert script(train_script.main, *run)[0] == 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_method_epoch_and_step(script):
@@ -379,7 +497,7 @@ def test_weights_that_are_not_finite_are_not_saved(script, monkeypatch, one_thre
     def ruin(adaptor, *_):
         """A step whose loss is fine and whose update is not."""
         next(adaptor.parameters()).data.fill_(float("inf"))
-        return torch.tensor(1.0)
+        return torch.tensor(1.0), {}
 
     monkeypatch.setattr(train_script, "step", ruin)
     status, _, last = script(train_script.main, *LONG)

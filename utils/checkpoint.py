@@ -1,6 +1,5 @@
-"""A trained adaptor in, a file that a stranger can load safely out; and back, from the paper repository's files too."""
+"""Checkpoints of trained adaptors: written by us, read also from the paper's repository."""
 
-import itertools
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -8,12 +7,14 @@ from pathlib import Path
 import torch
 
 from models import METHODS
+from models.base import Adaptor
 from utils.cli import need
 from utils.files import differences, load_tensors, save_tensors, sha256
 from utils.paper import translate
 from utils.preprocess import ClipId
 
-OPTIONAL = ("validation", "keep")  # of a config: what a run without held-out images does not have
+UNVALIDATED = {"validation": None, "keep": None}  # what a config without these stands for
+LARGEST_WIDTH = 65536
 
 
 def checkpoint_path(name, seed, method):
@@ -27,9 +28,9 @@ def save_adaptor(adaptor, method, recipe, config, path):
 
 
 def describe(adaptor, method, recipe, config):
-    """What is kept of an adaptor, plain types and tensors on the CPU: a dict.
+    """The content of a checkpoint: a dict of plain types and of tensors on the CPU.
 
-    Args: config: plain types: the data and settings of its training.
+    Args: config: dict of plain types, the data and settings of the training.
     """
     return {
         "state_dict": copied(adaptor.state_dict()),
@@ -41,85 +42,140 @@ def describe(adaptor, method, recipe, config):
 
 
 def copied(content):
-    """Plain content with its tensors copied to the CPU: in a file, a view would drag its whole storage along."""
+    """Plain content with its tensors copied to the CPU.
+
+    A tensor that is a view would be saved together with all of the storage behind it.
+    """
     if isinstance(content, dict):
         return {key: copied(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return type(content)(copied(value) for value in content)
-    return content.detach().cpu().clone() if isinstance(content, torch.Tensor) else content
+    if isinstance(content, torch.Tensor):
+        return content.detach().cpu().clone()
+    return content
 
 
 def load_run(path, recipe, config):
-    """What the checkpoint, or the state, of a run with this recipe and config holds; None if there is no such file.
+    """Read the checkpoint, or the state, of a run with this recipe and config.
 
-    Raises: UserError that names the difference if it is of another run.
+    Returns: the content of the file, or None if there is no file.
+    Raises: UserError that names the differences if it is of another run.
     """
     if not path.exists():
         return None
     content = load_tensors(path)
-    tells = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("config", "recipe"))
-    need(tells, f"{path}: does not tell of which run it is; start anew, without --resume")
-    saved = content["config"]
-    if isinstance(saved.get("clip"), dict):  # once without the sums of files
-        config = config | {"clip": {key: config["clip"].get(key) for key in saved["clip"]}}
-    config = {key: None for key in OPTIONAL if key in saved} | config
-    known = {field: value for field, value in asdict(recipe).items() if field in content["recipe"]}  # not of later ones
-    changed = differences(saved, config) or differences(content["recipe"], known)
-    cure = "resume it with those, or start anew, without --resume"
-    need(not changed, f"{path}: of a run with other settings: {changed}; {cure}")
+    for key in ("config", "recipe"):
+        is_run = isinstance(content, dict) and isinstance(content.get(key), dict)
+        need(is_run, f"{path}: does not say which run it is of; start again without --resume")
+
+    saved_config = {**UNVALIDATED, **content["config"]}
+    current_config = {**UNVALIDATED, **config}
+    if isinstance(saved_config.get("clip"), dict):
+        # Older files lack the SHA-256 of the CLIP's files.
+        current_config["clip"] = _entries_of(saved_config["clip"], current_config["clip"])
+    # Older files lack newer fields of the recipe.
+    current_recipe = _entries_of(content["recipe"], asdict(recipe))
+    changed = differences(saved_config, current_config)
+    changed = changed or differences(content["recipe"], current_recipe)
+    need(
+        not changed,
+        f"{path}: of a run with other settings: {changed}; "
+        "resume it with those, or start again without --resume",
+    )
     return content
 
 
-def load_adaptor(path, device="cpu", method=None):
-    """Rebuild an adaptor from its checkpoint alone, one of ours or a bare state dict of the paper's repository.
+def _entries_of(saved, current):
+    """The entries of `current` that are in `saved`, too."""
+    return {key: value for key, value in current.items() if key in saved}
+
+
+def load_adaptor(
+    path: str | Path, device: str | torch.device = "cpu", method: str | None = None
+) -> Adaptor:
+    """Rebuild an adaptor from a checkpoint, one of ours or a state dict of the paper's repository.
 
     Args:
-        device: where it goes.
-        method: its name in METHODS, needed only where neither the file nor its name tells: the two asymvlm methods have
-            the same parameters in the paper's repository.
-    Returns: Adaptor in eval mode, float32; `method` is its name, `config` what the file tells of its training, or {},
-        `checkpoint` its SHA-256.
-    Raises: UserError naming the file and what is wrong with it; FileNotFoundError if there is none.
+        device: where the adaptor goes.
+        method: its name in METHODS. It is needed only if neither the file nor the file's name says
+            it: the two asymvlm methods have the same parameters in the paper's repository.
+    Returns: Adaptor in eval mode, float32. Its attribute `method` is its name, `config` what the
+        file says of its training, or {}, and `checkpoint` the SHA-256 of the file.
+    Raises: UserError that names the file and what is wrong with it; FileNotFoundError if there is
+        none.
     """
     content = load_tensors(path)
+    config = {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        name, embed_dim, weights = content.get("method"), content.get("embed_dim"), content["state_dict"]
+        name = content.get("method")
+        embed_dim = content.get("embed_dim")
+        weights = content["state_dict"]
+        if isinstance(content.get("config"), dict):
+            config = content["config"]
     else:
         name, embed_dim, weights = translate(content, Path(path), method)
+
     is_known = isinstance(name, str) and name in METHODS
-    need(is_known, f"{path}: a checkpoint of the unknown method {name!r}; known are {', '.join(METHODS)}")
+    need(is_known, f"{path}: of the unknown method {name!r}; known are {', '.join(METHODS)}")
     need(method in (None, name), f"{path}: a checkpoint of {name}, not of {method}")
-    is_width = type(embed_dim) is int and 1 <= embed_dim <= 65536
+    is_width = type(embed_dim) is int and 1 <= embed_dim <= LARGEST_WIDTH
     need(is_width, f"{path}: embed_dim is {embed_dim!r}, expected a whole number")
-    with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-        expected = {key: value.shape for key, value in METHODS[name](embed_dim).state_dict().items()}
-    for key in sorted(expected.keys() | weights.keys(), key=str):
-        tensor = weights.get(key)
-        fits = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.shape == expected.get(key)
-        need(fits, f"{path}: its weights do not fit {name} at width {embed_dim} ({key!r}); train again")
-        need(torch.isfinite(tensor).all(), f"{path}: {key!r} is not finite; train again")
+    check_weights(path, weights, name, embed_dim)
+
     adaptor = METHODS[name](embed_dim)
-    adaptor.load_state_dict(weights)
-    config = content.get("config")
-    adaptor.method, adaptor.config = name, config if isinstance(config, dict) else {}
+    adaptor.load_state_dict(dict(weights))
+    adaptor.method = name
+    adaptor.config = config
     adaptor.checkpoint = sha256(path)
     return adaptor.to(device).eval()
 
 
-def check_fits(adaptor, path, cache, other_clip=False):
-    """Raise a UserError if an adaptor is not for the embeddings of a cache; note it if nothing tells their CLIPs.
+def check_weights(path, weights, method, embed_dim):
+    """Check that weights, a state dict, are finite and fit a method at this width.
 
-    Args: other_clip: whether an adaptor for another CLIP will do.
+    Batch norm counts its batches, in an integer that older files lack. PyTorch then sets it to 0.
+
+    Raises: UserError that names a tensor that does not fit.
     """
-    widths = f"{adaptor.embed_dim} wide, those of {cache.folder} are {cache.embed_dim} wide"
-    need(adaptor.embed_dim == cache.embed_dim, f"{path}: trained on embeddings {widths}; train again")
+    with torch.device("meta"):  # This takes no memory, however large the width claims to be.
+        expected = METHODS[method](embed_dim).state_dict()
+    for key in sorted(expected.keys() | weights.keys(), key=str):
+        model = expected.get(key)
+        if key not in weights and not model.is_floating_point():
+            continue
+        tensor = weights.get(key)
+        fits = (
+            isinstance(tensor, torch.Tensor)
+            and model is not None
+            and tensor.shape == model.shape
+            and tensor.is_floating_point() == model.is_floating_point()
+        )
+        need(fits, f"{path}: {key!r} does not fit {method} at width {embed_dim}; train again")
+        need(torch.isfinite(tensor).all(), f"{path}: {key!r} is not finite; train again")
+
+
+def check_fits(adaptor, path, cache, other_clip=False):
+    """Check that an adaptor is for the embeddings of a cache. Note it if their CLIPs are unknown.
+
+    Args: other_clip: accept an adaptor that was trained on embeddings of another CLIP.
+    Raises: UserError if it is not.
+    """
+    need(
+        adaptor.embed_dim == cache.embed_dim,
+        f"{path}: trained on embeddings {adaptor.embed_dim} wide, those of {cache.folder} are "
+        f"{cache.embed_dim} wide; train again",
+    )
     trained_on = ClipId.of_meta(adaptor.config.get("clip"))
     if not trained_on.pretrained or not cache.clip_id.pretrained:
-        logging.warning("note: nothing tells whether %s was trained on the CLIP of %s", path, cache.folder)
+        logging.warning(
+            "note: nothing says whether %s was trained on the CLIP of %s", path, cache.folder
+        )
         return
-    clips = f"{trained_on.readable()}, those of {cache.folder} are of {cache.clip_id.readable()}"
-    will_do = other_clip or not trained_on.contradicts(cache.clip_id)
-    need(will_do, f"{path}: trained on embeddings of {clips}; train again, or insist with --other-clip")
+    need(
+        other_clip or not trained_on.contradicts(cache.clip_id),
+        f"{path}: trained on embeddings of {trained_on.readable()}, those of {cache.folder} are "
+        f"of {cache.clip_id.readable()}; train again, or use it anyway with --other-clip",
+    )
 
 
 def load_adaptors(dataset, methods, seeds, cache, other_clip):
@@ -128,10 +184,15 @@ def load_adaptors(dataset, methods, seeds, cache, other_clip):
     Raises: UserError if one is missing or does not fit the cache.
     """
     adaptors = {}
-    for method, seed in itertools.product(methods, seeds):
-        path = checkpoint_path(dataset, seed, method)
-        command = f"python train.py --dataset {dataset} --method {method} --seed {seed}"
-        need(path.exists(), f"{path}: no such checkpoint; make it with {command}")
-        adaptor = adaptors[method, seed] = load_adaptor(path, cache.device, method)
-        check_fits(adaptor, path, cache, other_clip)
+    for method in methods:
+        for seed in seeds:
+            path = checkpoint_path(dataset, seed, method)
+            need(
+                path.exists(),
+                f"{path}: no such checkpoint; make it with "
+                f"python train.py --dataset {dataset} --method {method} --seed {seed}",
+            )
+            adaptor = load_adaptor(path, cache.device, method)
+            check_fits(adaptor, path, cache, other_clip)
+            adaptors[method, seed] = adaptor
     return adaptors

@@ -1,7 +1,5 @@
-"""Which device and which precision: "auto" in, a torch.device and a dtype that the device computes natively, out."""
+"""Choose a device and a precision. "auto" is the fastest that the machine computes natively."""
 
-import contextlib
-import ctypes
 import logging
 import os
 
@@ -15,47 +13,60 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def pick_device(name):
     """The device of --device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
 
-    Raises: UserError if it is not there.
+    Raises: UserError if it is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's: every rank of a machine has a GPU of its own
+        # torchrun gives every rank of a machine a GPU of its own.
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: not available here ({reason}); try --device cpu") from None
-    if device.type == "cpu":  # glibc keeps freed memory, up to 1 GB a piece: a ViT-B/32 encodes a third faster
-        with contextlib.suppress(OSError, AttributeError):  # elsewhere it does nothing
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        raise UserError(
+            f"--device {name}: not available here ({reason}); try --device cpu"
+        ) from None
     return device
 
 
 def pick_precision(name, device):
-    """The dtype of --precision: that of "auto" is bfloat16 where the device has it natively, else float32."""
-    need(name != "fp16" or device.type != "cpu", "--precision fp16: not on the CPU; choose bf16 or fp32")
-    automatic = torch.bfloat16 if _computes_bfloat16(device) else torch.float32
-    if name == "bf16" and automatic != torch.bfloat16:
-        logging.warning("note: --precision bf16: %s does not compute it natively, and may be very slow", device.type)
-    return PRECISIONS.get(name, automatic)
+    """The dtype of --precision. "auto" is bfloat16 if the device computes it, else float32.
+
+    Args: name: "auto", "fp32", "bf16" or "fp16"; None means "auto".
+    Raises: UserError for "fp16" on the CPU.
+    """
+    is_cpu_fp16 = name == "fp16" and device.type == "cpu"
+    need(not is_cpu_fp16, "--precision fp16: not available on the CPU; choose bf16 or fp32")
+    is_native = _computes_bfloat16(device)
+    if name in ("auto", None):
+        return torch.bfloat16 if is_native else torch.float32
+    if name == "bf16" and not is_native:
+        logging.warning(
+            "note: --precision bf16: %s does not compute it natively and may be very slow",
+            device.type,
+        )
+    return PRECISIONS[name]
 
 
 def precision_name(dtype):
-    """The name under which --precision takes a dtype."""
+    """The name of a dtype in --precision."""
     return next(name for name, candidate in PRECISIONS.items() if candidate == dtype)
 
 
 def autocast(device, dtype):
-    """A context in which matrix products are computed in dtype; float32 leaves everything as it is."""
+    """A context that computes matrix products in dtype. With float32 it changes nothing."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _computes_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: they may go away
-    return device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    if device.type != "cpu":
+        return False
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        is_supported = getattr(torch.cpu, name, None)  # private, and may disappear
+        if is_supported is not None and is_supported():
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""A training run on disk: its checkpoint, its log, and, until it ends, a lock and a state from which it can go on."""
+"""A training run on disk: checkpoint, log and, until it ends, a lock and a state to resume from."""
 
 import contextlib
 import json
@@ -17,105 +17,232 @@ from utils.files import locked, save_tensors
 
 
 class Run:
-    """One training run. If a signal, a UserError or a lost rank stops its block, the last good epoch is saved.
+    """One training run, as a context.
+
+        with Run(path, recipe, config) as run:
+            ...                      # make the adaptor and its optimizer as run.recipe says
+            run.restore(adaptor, optimizer, schedule, shuffling)
+            for epoch, bar in run.epochs():
+                ...                  # train for an epoch
+                run.record({"epoch": epoch, "loss": loss})
+
+    If a signal, a UserError or a lost rank ends the block, the last good epoch is saved.
 
     Args:
-        path: of the checkpoint, <method>.pt; <method>.jsonl, the log, and <method>.resume.pt, the state, lie beside it.
-        config: dict of plain types: what else the run depends on, "seed" and "captions" among it. With "keep": "best"
-            the checkpoint has the weights of the epoch that did best on held-out images (`kept`), else those of the
-            last, or the average that the recipe asks for.
-        resume: go on where a run with this recipe and config was saved.
-        save_every: epochs after which the state is saved.
-    Raises: UserError if another process is at work on it, or if what was saved is of another run.
+        path: the checkpoint, <method>.pt. The log <method>.jsonl and the state <method>.resume.pt
+            lie beside it.
+        config: dict of plain types, with "seed" and "captions": what the run depends on besides
+            its recipe. With "keep": "best" the checkpoint has the weights of the epoch that did
+            best on held-out images (`kept_record`). Otherwise it has those of the last epoch, or
+            the average that the recipe asks for.
+        resume: continue a saved run with this recipe and config.
+        save_every: the state is saved every so many epochs.
+    Attributes:
+        recipe: the Recipe that applies, settled when the block is entered. A run that was begun
+            before the recipe had some of its fields is continued with their defaults.
+        log: one record per finished epoch.
+    Raises: UserError on entry if another process has this run locked, or if the saved run is a
+        different one.
     """
 
     def __init__(self, path, recipe, config, resume=False, save_every=10):
-        self.path, self.state_path, self.method = path, path.with_suffix(".resume.pt"), path.stem
-        self.recipe, self.config, self.resume, self.save_every = recipe, config, resume, save_every
-        self.log, self.state = [], None  # a record an epoch; what there is to save of the last that this process did
-        self.keeps_best, self.best = config.get("keep") == "best", None  # weights of the best epoch so far
-        self.average = None  # of the weights at the ends of the epochs that the recipe averages
+        self.path = path
+        self.state_path = path.with_suffix(".resume.pt")
+        self.method = path.stem
+        self.recipe = recipe
+        self.config = config
+        self.resume = resume
+        self.save_every = save_every
+        self.keeps_best = config.get("keep") == "best"
+        self.is_finished = False
+        self.log = []
+        self.saved = None  # the content of the state file that the run is resumed from
+        self.state = None  # the next content of that file: the last epoch of this process
+        self.best = None  # weights of the best epoch so far
+        self.average = None  # of the weights after each of the epochs that the recipe averages
 
     def __enter__(self):
-        self.exits = contextlib.ExitStack()
-        if is_first():
-            self.exits.enter_context(locked(self.path.with_name(f".{self.method}.lock"), self.path))
-        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and Slurm send it
-        self.exits.callback(signal.signal, signal.SIGTERM, handler)
+        with contextlib.ExitStack() as exits:
+            if is_first():
+                lock = self.path.with_name(f".{self.method}.lock")
+                exits.enter_context(locked(lock, self.path))
+            # torchrun and Slurm stop a process with SIGTERM. It is treated like Ctrl-C.
+            handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            exits.callback(signal.signal, signal.SIGTERM, handler)
+            if self.resume:
+                self._find_saved()
+            self.exits = exits.pop_all()
         return self
 
-    def __exit__(self, kind, stop, traceback):
+    def __exit__(self, kind, error, traceback):
         with self.exits:
-            if not isinstance(stop, KeyboardInterrupt | UserError | ConnectionError):
+            if not isinstance(error, KeyboardInterrupt | UserError | ConnectionError):
                 return
-            for number in (signal.SIGINT, signal.SIGTERM):  # torchrun may send both
-                self.exits.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+            # Nothing may interrupt the saving: torchrun may send both signals.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.signal(number, signal.SIG_IGN)
+                self.exits.callback(signal.signal, number, handler)
             if self.state is not None and is_first():
                 save_tensors(self.state, self.state_path)
-            if isinstance(stop, KeyboardInterrupt):
-                done = f"no epoch is done since; {self.state_path} is as it was"
-                done = f"saved after epoch {len(self.state['log'])}" if self.state else done
-                raise KeyboardInterrupt(f"{done}; the same command with --resume goes on from there") from None
+            if isinstance(error, KeyboardInterrupt):
+                outcome = f"no epoch was finished, and {self.state_path} is unchanged"
+                if self.state is not None:
+                    outcome = f"saved after epoch {len(self.state['log'])}"
+                raise KeyboardInterrupt(
+                    f"{outcome}; the same command with --resume goes on from there"
+                ) from None
+
+    def _find_saved(self):
+        """Read the state of an unfinished run, or see that the run is finished."""
+        self.saved = load_run(self.state_path, self.recipe, self.config)
+        if self.saved is None:
+            checkpoint = load_run(self.path, self.recipe, self.config)
+            self.is_finished = checkpoint is not None
+            return
+        with self._refuse_unfit_state():
+            # Fields of the recipe that are newer than the run get their defaults.
+            self.recipe = type(self.recipe)(**self.saved["recipe"])
+
+    @contextlib.contextmanager
+    def _refuse_unfit_state(self):
+        """Any error in the block becomes a UserError: a file with other content raises anything."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{self.state_path}: not the state of such a run ({reason}); "
+                "start again without --resume"
+            ) from None
 
     def restore(self, adaptor, optimizer, schedule, shuffling):
-        """Put what changes in training where the run was saved, if it was; from now on the run saves it.
+        """Load the saved state, if there is one. From now on the run saves these objects.
 
         Args: shuffling: torch.Generator that orders the pairs of every epoch.
-        Raises: UserError if what was saved does not fit.
+        Raises: UserError if the state does not fit them.
         """
-        self.adaptor, self.optimizer, self.schedule, self.shuffling = adaptor, optimizer, schedule, shuffling
-        saved = load_run(self.state_path, self.recipe, self.config) if self.resume else None
-        finished = load_run(self.path, self.recipe, self.config) if self.resume and saved is None else None
-        self.is_finished = finished is not None
-        barrier()  # all ranks have read what the first changes from here on
-        if saved is None:
-            return
-        try:
-            # As it was begun: fields that came later are not set there, and keep their defaults.
-            self.recipe = type(self.recipe)(**saved["recipe"])
-            self.log = [{"epoch": epoch, **record} for epoch, record in enumerate(saved["log"], start=1)]
-            if self.keeps_best:
-                self.best, _ = saved["best"], self.kept()
-                adaptor.load_state_dict(self.best)  # only to see that it fits
-            self.average = saved.get("average")
-            if self.average is not None:
-                adaptor.load_state_dict(self.average)
-            adaptor.load_state_dict(saved["state_dict"])
-            optimizer.load_state_dict(saved["progress"]["optimizer"])
-            schedule.load_state_dict(saved["progress"]["schedule"])
-            shuffling.set_state(saved["progress"]["order"])
-            torch.set_rng_state(saved["progress"]["random"])
-        except Exception as error:  # noqa: BLE001  a file of other things raises nearly anything in this block
-            reason = " ".join(str(error).split())[:120]
-            what = f"{self.state_path}: not the state of such a run"
-            raise UserError(f"{what} ({reason}); start anew, without --resume") from None
+        self.adaptor = adaptor
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.shuffling = shuffling
+        barrier()  # All ranks have read the files that the first one changes from here on.
+        if self.saved is not None:
+            with self._refuse_unfit_state():
+                self._load(self.saved)
+            self.saved = None
+
+    def _load(self, saved):
+        for epoch, record in enumerate(saved["log"], start=1):
+            self.log.append({"epoch": epoch, **record})
+        if self.keeps_best:
+            self.best = saved["best"]
+            self.kept_record()  # fails if an epoch was not validated
+            self.adaptor.load_state_dict(self.best)  # fails if the weights do not fit
+        self.average = saved.get("average")
+        if self.average is not None:
+            self.adaptor.load_state_dict(self.average)  # as above
+        self.adaptor.load_state_dict(saved["state_dict"])
+        progress = saved["progress"]
+        self.optimizer.load_state_dict(progress["optimizer"])
+        self.schedule.load_state_dict(progress["schedule"])
+        self.shuffling.set_state(progress["order"])
+        torch.set_rng_state(progress["random"])
 
     def epochs(self):
-        """The epochs that are still to be done; after the last, the checkpoint is written.
+        """The epochs that are left. After the last one the checkpoint is written.
 
-        Yields: number of the epoch, from 1, and the progress bar of the run, which counts pairs.
+        Yields: the number of the epoch, from 1, and the run's progress bar, which counts pairs.
         """
         if self.is_finished:
-            logging.info("%s: finished already; without --resume it is trained anew", self.path)
+            logging.info("%s: finished already; without --resume it is trained again", self.path)
             return
-        log_path = self.path.with_suffix(".jsonl") if is_first() else os.devnull
-        self.log_file = self.exits.enter_context(open(log_path, "w", buffering=1, encoding="utf-8"))  # noqa: SIM115
-        self.log_file.writelines(json.dumps(record) + "\n" for record in self.log)
-        name, recipe = f"{self.method}, seed {self.config['seed']}", self.recipe
-        captions = min(self.config["captions"], recipe.steps(self.config["captions"]) * recipe.batch_size)  # an epoch
-        pairs = {"initial": len(self.log) * captions, "total": recipe.epochs * captions, "unit": "pair"}
-        look = {"desc": name, "unit_scale": True, "mininterval": 0.5, "disable": not is_first()}
-        bar = self.exits.enter_context(tqdm(**pairs, **look))
-        for epoch in range(len(self.log) + 1, recipe.epochs + 1):
+        self._open_log()
+        bar = self._open_bar()
+        for epoch in range(len(self.log) + 1, self.recipe.epochs + 1):
             yield epoch, bar
-            held_out = self.log[-1].get("validation", {})
-            found = {"loss": self.log[-1]["loss"]} | {f"held-out {name}": value for name, value in held_out.items()}
-            found = {name: f"{value:.4f}" for name, value in found.items()}
-            bar.set_postfix({"epoch": f"{epoch}/{recipe.epochs}"} | found)
+            bar.set_postfix(self._progress())
         bar.close()
+        self._finish()
+
+    def _open_log(self):
+        """Start the log with the epochs of the saved run. Ranks but the first write none."""
+        path = self.path.with_suffix(".jsonl") if is_first() else os.devnull
+        file = open(path, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self.log_file = self.exits.enter_context(file)
+        self.log_file.writelines(json.dumps(record) + "\n" for record in self.log)
+
+    def _open_bar(self):
+        captions = self.config["captions"]
+        pairs = min(captions, self.recipe.steps(captions) * self.recipe.batch_size)  # per epoch
+        bar = tqdm(
+            desc=f"{self.method}, seed {self.config['seed']}",
+            initial=len(self.log) * pairs,
+            total=self.recipe.epochs * pairs,
+            unit="pair",
+            unit_scale=True,
+            mininterval=0.5,
+            disable=not is_first(),
+        )
+        return self.exits.enter_context(bar)
+
+    def _progress(self):
+        """What the progress bar says of the last epoch, {name: text}."""
+        record = self.log[-1]
+        progress = {
+            "epoch": f"{record['epoch']}/{self.recipe.epochs}",
+            "loss": f"{record['loss']:.4f}",
+        }
+        for name, value in record.get("validation", {}).items():
+            progress[f"held-out {name}"] = f"{value:.4f}"
+        return progress
+
+    def record(self, record):
+        """Log a finished epoch, and save the state if it is time to.
+
+        Args: record: dict of plain types with "epoch" and "loss". To keep the best epoch it needs
+            "validation", a dict with "AURC".
+        """
+        self.log.append(record)
+        self.log_file.write(json.dumps(record) + "\n")
+        content = describe(self.adaptor, self.method, self.recipe, self.config)
+        weights = content["state_dict"]
+        progress = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "order": self.shuffling.get_state(),
+            "random": torch.get_rng_state(),
+        }
+        self.state = {**content, "progress": copied(progress), "log": list(self.log)}
+        if self.keeps_best:
+            if self.kept_record() is record:
+                self.best = weights
+            self.state["best"] = self.best
+        first_averaged = round(self.recipe.averaged_after * self.recipe.epochs) + 1
+        if len(self.log) >= first_averaged:
+            count = len(self.log) - first_averaged + 1
+            self.average = running_mean(self.average, weights, count)
+            self.state["average"] = self.average
+        if len(self.log) % self.save_every == 0 and is_first():
+            save_tensors(self.state, self.state_path)
+
+    def kept_record(self):
+        """The record of the epoch whose weights are kept so far.
+
+        It is the last epoch or, to keep the best, the first of those with the lowest held-out AURC.
+        AURC is preferred to the loss for two reasons. The tables compare methods by it, and it is
+        low only if right answers are found and wrong ones are uncertain. And a contrastive loss
+        depends on the batch size.
+        """
+        if not self.keeps_best:
+            return self.log[-1]
+        return min(self.log, key=lambda record: record["validation"]["AURC"])
+
+    def _finish(self):
+        """Write the checkpoint and remove the state."""
         if self.keeps_best:
             self.adaptor.load_state_dict(self.best)
-            logging.info("%s: weights of epoch %d, the best on the held-out images", self.path, self.kept()["epoch"])
+            epoch = self.kept_record()["epoch"]
+            logging.info("%s: the weights of epoch %d, the best when validated", self.path, epoch)
         elif self.average is not None:
             self.adaptor.load_state_dict(self.average)
         if is_first():
@@ -123,42 +250,39 @@ class Run:
             self.state_path.unlink(missing_ok=True)
         logging.info("%s: %s", self.path, json.dumps(asdict(self.recipe)))
 
-    def record(self, record):
-        """Note an epoch that went well: a dict of plain types, for the log.
 
-        Args: record: "epoch", "loss" and, to keep the best, "validation" among it, a dict that has "AURC".
-        """
-        self.log.append(record)
-        self.log_file.write(json.dumps(record) + "\n")
-        progress = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        progress |= {"order": self.shuffling.get_state(), "random": torch.get_rng_state()}
-        content = describe(self.adaptor, self.method, self.recipe, self.config)
-        self.state = content | {"progress": copied(progress), "log": list(self.log)}
-        if self.keeps_best:
-            self.best = content["state_dict"] if self.kept() is record else self.best
-            self.state["best"] = self.best
-        averaged = len(self.log) - round(self.recipe.averaged_after * self.recipe.epochs)  # epochs, this one included
-        if averaged > 0:
-            weights, average = content["state_dict"], self.average or content["state_dict"]
-            self.average = {name: torch.lerp(average[name], weights[name], 1 / averaged) for name in weights}
-            self.state["average"] = self.average
-        if len(self.log) % self.save_every == 0 and is_first():
-            save_tensors(self.state, self.state_path)
+def running_mean(mean, weights, count):
+    """The mean of the weights of `count` epochs.
 
-    def kept(self):
-        """The record of the epoch whose weights are kept so far: the last, or the first of the least held-out AURC.
-
-        AURC and not the loss: tables compare methods by it, and it falls only where the right answers are found and the
-        wrong ones are known to be uncertain; a contrastive loss depends on the batch size.
-        """
-        return min(self.log, key=lambda record: record["validation"]["AURC"]) if self.keeps_best else self.log[-1]
+    Args:
+        mean: of those before the last, a state dict; None if there are none.
+        weights: of the last, a state dict.
+    """
+    if mean is None:
+        return weights
+    means = {}
+    for name, weight in weights.items():
+        means[name] = weight  # integers, such as a count of batches, are not averaged
+        if weight.is_floating_point():
+            means[name] = torch.lerp(mean[name], weight, 1 / count)
+    return means
 
 
 def check_finite(losses, adaptor, method, epoch):
-    """Raise a UserError that names the first step of an epoch whose loss, or after which a weight, is not finite."""
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if bad or not all(torch.isfinite(weight).all() for weight in adaptor.parameters()):
-        step = bad[0] if bad else len(losses) - 1
-        found = f"the loss is {losses[step].item()}" if bad else "it leaves weights that are not finite"
-        cause = "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
-        raise UserError(f"{method}, epoch {epoch}, step {step + 1}: {found}; {cause}")
+    """Check the losses (S,) of an epoch's steps and the weights after it.
+
+    Raises: UserError that names the first step with a loss that is not finite.
+    """
+    bad_steps = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad_steps:
+        step = bad_steps[0]
+        problem = f"the loss is {losses[step].item()}"
+    elif not all(torch.isfinite(weight).all() for weight in adaptor.parameters()):
+        step = len(losses) - 1
+        problem = "it leaves weights that are not finite"
+    else:
+        return
+    raise UserError(
+        f"{method}, epoch {epoch}, step {step + 1}: {problem}; "
+        "the learning rate is the likely cause: try a smaller --lr or --precision fp32"
+    )

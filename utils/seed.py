@@ -1,4 +1,4 @@
-"""A seed in, the same random numbers in every library out."""
+"""Seed every library that draws random numbers."""
 
 import os
 import random
@@ -12,5 +12,6 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    # cuBLAS is deterministic only with this setting.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -32,7 +32,12 @@ def make_step(method, batch, embed_dim, precision="auto"):
     optimizer, schedule = train.make_optimizer(adaptor, recipe, 10_000)
     pairs = [torch.randn(batch, embed_dim, dtype=torch.float16).to(device) for _ in range(2)]
     dtype = pick_precision(precision, device)
-    return lambda: train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
+
+    def step():
+        loss, _ = train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
+        return loss
+
+    return step
 
 
 def make_textbook_step(method, batch, embed_dim):
