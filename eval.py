@@ -1,189 +1,418 @@
-"""Checkpoint and embeddings in, retrieval by level of uncertainty out: results/<name>/, .json and .npz, tables, plots.
+"""Evaluate heads: cross-modal retrieval by uncertainty level; tables and plots in results/<name>/.
 
 python eval.py --uncer_levels 10
 python eval.py --dataset shapes --method all --seed 0 1 2
-python eval.py --dataset shapes --seed 0 1 2 --compare asymvlm-psd prolip
 python eval.py --dataset shapes --method all --score own
+
+Instead of an evaluation, eval.py also answers questions about what is evaluated or cached already:
+
+python eval.py --dataset shapes --seed 0 1 2 --compare asymvlm-psd prolip
 python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
 python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
+python eval.py --dataset shapes --export scores.csv
 """
 
 import json
 import logging
 import sys
-from functools import partial
 from pathlib import Path
 
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
 from models import GROUPS, METHODS, expand_groups
 from utils.checkpoint import load_adaptors
-from utils.cli import Parser, chance, folder_name, need, positive, run_script, seed_number, torchrun_rank, whole_number
+from utils.cli import (
+    Parser,
+    chance,
+    folder_name,
+    need,
+    positive,
+    run_script,
+    seed_number,
+    torchrun_rank,
+    whole_number,
+)
 from utils.device import pick_device
-from utils.embed import encode_texts, to_dtype
-from utils.evaluation import questions, tables
+from utils.evaluation import selective, tables
 from utils.evaluation.bootstrap import CONFIDENCE, MIN_RESAMPLES, RESAMPLES
-from utils.evaluation.export import export, export_file
-from utils.evaluation.reference import open_reference
-from utils.evaluation.results import SUFFIXES, evaluate, load_results, result_name, save_texts, threshold_file
-from utils.evaluation.selective import CONFIDENCE as SURE
-from utils.evaluation.selective import RANKS, RISKS
-from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, every_scorer
-from utils.lazy import Lazy
+from utils.evaluation.results import (
+    evaluate,
+    load_results,
+    parse_row,
+    row_name,
+    save_texts,
+    threshold_file,
+)
+from utils.evaluation.scorers import PUBLISHED, SCORES, Row
+from utils.evaluation.training_free import TRAINING_FREE, every_scorer, open_reference
+from utils.questions import prompts
+from utils.questions.compare import paired_bootstrap
+from utils.questions.export import export, export_file, load_export_texts
 from utils.report import results_page
-
-plots = Lazy("utils.evaluation.plots")
 
 
 def main(argv=None):
     args = parse(argv)
-    folder, split = Path("results") / args.dataset, f"{args.dataset}/{args.split}"
-    seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
+    folder = Path("results") / args.dataset
     if args.compare:
-        runs = {name: load_results(folder, name, args.seed, args.split) for name in args.compare}
-        heading = f"{split}, {' against '.join(args.compare)}, {seeds}"
-        return compare(runs, heading, args.uncer_levels, args.resamples, folder)
+        compare(args, folder)
+        return
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split, mapped=bool(args.export)).to(device)
-    if not (args.export or args.prompts or args.most_uncertain or args.least_uncertain):
+    if not asks_question(args):
         check_counts(cache, args.uncer_levels, args.folds)
     adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
     if args.export:
-        return export(args.export, adaptors, cache, args.score, args.texts, partial(load_texts, args.dataset))
-    if args.prompts or args.most_uncertain or args.least_uncertain:
-        lists, sought = (args.most_uncertain, args.least_uncertain), (args.risk[0], args.risk_at[0], args.confidence)
-        answers = ask(adaptors, cache, folder, args.score, args.prompts, lists, sought)
-        return print(json.dumps(answers, indent=1) if args.json else tables.rows_as_tables(answers))
-    ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
-    chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
-    config = {key: getattr(args, key) for key in ("dataset", "split", "uncer_levels", "resamples", "folds")}
-    config["cache"] = cache.digest
-    risk = {"risks": args.risk, "confidence": args.confidence, "at": args.risk_at}
-    train = partial(EmbeddingCache, args.dataset, "train", mapped=True)
-    results, reference = {}, open_reference(train, cache, args.reference)
-    for scorer in every_scorer(cache, adaptors, args.score, reference):
-        run = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains, risk)
-        if run.is_uncertain:
-            run.bootstrap(args.uncer_levels, args.resamples)
-            run.save(folder, config | scorer.config)
-        results.setdefault(scorer.name, []).append(run)
-    title = f"{split}: {len(cache.image)} images, {len(cache.text)} captions; {seeds}"
-    flags = ["dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples"]
-    usual = {"score": PUBLISHED, "reference": None, "risk": RISKS, "confidence": SURE, "risk_at": RANKS}
-    flags += [flag for flag, value in usual.items() if getattr(args, flag) != value]
-    if args.score != PUBLISHED:
-        title, folder = f"{title}; {SCORES[args.score]}", folder / args.score
-    first = next(iter(adaptors.values()))
-    examples = None if args.no_plots else questions.example_captions(first, cache, score=args.score)
-    report(results, title, {flag: getattr(args, flag) for flag in flags}, folder, examples)
+        export_scores(args, adaptors, cache)
+    elif args.prompts:
+        print_answers(ask_prompts(args, adaptors, cache, folder), args.json)
+    elif args.most_uncertain or args.least_uncertain:
+        print_answers(list_captions(args, adaptors, cache), args.json)
+    else:
+        results = evaluate_all(args, adaptors, cache, folder)
+        report(args, results, adaptors, cache, folder)
 
 
 def parse(argv):
-    names, baselines = ", ".join(METHODS), ", ".join(BASELINES)
-    parser = Parser(description="Retrieval by uncertainty level, and what else to ask of a caption's uncertainty.")
-    add = parser.add_argument
-    add("--dataset", type=folder_name, default="coco", help="folder under embeddings/ (default: coco)")
-    choices = {"choices": [*METHODS, *GROUPS], "metavar": "METHOD", "help": f"{names}, or {', '.join(GROUPS)}"}
-    add("--method", nargs="+", default=["asymvlm-psd"], **choices)
-    add("--seed", nargs="+", type=seed_number, default=[0])
-    add("--split", type=folder_name, default="val")
-    add("--uncer_levels", "--uncer-levels", type=positive, default=10, help="equally many queries each (default: 10)")
-    folds = "also the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)"
-    add("--folds", type=positive, default=1, help=folds)
-    resamples = "of the bootstrap intervals over queries; 0: none (default: %(default)s)"
-    add("--resamples", type=whole_number, default=RESAMPLES, help=resamples)
-    score = "what ranks: as in the paper's repository, the frozen CLIP, or its authors (default: published)"
-    add("--score", choices=SCORES, default=PUBLISHED, help=score)
-    reference = "train images that reference-entropy compares texts with (default: all)"
-    add("--reference", type=positive, metavar="N", help=reference)
-    risk = "shares of wrong answers among those kept that are allowed (default: 0.1 0.2 0.3); --prompts takes the first"
-    add("--risk", nargs="+", type=chance, default=RISKS, metavar="R", help=risk)
-    add("--confidence", type=chance, default=SURE, help="that no more are wrong (default: %(default)s)")
-    at = "right is a right answer among the first K (default: 1 5); --prompts takes the first"
-    add("--risk-at", "--risk_at", nargs="+", type=positive, default=RANKS, metavar="K", help=at)
-    add("--no-plots", action="store_true", help="tables only")
-    add("--other-clip", action="store_true", help="evaluate heads on the embeddings of another CLIP than theirs")
-    add("--device", default="auto")
-    add = parser.add_argument_group("instead of an evaluation").add_argument
-    pair = f"paired bootstrap of two methods evaluated before (by another --score: METHOD.own), or of {baselines}"
-    add("--compare", nargs=2, metavar=("A", "B"), default=(), help=pair)
-    add("--prompts", nargs="+", metavar="TEXT", help="how uncertain these texts are; @FILE: a text a line")
-    add("--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
-    add("--least-uncertain", type=positive, default=0, metavar="N", help="list captions of the split")
-    add("--json", action="store_true", help="answer --prompts, --most-uncertain and --least-uncertain in JSON")
-    add("--export", type=export_file, metavar="FILE", help="the scores of the split's captions; .csv, .jsonl, .parquet")
-    add("--texts", type=folder_name, metavar="NAME", help="--export those of further embedded texts, texts/NAME")
+    parser = Parser(
+        description="Evaluate retrieval by uncertainty level, or answer a question about the "
+        "uncertainty of captions."
+    )
+    add_evaluation_flags(parser)
+    add_question_flags(parser)
     args = parser.parse_args(argv)
     args.method = expand_groups(args.method)
-    args.seed, args.risk, args.risk_at = (list(dict.fromkeys(of)) for of in (args.seed, args.risk, args.risk_at))
-    args.compare = [result_name(name, args.score) for name in args.compare]
-    known = {*BASELINES, *(method + suffix for method in METHODS for suffix in SUFFIXES.values())}
-    unknown = next((name for name in args.compare if name not in known), None)
-    asks = bool(args.prompts) + bool(args.most_uncertain or args.least_uncertain)
-    several = bool(args.compare) + bool(args.export) + asks > 1
-    asking = "--prompts, --most-uncertain and --least-uncertain"
-    for is_wrong, message in (
-        (torchrun_rank()[1] > 1, "eval.py runs alone; call it without torchrun"),
-        (unknown, f"--compare {unknown}: choose from {names}, {baselines}"),
-        (several, "--compare, --export, --prompts and lists of captions are questions of their own; ask one at a time"),
-        (args.texts and not args.export, "--texts: goes with --export"),
-        (args.json and not asks, f"--json: goes with {asking}; results/ holds the JSON of an evaluation"),
-        (args.compare and args.resamples < MIN_RESAMPLES, f"--resamples {args.resamples}: a comparison needs {MIN_RESAMPLES} at least"),
-        (len(set(args.compare)) == 1, f"--compare {' '.join(args.compare)}: give two different methods"),
-    ):
-        if is_wrong:
-            parser.error(message)
+    args.seed = list(dict.fromkeys(args.seed))
+    args.risk = list(dict.fromkeys(args.risk))
+    args.risk_at = list(dict.fromkeys(args.risk_at))
+    check_flags(parser, args)
     return args
+
+
+def add_evaluation_flags(parser):
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("--dataset", type=folder_name, default="coco", help="folder in embeddings/ (default: coco)")
+    add(
+        "--method",
+        nargs="+",
+        default=["asymvlm-psd"],
+        choices=[*METHODS, *GROUPS],
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}, or {', '.join(GROUPS)} (default: asymvlm-psd)",
+    )
+    add("--seed", nargs="+", type=seed_number, default=[0], help="seeds of the training")
+    add("--split", type=folder_name, default="val", help="split of the data set (default: val)")
+    add(
+        "--score",
+        choices=SCORES,
+        default=PUBLISHED,
+        help="what ranks: the score of the paper's repository, the frozen CLIP's cosine, or the "
+        "score of each method's authors (default: published)",
+    )
+    add(
+        "--reference",
+        type=positive,
+        metavar="N",
+        help="train images that reference-entropy compares texts with (default: all)",
+    )
+    add(
+        "--other-clip",
+        action="store_true",
+        help="evaluate heads on the embeddings of another CLIP than they were trained on",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+
+    add = parser.add_argument_group("how it is evaluated").add_argument
+    add(
+        "--uncer_levels",
+        "--uncer-levels",
+        type=positive,
+        default=10,
+        help="uncertainty levels, with equally many queries each (default: 10)",
+    )
+    add(
+        "--folds",
+        type=positive,
+        default=1,
+        help="also report the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)",
+    )
+    add(
+        "--resamples",
+        type=whole_number,
+        default=RESAMPLES,
+        help="bootstrap resamples for the intervals; 0: no intervals (default: %(default)s)",
+    )
+    add(
+        "--risk",
+        nargs="+",
+        type=chance,
+        default=selective.RISKS,
+        metavar="R",
+        help="shares of wrong answers among the kept ones that are allowed (default: 0.1 0.2 0.3); "
+        "--prompts takes the first",
+    )
+    add(
+        "--confidence",
+        type=chance,
+        default=selective.CONFIDENCE,
+        help="with which the risk is not exceeded (default: %(default)s)",
+    )
+    add(
+        "--risk-at",
+        "--risk_at",
+        nargs="+",
+        type=positive,
+        default=selective.RANKS,
+        metavar="K",
+        help="an answer counts as right if a right one is among the first K (default: 1 5); "
+        "--prompts takes the first",
+    )
+    add("--no-plots", action="store_true", help="write tables only")
+
+
+def add_question_flags(parser):
+    group = parser.add_argument_group("questions, instead of an evaluation")
+    group.add_argument(
+        "--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split"
+    )
+    group.add_argument(
+        "--least-uncertain",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="list captions of the split; goes with --most-uncertain",
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="compare two methods that are evaluated already, by a paired bootstrap; METHOD.own "
+        f"or METHOD.frozen for another --score, or one of {', '.join(TRAINING_FREE)}",
+    )
+    one.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="TEXT",
+        help="how uncertain these texts are; @FILE stands for the lines of a file",
+    )
+    one.add_argument(
+        "--export",
+        type=export_file,
+        metavar="FILE",
+        help="write the scores of the split's captions to a .csv, .jsonl or .parquet file",
+    )
+    group.add_argument(
+        "--texts",
+        type=folder_name,
+        metavar="NAME",
+        help="with --export: write those of further embedded texts, texts/NAME",
+    )
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="answer --prompts, --most-uncertain and --least-uncertain in JSON",
+    )
+
+
+def check_flags(parser, args):
+    """Exit with a message if the flags do not fit together."""
+    if torchrun_rank()[1] > 1:
+        parser.error("eval.py runs in a single process; call it without torchrun")
+    lists_captions = bool(args.most_uncertain or args.least_uncertain)
+    if lists_captions and (args.compare or args.prompts or args.export):
+        parser.error(
+            "--most-uncertain and --least-uncertain are not allowed with another question; "
+            "ask one at a time"
+        )
+    if args.texts and not args.export:
+        parser.error("--texts: goes with --export")
+    if args.json and not (args.prompts or lists_captions):
+        parser.error(
+            "--json: goes with --prompts, --most-uncertain and --least-uncertain; results/ holds "
+            "the JSON of an evaluation"
+        )
+    if args.compare:
+        check_comparison(parser, args)
+
+
+def check_comparison(parser, args):
+    """Turn --compare into two Rows; exit with a message if they cannot be compared."""
+    rows = [parse_row(name, args.score) for name in args.compare]
+    for row in rows:
+        if row.method not in METHODS and row.method not in TRAINING_FREE:
+            choices = ", ".join([*METHODS, *TRAINING_FREE])
+            parser.error(f"--compare {row_name(row)}: choose from {choices}")
+    if rows[0] == rows[1]:
+        parser.error(f"--compare {' '.join(args.compare)}: give two different methods")
+    if args.resamples < MIN_RESAMPLES:
+        parser.error(f"--resamples {args.resamples}: a comparison needs at least {MIN_RESAMPLES}")
+    args.compare = rows
+
+
+def asks_question(args):
+    """Whether eval.py answers a question instead of an evaluation."""
+    return bool(
+        args.compare or args.export or args.prompts or args.most_uncertain or args.least_uncertain
+    )
 
 
 def check_counts(cache, levels, folds):
     """Raise a UserError if there are more levels or folds than queries to fill them."""
-    queries = len(cache.image_of_caption.unique())  # images that have a caption: there are no fewer captions
-    for flag, count, what in (("uncer_levels", levels, "levels"), ("folds", folds, "folds")):
-        there = f"there are only {queries} image queries in {cache.folder}"
-        need(count <= queries, f"--{flag} {count}: {there}; choose fewer {what}")
+    queries = len(cache.image_of_caption.unique())  # images with captions; no fewer captions
+    reason = f"there are only {queries} image queries in {cache.folder}"
+    need(levels <= queries, f"--uncer_levels {levels}: {reason}; choose fewer levels")
+    need(folds <= queries, f"--folds {folds}: {reason}; choose fewer folds")
 
 
-def report(results, title, flags, folder, examples):
-    """Write tables and plots of {row name: [Results, one a seed]}, made with these flags; print the short ones.
+# Evaluation.
 
-    Args: examples: as `questions.example_captions` gives them; None: no plots.
-    """
+
+def evaluate_all(args, adaptors, cache, folder):
+    """Evaluate every row and save its results: {Row: [Results, one per seed]}."""
+    ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
+    chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
+    risk = {"risks": args.risk, "confidence": args.confidence, "at": args.risk_at}
+    config = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "uncer_levels": args.uncer_levels,
+        "resamples": args.resamples,
+        "folds": args.folds,
+        "cache": cache.digest,
+    }
+
+    def load_train_split():
+        return EmbeddingCache(args.dataset, "train", mapped=True)
+
+    reference = open_reference(load_train_split, cache, args.reference)
+    results = {}
+    for scorer in every_scorer(cache, adaptors, args.score, reference):
+        run = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains, risk)
+        if run.is_uncertain:
+            run.bootstrap(args.uncer_levels, args.resamples)
+            run.save(folder, {**config, **scorer.config})
+        results.setdefault(scorer.row, []).append(run)
+    return results
+
+
+def report(args, results, adaptors, cache, folder):
+    """Write the tables and plots of all rows; print the short ones."""
+    images = len(cache.image)
+    captions = len(cache.text)
+    title = f"{args.dataset}/{args.split}: {images} images, {captions} captions; {seeds_of(args)}"
+    if args.score != PUBLISHED:
+        title += f"; {SCORES[args.score]}"
+        folder = folder / args.score
     texts = tables.write_all(results, title)
-    pictures = {} if examples is None else plots.draw_all(results, examples, folder)
-    words = (f"--{flag} {' '.join(map(str, v)) if isinstance(v, list) else v}" for flag, v in flags.items())
-    page = results_page(title, f"python eval.py {' '.join(words)}", texts, pictures)
-    save_texts(texts | {"README.md": page}, folder)
-    logging.info("written to %s: README.md, tables and plots; and a .json and .npz for every method and seed\n", folder)
+    plot_captions = {}
+    if not args.no_plots:
+        from utils.evaluation import plots
+
+        first_adaptor = next(iter(adaptors.values()))
+        examples = prompts.example_captions(first_adaptor, cache, score=args.score)
+        plot_captions = plots.draw_all(results, examples, folder)
+    page = results_page(title, command_of(args), texts, plot_captions)
+    save_texts({**texts, "README.md": page}, folder)
+    logging.info("written to %s: README.md, tables and plots", folder)
+    logging.info("and for every method and seed a .json and an .npz file\n")
     print(texts["report.txt"], end="")
 
 
-def compare(runs, heading, levels, resamples, folder):
-    """Print and write how two methods, {method: [Results, one a seed]}, differ over the same queries."""
-    text = f"{heading}: {resamples} paired resamples of the images and, each by itself, of the seeds; "
-    text += f"{CONFIDENCE:.0%} intervals\n\n{questions.paired_bootstrap(runs, levels, resamples)}\n"
-    save_texts({f"{'-against-'.join(runs)}.txt": text}, folder)
+def seeds_of(args):
+    """ "seed 0" or "seeds 0, 1, 2"."""
+    return f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
+
+
+def command_of(args):
+    """The command that makes these results again."""
+    flags = {
+        "dataset": args.dataset,
+        "method": args.method,
+        "seed": args.seed,
+        "split": args.split,
+        "uncer_levels": args.uncer_levels,
+        "folds": args.folds,
+        "resamples": args.resamples,
+    }
+    defaults = {
+        "score": PUBLISHED,
+        "reference": None,
+        "risk": selective.RISKS,
+        "confidence": selective.CONFIDENCE,
+        "risk_at": selective.RANKS,
+    }
+    for flag, default in defaults.items():
+        value = getattr(args, flag)
+        if value != default:
+            flags[flag] = value
+    words = ["python", "eval.py"]
+    for flag, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{flag}", *map(str, values)]
+    return " ".join(words)
+
+
+# Questions.
+
+
+def compare(args, folder):
+    """Print and save how two methods differ over the same queries."""
+    results = {row: load_results(folder, row, args.seed, args.split) for row in args.compare}
+    names = [row_name(row) for row in results]
+    differences = paired_bootstrap(results, args.uncer_levels, args.resamples)
+    text = (
+        f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}: "
+        f"{args.resamples} paired resamples of the images and, independently, of the seeds; "
+        f"{CONFIDENCE:.0%} intervals\n\n{differences}\n"
+    )
+    save_texts({f"{'-against-'.join(names)}.txt": text}, folder)
     print(text, end="")
 
 
-def ask(adaptors, cache, folder, score, prompts, lists, sought):
-    """How uncertain prompts are, or else the most and least uncertain captions: {method, seed: [dict, one a text]}.
+def export_scores(args, adaptors, cache):
+    """Write the scores of the split, or of further texts, to a file."""
 
-    Args: lists: how many of these; sought: risk, k and confidence that thresholds in results/<name>/ are for.
-    """
-    if prompts:
-        texts, clip = questions.prompts_from(prompts), clip_id(folder.name)
-        z = to_dtype(encode_texts(clip.load(cache.device), texts), clip.dtype, texts)
+    def load(stem):
+        return load_texts(args.dataset, stem, cache.embed_dim, meta=cache.meta)
+
+    texts = load_export_texts(args.texts, load, cache) if args.texts else None
+    export(args.export, adaptors, cache, args.score, texts)
+
+
+def ask_prompts(args, adaptors, cache, folder):
+    """How uncertain the texts of --prompts are: {"method, seed 0": [dict, one per text]}."""
+    # It imports open_clip, which takes seconds.
+    from utils.embed import encode_texts, to_dtype
+
+    texts = prompts.prompts_from(args.prompts)
+    clip = clip_id(args.dataset)
+    z = to_dtype(encode_texts(clip.load(cache.device), texts), clip.dtype, texts)
     answers = {}
     for (method, seed), adaptor in adaptors.items():
-        if prompts:
-            file = threshold_file(folder, result_name(method, score), seed)
-            decide = questions.decision(file, adaptor, cache, *sought)
-            rows = questions.describe_prompts(adaptor, cache, texts, z, score, decide)
-        else:
-            rows = questions.describe_captions(adaptor, cache, *lists)
+        file = threshold_file(folder, Row(method, args.score), seed)
+        decide = prompts.decision(
+            file, adaptor, cache, args.risk[0], args.risk_at[0], args.confidence
+        )
+        rows = prompts.describe_prompts(adaptor, cache, texts, z, args.score, decide)
         answers[f"{method}, seed {seed}"] = rows
     return answers
+
+
+def list_captions(args, adaptors, cache):
+    """The most and least uncertain captions: {"method, seed 0": [dict, one per caption]}."""
+    answers = {}
+    for (method, seed), adaptor in adaptors.items():
+        rows = prompts.describe_captions(adaptor, cache, args.most_uncertain, args.least_uncertain)
+        answers[f"{method}, seed {seed}"] = rows
+    return answers
+
+
+def print_answers(answers, as_json):
+    if as_json:
+        print(json.dumps(answers, indent=1))
+    else:
+        print(tables.answers_text(answers))
 
 
 if __name__ == "__main__":

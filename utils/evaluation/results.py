@@ -1,8 +1,8 @@
-"""A scorer in, what its evaluation finds out, in two files: .json (figures, intervals) and .npz (one entry a query)."""
+"""The evaluation of a scorer, and its two files: .json (metrics, intervals) and .npz (answers)."""
 
-import itertools
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,173 +19,228 @@ from utils.evaluation.figures import (
     uncertainty_of,
 )
 from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
+from utils.evaluation.ranking import rank_queries
+from utils.evaluation.scorers import PUBLISHED, SCORES, Row, answer
 from utils.evaluation.selective import split_queries
-from utils.evaluation.scorers import BASELINES, PUBLISHED, SCORES, answer, recall_in_folds
+from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import load_arrays, load_json, save_json, written_aside
 
-SUFFIXES = {score: "" if score == PUBLISHED else f".{score}" for score in SCORES}  # of the name of a method's results
-FIELDS = ("query", "rank", "top1")  # of every query, which has an uncertainty, too
+FIELDS = ("query", "rank", "top1")  # that the answers of both directions have
 
 
 @dataclass
 class Results:
     """The results of one method and seed.
 
-    The content of the .json is "t2i" and "i2t", recall by level; "by_image", the same by the image's uncertainty, by
-    which "t2i" and "i2t" go too where texts have none; "metrics", as `measure` gives them; "ladder", "depth",
-    "risk", as `guarantees` takes it, "intervals", "config".
+    Attributes:
+        answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
+        content: of the .json file. "t2i" and "i2t": recall by level, of the text's uncertainty if
+            texts have one, else the image's; "by_image": the same, of the image's; "metrics": as
+            `measure` returns them; "intervals"; "ladder": uncertainty of each prompt of the ladder;
+            "depth": uncertainty by depth in caption chains; "risk": the arguments of `guarantees`;
+            "config": how the results were made.
+        draws: as `measure_resamples` returns them.
+        needs: as `Scorer` has it; it is not saved.
     """
 
-    answers: dict  # {"t2i", "i2t"}, as `answer` gives them
+    answers: dict
     content: dict
-    draws: dict = field(default_factory=dict)  # as `measure_resamples` gives them
-    needs: str = ""  # as `Scorer` has it; not in the files
+    draws: dict = field(default_factory=dict)
+    needs: str = ""
 
     @classmethod
-    def of(cls, answers, levels):
+    def of(cls, answers: dict, levels: int) -> "Results":
         """The results that follow from answers alone."""
-        by_query, by_image = (
-            {d: recall_by_level(a["rank"] == 1, of(a), levels) for d, a in answers.items() if of(a) is not None}
-            for of in (uncertainty_of, lambda fields: fields.get("image_uncertainty"))
-        )
-        return cls(answers, {"metrics": measure(answers, levels), "by_image": by_image} | by_query)
+        content = {"metrics": measure(answers, levels), "by_image": {}}
+        for direction, answered in answers.items():
+            correct = answered["rank"] == 1
+            if "image_uncertainty" in answered:
+                by_image = recall_by_level(correct, answered["image_uncertainty"], levels)
+                content["by_image"][direction] = by_image
+            uncertainty = uncertainty_of(answered)
+            if uncertainty is not None:
+                content[direction] = recall_by_level(correct, uncertainty, levels)
+        return cls(answers, content)
 
     @property
-    def is_uncertain(self):
-        """Whether the scorer has an uncertainty."""
+    def is_uncertain(self) -> bool:
+        """Whether the scorer has an uncertainty, of texts or of images."""
         return "t2i" in self.content
 
     @property
-    def has_uncertain_texts(self):
-        """Whether it is the text's."""
+    def has_uncertain_texts(self) -> bool:
+        """Whether texts have an uncertainty."""
         return "uncertainty" in self.answers["t2i"]
 
-    def bootstrap(self, levels, resamples):
-        """Add draws and intervals; gives itself back."""
+    def bootstrap(self, levels: int, resamples: int) -> "Results":
+        """Add resamples and intervals; returns itself."""
         self.draws = measure_resamples(self.answers, levels, resamples)
-        self.content["intervals"] = {k: {n: interval(d) for n, d in draws.items()} for k, draws in self.draws.items()}
+        intervals = {}
+        for key, draws in self.draws.items():
+            intervals[key] = {name: interval(values) for name, values in draws.items()}
+        self.content["intervals"] = intervals
         return self
 
-    def save(self, folder, config):
-        """Write the two files to results/<name>/; config says how they were made, as `Scorer.config` among it."""
-        name = config["method"] + SUFFIXES[config.get("score", PUBLISHED)]
-        document, table = result_files(folder, name, config["seed"])
-        save_json(self.content | {"config": config}, document, indent=1)
-        arrays = {f"{d}_{name}": values for d, fields in self.answers.items() for name, values in fields.items()}
+    def save(self, folder: Path, config: dict) -> None:
+        """Write the files to results/<name>/.
+
+        Args:
+            config: how the results were made, with the scorer's own config.
+        """
+        row = Row(config["method"], config.get("score", PUBLISHED))
+        document, table = result_files(folder, row, config["seed"])
+        save_json({**self.content, "config": config}, document, indent=1)
+        arrays = {}
+        for direction, answered in self.answers.items():
+            for name, values in answered.items():
+                arrays[f"{direction}_{name}"] = values
         with written_aside(table) as file:
             np.savez_compressed(file, **arrays)
         if "risk" in self.content:
-            save_json(self.thresholds(config), threshold_file(folder, name, config["seed"]), indent=1)
+            path = threshold_file(folder, row, config["seed"])
+            save_json(self.thresholds(config), path, indent=1)
 
-    def thresholds(self, config):
-        """What `selective.load_threshold` reads, of texts: thresholds, what they keep, and what they were calibrated on."""
-        given, metrics, known = self.content["risk"], self.content["metrics"], []
-        for k, risk in itertools.product(given["at"], given["risks"]):
-            figures = metrics[f"risk_t2i_at_{k}"]
-            found = {entry: figures[f"{entry} at {risk:g}"] for entry in ("threshold", "coverage", "error")}
-            known.append({"risk": risk, "k": k} | found)
-        calibrated = len(split_queries(self.answers["t2i"]["image"])[0])
-        facts = {key: config.get(key) for key in ("dataset", "split", "cache", "method", "seed", "checkpoint")}
-        facts |= {"score": config.get("score", PUBLISHED), "captions": calibrated}
-        return {"direction": "t2i", "confidence": given["confidence"], "guarantees": known, "calibrated_on": facts}
+    def thresholds(self, config: dict) -> dict:
+        """What `selective.load_threshold` reads: thresholds of texts, and their calibration set."""
+        settings = self.content["risk"]
+        guaranteed = []
+        for k in settings["at"]:
+            metrics = self.content["metrics"][f"risk_t2i_at_{k}"]
+            for risk in settings["risks"]:
+                guaranteed.append(
+                    {
+                        "risk": risk,
+                        "k": k,
+                        "threshold": metrics[f"threshold at {risk:g}"],
+                        "coverage": metrics[f"coverage at {risk:g}"],
+                        "error": metrics[f"error at {risk:g}"],
+                    }
+                )
+        calibration, _, _ = split_queries(self.answers["t2i"]["image"])
+        calibrated_on = {
+            "dataset": config.get("dataset"),
+            "split": config.get("split"),
+            "cache": config.get("cache"),
+            "method": config.get("method"),
+            "seed": config.get("seed"),
+            "checkpoint": config.get("checkpoint"),
+            "score": config.get("score", PUBLISHED),
+            "captions": len(calibration),
+        }
+        return {
+            "direction": "t2i",
+            "confidence": settings["confidence"],
+            "guarantees": guaranteed,
+            "calibrated_on": calibrated_on,
+        }
 
     @classmethod
-    def load(cls, document, table, split):
-        """Read what `save` wrote, a .json and an .npz.
+    def load(cls, document: Path, table: Path, split: str) -> "Results":
+        """Read the .json and .npz that `save` wrote.
 
-        Raises: UserError if it is something else, or of another split.
+        Raises: UserError if they are something else, or of another split.
         """
-        content, arrays = load_json(document), load_arrays(table)
+        content = load_json(document)
+        arrays = load_arrays(table)
         config = content.get("config") if isinstance(content, dict) else None
-        is_of = config.get("split") if isinstance(config, dict) else None
-        need(is_of == split, f"{document}: results of the split {is_of}, not {split}; evaluate again")
-        answers = {d: {key[4:]: values for key, values in arrays.items() if key[:4] == f"{d}_"} for d in DIRECTIONS}
-        wanted = f"{', '.join(FIELDS)}, uncertainty"
-        problem = f"{table}: has not one entry a query of {wanted} in both directions; evaluate again"
-        for fields in answers.values():
-            shapes = {values.shape for values in fields.values()}
-            is_whole = fields.keys() >= {*FIELDS} and uncertainty_of(fields) is not None
-            need(is_whole and len(shapes) == 1 and len(*shapes) == 1, problem)
+        found_split = config.get("split") if isinstance(config, dict) else None
+        problem = f"these are results of the split {found_split}, not of {split}"
+        need(found_split == split, f"{document}: {problem}; evaluate again")
+        answers = {}
+        for direction in DIRECTIONS:
+            prefix = f"{direction}_"
+            answers[direction] = {
+                name.removeprefix(prefix): values
+                for name, values in arrays.items()
+                if name.startswith(prefix)
+            }
+            _check_answers(answers[direction], table)
         return cls(answers, content)
 
 
-def result_files(folder, name, seed):
-    """The .json and .npz of results under results/<name>/, named as by `result_name`; baselines have no seed."""
-    path = folder / ("baselines" if name in BASELINES else str(seed)) / name
-    return path.with_name(f"{name}.json"), path.with_name(f"{name}.npz")
+def _check_answers(answered, table):
+    """Raise a UserError if the answers of one direction are not complete."""
+    names = f"{', '.join(FIELDS)} and uncertainty"
+    problem = f"{table}: it does not have one entry per query of {names} in both directions"
+    has_all = all(name in answered for name in FIELDS) and uncertainty_of(answered) is not None
+    need(has_all, f"{problem}; evaluate again")
+    shapes = {values.shape for values in answered.values()}
+    is_one_entry_per_query = len(shapes) == 1 and len(answered["rank"].shape) == 1
+    need(is_one_entry_per_query, f"{problem}; evaluate again")
 
 
-def threshold_file(folder, name, seed):
-    """The .threshold.json beside them."""
-    document = result_files(folder, name, seed)[0]
-    return document.with_name(f"{name}.threshold.json")
+# Files.
 
 
-def result_name(method, score):
-    """A name of results, such as "pfe.own" where its own score ranks; what is such a name stays, as a baseline does."""
-    return method if method in BASELINES or "." in method else method + SUFFIXES[score]
+def row_name(row):
+    """The name of a row's files, such as "pfe", or "pfe.own" if its own score ranks."""
+    return row.method if row.score == PUBLISHED else f"{row.method}.{row.score}"
 
 
-def load_results(folder, name, seeds, split):
-    """What was saved under a name: a list of Results, one a seed.
+def parse_row(name, score=PUBLISHED):
+    """The Row of a name such as "pfe" or "pfe.own"; without a suffix, this score ranks.
 
-    Raises: UserError if one is missing, or as `Results.load`.
+    Training-free rows always rank by the published score.
     """
-    files = dict.fromkeys(result_files(folder, name, seed) for seed in seeds)
-    method, _, score = name.partition(".")
-    flags = f"--method {'all' if name in BASELINES else method} --seed {' '.join(map(str, seeds))}"
-    command = f"python eval.py --dataset {folder.name} {flags}{score and f' --score {score}'}"
-    for pair in files:
-        missing = next((file for file in reversed(pair) if not file.exists()), None)
-        need(missing is None, f"{missing}: no such results; make them with {command}")
-    return [Results.load(*pair, split) for pair in files]
+    method, dot, suffix = name.rpartition(".")
+    if dot and suffix in SCORES:
+        return Row(method, suffix)
+    return Row(name) if name in TRAINING_FREE else Row(name, score)
+
+
+def result_files(folder, row, seed):
+    """The .json and .npz of a Row under results/<name>/; training-free rows have no seed."""
+    subfolder = "baselines" if row.method in TRAINING_FREE else str(seed)
+    name = row_name(row)
+    return folder / subfolder / f"{name}.json", folder / subfolder / f"{name}.npz"
+
+
+def threshold_file(folder, row, seed):
+    """The .threshold.json beside them."""
+    document, _ = result_files(folder, row, seed)
+    return document.with_name(f"{row_name(row)}.threshold.json")
+
+
+def load_results(folder, row, seeds, split):
+    """The saved results of a Row: a list of Results, one per seed.
+
+    Raises: UserError if a file is missing, or as `Results.load`.
+    """
+    method = "all" if row.method in TRAINING_FREE else row.method
+    command = f"python eval.py --dataset {folder.name} --method {method}"
+    command += f" --seed {' '.join(map(str, seeds))}"
+    if row.score != PUBLISHED:
+        command += f" --score {row.score}"
+    files = dict.fromkeys(result_files(folder, row, seed) for seed in seeds)
+    results = []
+    for document, table in files:
+        for path in (table, document):
+            need(path.exists(), f"{path}: there are no such results; make them with {command}")
+        results.append(Results.load(document, table, split))
+    return results
 
 
 def check_same_queries(results, flag):
-    """How many queries each direction of {name: [Results, one a seed]} has.
-
-    Raises: UserError, which names the flag, if the queries or the caches are not the same.
-    """
-    everything = [run for runs in results.values() for run in runs]
-    caches = {(run.content.get("config") or {}).get("cache") for run in everything}
-    named, cure = ", ".join(sorted(map(str, caches))), "evaluate them again"
-    need(len(caches) == 1, f"{flag}: the results are of different caches ({named}); {cure}")
-    sizes = {tuple(len(fields["rank"]) for fields in run.answers.values()) for run in everything}
-    need(len(sizes) == 1, f"{flag}: the results are of different queries ({sorted(sizes)}); {cure}")
-    return sizes.pop()
-
-
-@torch.inference_mode()
-def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None):
-    """All figures of one scorer on one split.
+    """Check that rows answered the same queries of the same cache.
 
     Args:
-        scorer: Scorer of the cache.
-        cache: EmbeddingCache.
-        levels: K.
-        folds: parts of the gallery; 1: none.
-        ladder, chains: what load_texts and load_chains return.
-        risk: what `guarantees` takes, a dict; None: no thresholds.
-    Returns: Results.
+        results: {row: [Results, one per seed]}.
+        flag: of the command line, for the message.
+    Returns: how many queries each direction has, (t2i, i2t).
+    Raises: UserError if they differ.
     """
-    results = Results.of(answer(scorer, cache), levels)
-    if folds > 1:
-        results.content["metrics"][FOLDS.key] = recall_in_folds(scorer, cache, folds)
-    if results.is_uncertain and risk:
-        results.content["risk"] = risk
-        results.content["metrics"] |= measure(results.answers, levels, guarantees(**risk))
-    results.needs = scorer.needs
-    if results.is_uncertain and not results.has_uncertain_texts:
-        logging.info("%s: its texts have no uncertainty: levels are the image's, and prompts left out", scorer.name)
-        ladder = chains = None
-    if ladder is not None and scorer.on_ladder:
-        values = scorer.text_uncertainty(*ladder[:2]).tolist()
-        results.content["ladder"] = [{"prompt": p, "uncertainty": u} for p, u in zip(ladder[0], values, strict=True)]
-    for stem, (texts, z, rows) in (chains or {}).items() if results.is_uncertain else ():
-        uncertainty, section = scorer.text_uncertainty(texts, z), hierarchy(stem)
-        results.content["metrics"][section.key] = section.measure({"uncertainty": uncertainty, "chains": rows})
-        results.content.setdefault("depth", {})[stem] = uncertainty_by_depth(uncertainty, rows)
-    return results
+    caches = set()
+    sizes = set()
+    for runs in results.values():
+        for run in runs:
+            config = run.content.get("config") or {}
+            caches.add(config.get("cache"))
+            sizes.add(tuple(len(answered["rank"]) for answered in run.answers.values()))
+    names = ", ".join(sorted(map(str, caches)))
+    cure = "evaluate them again"
+    need(len(caches) == 1, f"{flag}: the results are of different caches ({names}); {cure}")
+    need(len(sizes) == 1, f"{flag}: the results are of different queries ({sorted(sizes)}); {cure}")
+    return sizes.pop()
 
 
 def save_texts(texts, folder):
@@ -193,3 +248,83 @@ def save_texts(texts, folder):
     for name, text in texts.items():
         with written_aside(folder / name) as file:
             file.write(text.encode())
+
+
+# Evaluation.
+
+
+@torch.inference_mode()
+def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None):
+    """All metrics of one scorer on one split.
+
+    Args:
+        scorer: Scorer of the cache.
+        cache: EmbeddingCache.
+        levels: K.
+        folds: parts of the gallery; 1: none.
+        ladder: prompts, as `load_texts` returns them, or None.
+        chains: caption chains, as `load_chains` returns them, or None.
+        risk: arguments of `guarantees`, a dict; None: no thresholds.
+    Returns: Results.
+    """
+    results = Results.of(answer(scorer, cache), levels)
+    results.needs = scorer.needs
+    metrics = results.content["metrics"]
+    if folds > 1:
+        metrics[FOLDS.key] = recall_in_folds(scorer, cache, folds)
+    if not results.is_uncertain:
+        return results
+    if risk:
+        results.content["risk"] = risk
+        metrics.update(measure(results.answers, levels, guarantees(**risk)))
+    if results.has_uncertain_texts:
+        add_texts(results, scorer, ladder, chains or {})
+    else:
+        logging.info(
+            "%s: its texts have no uncertainty; levels are by the image's, and prompts are left out",
+            scorer.row.method,
+        )
+    return results
+
+
+def add_texts(results, scorer, ladder, chains):
+    """Add the uncertainty of further texts to results: the prompt ladder and caption chains."""
+    content = results.content
+    if ladder is not None and scorer.on_ladder:
+        prompts, z = ladder[:2]
+        values = scorer.text_uncertainty(prompts, z).tolist()
+        content["ladder"] = [
+            {"prompt": prompt, "uncertainty": value}
+            for prompt, value in zip(prompts, values, strict=True)
+        ]
+    for stem, (texts, z, rows) in chains.items():
+        uncertainty = scorer.text_uncertainty(texts, z)
+        section = hierarchy(stem)
+        view = {"uncertainty": uncertainty, "chains": rows}
+        content["metrics"][section.key] = section.measure(view)
+        content.setdefault("depth", {})[stem] = uncertainty_by_depth(uncertainty, rows)
+
+
+def recall_in_folds(scorer, cache, folds):
+    """Recall in each of several consecutive parts of the gallery, averaged: {metric name: float}.
+
+    COCO 1K is the mean over 5 folds of the 5K test images.
+    """
+    image_of_caption = cache.image_of_caption.cpu()
+    measured = []
+    for images in torch.arange(len(cache.image)).tensor_split(folds):
+        is_in_fold = (image_of_caption >= images[0]) & (image_of_caption <= images[-1])
+        captions = is_in_fold.nonzero().flatten()
+        answers = _rank_fold(scorer, images, captions, image_of_caption)
+        ranks = {f"{direction}_rank": answers[direction]["rank"] for direction in answers}
+        measured.append(FOLDS.measure(ranks))
+    return {name: float(np.mean([fold[name] for fold in measured])) for name in measured[0]}
+
+
+def _rank_fold(scorer, images, captions, image_of_caption):
+    """What `rank_queries` returns for some consecutive images and their captions."""
+
+    def score(image_rows, caption_rows):
+        return scorer.score(images[image_rows], captions[caption_rows])
+
+    return rank_queries(score, image_of_caption[captions] - images[0], len(images))

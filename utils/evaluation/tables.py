@@ -1,7 +1,8 @@
-"""Results in, tables that a person can read out: on the screen, as markdown and as CSV.
+"""Tables of results: on the screen, as markdown and as CSV.
 
-Results are {row name: [Results, one a seed]}. A table is {Figure: {row name: (mean, deviation) over seeds}}: None where
-undefined, nan where a figure does not apply; the deviation of a single seed is None.
+Results are {Row: [Results, one per seed]}. A table is {Figure: {Row: (mean, std) over seeds}}. A
+mean is None where the metric is undefined, and NaN where it does not apply; the standard deviation
+of a single seed is None.
 """
 
 import csv
@@ -11,252 +12,410 @@ import numpy as np
 
 from utils.evaluation.bootstrap import interval, over_seeds, p_value
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, guarantees, hierarchy
-from utils.evaluation.scorers import BASELINES, BESIDE
+from utils.evaluation.scorers import PUBLISHED
+from utils.evaluation.training_free import TRAINING_FREE
 
 COMPARED = [section for section in SECTIONS if section.compared]
-NOTE = """Resampled: images, each with all its captions, and, of several seeds, the seeds; the interval is of the mean
-over seeds. Three seeds tell little of their variance: it is understated by a third. A resample is noisier than the
-sample: intervals of S, R2 and -S*R2 lie towards the worse side and may leave out the figure itself."""
+DETAILED = [section for section in SECTIONS if not section.compared]
+NOTE = """We resample images, each with all its captions, and with several seeds also the seeds; the
+interval is of the mean over seeds. Three seeds tell little of their variance: it is understated by
+a third. A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse
+side and may not contain the metric itself."""
 
-KEPT = """Answers are kept up to a threshold of uncertainty, chosen on half of the images so that at most a share of
-0.1, ... of those kept is wrong, with {:.0%} confidence. Coverage (the share kept) and error (the share of these that is
-wrong) are measured on the other half. Coverage 0, threshold undefined: none qualifies, or not of every seed."""
+KEPT = """Answers are kept up to a threshold of uncertainty. It is chosen on half of the images such
+that at most a share of 0.1, ... of the kept answers is wrong, with {:.0%} confidence. Coverage (the
+share of answers that are kept) and error (the share of these that are wrong) are measured on the
+other half. Coverage 0, threshold undefined: no threshold qualifies, or not in every seed."""
+
+
+# Names of rows, and cells.
+
+
+def row_label(row, score=PUBLISHED):
+    """The printed name of a Row, such as "pfe" or "probvlm, frozen score".
+
+    Args:
+        score: what ranks in the whole table, which the names then leave out.
+    """
+    is_named = row.score not in (PUBLISHED, score)
+    return f"{row.method}, {row.score} score" if is_named else row.method
+
+
+def labels_of(results):
+    """The printed names of rows: {Row: name}. A score that all trained heads share is left out."""
+    scores = {row.score for row, runs in results.items() if runs[0].needs == "training"}
+    shared_score = scores.pop() if len(scores) == 1 else PUBLISHED
+    return {row: row_label(row, shared_score) for row in results}
+
+
+def number(mean, std=None, form=".3f"):
+    """A metric as text: "0.613", or "0.613 ± 0.004"; "undefined" for None, "-" for NaN."""
+    if mean is None:
+        return "undefined"
+    if np.isnan(mean):
+        return "-"
+    if std is None:
+        return f"{mean:{form}}"
+    return f"{mean:{form}} ± {std:{form}}"
+
+
+def between(draws, form=".3f"):
+    """The 95 % interval of the resamples of a metric as text, " [0.388, 0.412]"; "" if undefined."""
+    limits = interval(draws)
+    if limits is None:
+        return ""
+    low, high = limits
+    return f" [{low:{form}}, {high:{form}}]"
+
+
+def is_best(figure, row, cells):
+    """Whether a row's mean, as it is printed, is the best of a column {Row: (mean, std)}."""
+    means = [mean for mean, _ in cells.values() if _is_number(mean)]
+    best = max(means) if figure.more_is_better else min(means)
+    mean, _ = cells[row]
+    return number(mean) == number(best)
+
+
+def _is_number(mean):
+    return mean is not None and not np.isnan(mean)
+
+
+def _plain_cell(section, figure, row, cells):
+    return number(*cells[row], form=figure.form)
+
+
+def _bold_cell(section, figure, row, cells):
+    """The text of a cell, in bold if it is the best of its column."""
+    text = _plain_cell(section, figure, row, cells)
+    if len(cells) > 1 and figure.more_is_better is not None and is_best(figure, row, cells):
+        return f"**{text}**"
+    return text
+
+
+# From results to tables.
 
 
 def tables_of(results, sections=COMPARED):
-    """{Section: table}, without figures that no row has."""
+    """{Section: table}, without metrics that no row has."""
     tables = {}
     for section in sections:
-        rows = {name: runs for name, runs in results.items() if section.key in runs[0].content["metrics"]}
+        rows = {}
+        for row, runs in results.items():
+            if section.key in runs[0].content["metrics"]:
+                rows[row] = runs
+        table = {}
         for figure in section.figures:
-            cells = {name: _over_seeds(runs, section, figure) for name, runs in rows.items()}
-            if figure.column and any(map(_is_defined, cells.values())):
-                tables.setdefault(section, {})[figure] = cells
+            cells = {row: mean_and_std(runs, section, figure) for row, runs in rows.items()}
+            if figure.column and any(_is_number(mean) for mean, _ in cells.values()):
+                table[figure] = cells
+        if table:
+            tables[section] = table
     return tables
 
 
-def _over_seeds(runs, section, figure):
+def mean_and_std(runs, section, figure):
+    """The mean of a metric over seeds and its standard deviation, None for a single seed."""
     values = [run.content["metrics"][section.key].get(figure.name, np.nan) for run in runs]
     if None in values:
         return None, None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def _is_defined(cell):
-    return cell[0] is not None and not np.isnan(cell[0])
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), std
 
 
 def draws_of(runs, section, figure, side=0):
-    """A figure in every resample, averaged over the seeds drawn; None where it was not resampled."""
+    """The resamples of a metric, averaged over resampled seeds; None if it has none."""
     if figure.name not in runs[0].draws.get(section.key, {}):
         return None
     return over_seeds([run.draws[section.key][figure.name] for run in runs], side)
 
 
 def paired_draws(runs, others, section, figure):
-    """A figure's difference of two methods in resamples of both, of seeds drawn for each; None without draws."""
-    draws = [draws_of(of_one, section, figure, side) for side, of_one in enumerate((runs, others))]
-    return None if any(of_one is None for of_one in draws) else draws[0] - draws[1]
+    """The resamples of the difference of two methods, runs - others; None if one has none."""
+    draws = draws_of(runs, section, figure, side=0)
+    draws_of_others = draws_of(others, section, figure, side=1)
+    if draws is None or draws_of_others is None:
+        return None
+    return draws - draws_of_others
 
 
-def between(draws, form=".3f"):
-    """The 95 % interval of a figure's draws as text, " [0.388, 0.412]"; "" where undefined."""
-    limits = interval(draws)
-    return f" [{limits[0]:{form}}, {limits[1]:{form}}]" if limits else ""
+def risk_settings(results):
+    """The arguments of `guarantees` that results were evaluated with, or None."""
+    for runs in results.values():
+        for run in runs:
+            if "risk" in run.content:
+                return run.content["risk"]
+    return None
 
 
-def number(mean, deviation=None, form=".3f"):
-    """A figure as text: "0.613", with a deviation "0.613 ± 0.004"; "undefined" for None, "-" for nan."""
-    if mean is None:
-        return "undefined"
-    if np.isnan(mean):
-        return "-"
-    return f"{mean:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
+def risk_sections(results):
+    """The sections of selective retrieval that results have."""
+    settings = risk_settings(results)
+    return guarantees(**settings) if settings else []
+
+
+def needs_of(results):
+    """What the uncertainty of each row needs besides the text: {Row: str}."""
+    return {row: runs[0].needs for row, runs in results.items()}
+
+
+# The files of a results folder.
 
 
 def write_all(results, title):
     """The texts of a results folder: {file name: text}."""
-    stems = dict.fromkeys(stem for runs in results.values() for stem in runs[0].content.get("depth", {}))
-    compared, needs = tables_of(results), needs_of(results)
-    detailed = tables_of(results, [*(section for section in SECTIONS if not section.compared), *map(hierarchy, stems)])
+    stems = {}
+    for runs in results.values():
+        stems.update(dict.fromkeys(runs[0].content.get("depth", {})))
+    hierarchies = [hierarchy(stem) for stem in stems]
+    compared = tables_of(results)
+    detailed = tables_of(results, [*DETAILED, *hierarchies])
+    selective = tables_of(results, risk_sections(results))
+    needs = needs_of(results)
+    labels = labels_of(results)
     return {
-        "comparison.md": markdown(compared, needs=needs),
-        "t2i.md": markdown(in_short(results), needs=needs),
-        "risk.md": selective(results),
-        "details.md": markdown(detailed) + intervals(results),
-        "comparison.csv": comma_separated(compared | detailed | tables_of(results, selections(results))),
+        "comparison.md": markdown(compared, labels, needs=needs),
+        "t2i.md": markdown(short_table(results), labels, needs=needs),
+        "risk.md": risk_text(results),
+        "details.md": markdown(detailed, labels) + interval_tables(results),
+        "comparison.csv": comma_separated({**compared, **detailed, **selective}, labels),
         "report.txt": f"{title}\n\n{screen(results)}\n",
     }
 
 
-def selections(results):
-    """The sections of selective retrieval that results have, that of the first direction and rank first."""
-    given = _given(results)
-    return guarantees(**given) if given else ()
+def short_table(results):
+    """Text-to-image, with the coverage at each risk in place of metrics of levels."""
+    section, *_ = COMPARED
+    table = tables_of(results, [section]).get(section)
+    if table is None:
+        return {}
+    coverage = {}
+    for risk_table in tables_of(results, risk_sections(results)[:1]).values():
+        coverage = {f: cells for f, cells in risk_table.items() if f.more_is_better}
+    if coverage:
+        table = {f: cells for f, cells in table.items() if "recall_by_level" not in f.fields}
+    rows = next(iter(table.values()))
+    not_applicable = dict.fromkeys(rows, (np.nan, None))
+    for figure, cells in coverage.items():
+        table[figure] = {**not_applicable, **cells}
+    return {section: table}
 
 
-def _given(results):
-    """The risks, the confidence and the ranks that results were evaluated with, or None."""
-    return next((run.content["risk"] for runs in results.values() for run in runs if "risk" in run.content), None)
+def risk_text(results):
+    """Coverage, error and threshold at each risk as markdown; "" without an uncertainty."""
+    tables = tables_of(results, risk_sections(results))
+    if not tables:
+        return ""
+    head = KEPT.format(risk_settings(results)["confidence"])
+    return f"{head}\n\n{markdown(tables, labels_of(results), needs=needs_of(results))}"
 
 
-def in_short(results):
-    """The table of text-to-image, with what is kept at each risk in place of figures of levels: {Section: table}."""
-    kept = next(iter(tables_of(results, selections(results)[:1]).values()), {})
-    short = {}
-    for section, table in tables_of(results, [section for section in COMPARED if section.key == "t2i"]).items():
-        none = dict.fromkeys(next(iter(table.values())), (np.nan, None))
-        short[section] = {f: cells for f, cells in table.items() if not kept or "recall_by_level" not in f.fields}
-        short[section] |= {f: none | cells for f, cells in kept.items() if f.more_is_better}
-    return short
+def interval_tables(results):
+    """The comparison with 95 % bootstrap intervals as markdown; "" without resamples."""
+    results = {row: runs for row, runs in results.items() if runs[0].draws}
+    if not results:
+        return ""
+
+    def with_interval(section, figure, row, cells):
+        mean, _ = cells[row]
+        draws = draws_of(results[row], section, figure)
+        if draws is None or mean is None:
+            return number(mean)
+        return number(mean) + between(draws)
+
+    tables = tables_of(results)
+    text = markdown(tables, labels_of(results), with_interval, suffix=", 95 % interval")
+    return f"\n{text}\n{NOTE}\n"
 
 
-def selective(results):
-    """What is kept at each risk, and what of it is wrong, as markdown; "" without an uncertainty."""
-    tables = tables_of(results, selections(results))
-    head = KEPT.format(_given(results)["confidence"]) if tables else ""
-    return head and f"{head}\n\n{markdown(tables, needs=needs_of(results))}"
-
-
-def needs_of(results):
-    """What the uncertainty of each row takes beside the text: {row name: str}."""
-    return {name: runs[0].needs for name, runs in results.items()}
-
-
-def _plain(section, figure, name, cells):
-    return number(*cells[name], form=figure.form)
-
-
-def _bold(section, figure, name, cells):
-    text, is_compared = _plain(section, figure, name, cells), len(cells) > 1 and figure.more_is_better is not None
-    return f"**{text}**" if is_compared and is_best(figure, name, cells) else text
-
-
-def is_best(figure, name, cells):
-    """Whether a row's mean, as it is printed, is the best of its column {row name: (mean, deviation)}."""
-    best = (max if figure.more_is_better else min)(cell[0] for cell in cells.values() if _is_defined(cell))
-    return number(cells[name][0]) == number(best)
-
-
-def _rows(section, table, text, needs=None):
-    """A table's rows of strings, header first but without the first cell; with `needs_of`, these are the last column.
-
-    Args: text: function (section, figure, row name, cells).
-    """
-    rows = [["", *(figure.name for figure in table)]]
-    for name in next(iter(table.values())):
-        rows.append([name, *(text(section, figure, name, cells) for figure, cells in table.items())])
-    return [[*row, needs.get(row[0], "needs")] for row in rows] if needs else rows
-
-
-def markdown(tables, text=_bold, suffix="", needs=None):
-    """Tables, as `tables_of` gives them, as markdown, the best figure of every column in bold."""
-    parts = []
-    for section, table in tables.items():
-        (_, *header), *rows = _rows(section, table, text, needs)
-        parts.append(markdown_table([[section.title + suffix, *header], *rows], words=1 if needs else 0))
-    return "\n".join(parts)
-
-
-def markdown_table(rows, words=0):
-    """Rows of strings, header first, as markdown; numbers, but for the first column and so many last ones."""
-    lines = [f"| {' | '.join(row)} |\n" for row in rows]
-    alignment = "|---|" + "---:|" * (len(rows[0]) - 1 - words) + "---|" * words
-    return "".join([lines[0], f"{alignment}\n", *lines[1:]])
-
-
-def intervals(results):
-    """The comparison with 95 % bootstrap intervals, as markdown; "" without draws."""
-    results = {name: runs for name, runs in results.items() if runs[0].draws}
-
-    def with_interval(section, figure, name, cells):
-        draws, mean = draws_of(results[name], section, figure), cells[name][0]
-        return number(mean) + ("" if draws is None or mean is None else between(draws))
-
-    suffix = ", 95 % interval"
-    return f"\n{markdown(tables_of(results), with_interval, suffix)}\n{NOTE}\n" if results else ""
-
-
-def differences(results):
-    """How two methods, both resampled, differ over the same queries: a table a section, a row a figure, as text.
-
-    A row has both methods, difference first - second, its 95 % interval, p-value. Of a single seed, the p-value is over
-    queries, and tells nothing of other seeds; of two, there is none.
-    """
-    parts, seeds = [], {len(runs) for name, runs in results.items() if name not in BASELINES}
-    p_title = "p over queries, this seed" if 1 in seeds else "" if 2 in seeds else "p"
-    for section in COMPARED:
-        rows = []
-        for figure in section.figures if all(section.key in runs[0].draws for runs in results.values()) else ():
-            if figure.column:
-                a, b = (_over_seeds(runs, section, figure)[0] for runs in results.values())
-                difference = paired_draws(*results.values(), section, figure)
-                if difference is None:  # a figure that one of them has not
-                    continue
-                limits, row = between(difference, "+.3f").strip(), ["undefined", "", ""]
-                if limits and None not in (a, b):
-                    p = f"{p_value(difference):.3f}" if p_title else ""
-                    row = [f"{a - b:+.3f}", limits, p]
-                rows.append([figure.name, number(a), number(b), *row])
-        if rows:
-            parts.append(text_table([section.title, *results, "difference", "interval", p_title], rows))
-    return "\n\n".join(parts)
-
-
-def comma_separated(tables):
-    """Tables, as `tables_of` gives them, as CSV in long form."""
+def comma_separated(tables, labels):
+    """Tables as CSV, one line per metric and row."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "method", "figure", "mean", "standard deviation"])
     for section, table in tables.items():
-        for name in next(iter(table.values())):
+        for row in next(iter(table.values())):
             for figure, cells in table.items():
-                values = ["" if value is None or np.isnan(value) else repr(value) for value in cells[name]]
-                writer.writerow([section.title, name, figure.name, *values])
+                values = [repr(value) if _is_number(value) else "" for value in cells[row]]
+                writer.writerow([section.title, labels[row], figure.name, *values])
     return file.getvalue()
 
 
-def screen(results):
-    """What eval.py prints: recall by level, the comparison, the ladder; means over seeds."""
+def differences(results):
+    """How two methods, both resampled, differ over the same queries, as text.
+
+    One table per section and one line per metric: both methods, their difference (first - second),
+    its 95 % interval and its p-value. With one seed, the p-value is over queries and says nothing
+    of other seeds; with two seeds, there is none.
+    """
+    labels = [row_label(row) for row in results]
+    p_title = _p_value_title(results)
     parts = []
-    for direction, title in DIRECTIONS.items():
-        rows = _means(results, lambda run, direction=direction: run.content.get(direction))
-        rows = [[name, *(number(recall, form=".2f") for recall in mean)] for name, mean in rows.items()]
-        title = f"{title}: R@1 by uncertainty level, from the most certain queries (1) to the least\n"
-        parts.append(title + text_table(["", *map(str, range(1, len(rows[0])))], rows))
-    for section, table in (tables_of(results) | tables_of(results, selections(results)[:1])).items():
-        header, *rows = _rows(section, table, _plain, needs_of(results))
-        parts.append(f"{section.title}\n{text_table(header, rows)}")
-    once = {name: runs for name, runs in results.items() if not name.endswith(BESIDE)}
-    ladders = _means(once, lambda run: [rung["uncertainty"] for rung in run.content.get("ladder", ())])
-    if ladders:
-        prompts = [rung["prompt"] for rung in results[next(iter(ladders))][0].content["ladder"]]
-        rows = [[prompt, *(f"{mean[i]:.4e}" for mean in ladders.values())] for i, prompt in enumerate(prompts)]
-        parts.append("uncertainty of the prompt ladder, mean over seeds\n" + text_table(["", *ladders], rows))
+    for section in COMPARED:
+        if not all(section.key in runs[0].draws for runs in results.values()):
+            continue
+        lines = []
+        for figure in section.figures:
+            line = _difference_line(results, section, figure, with_p_value=bool(p_title))
+            if figure.column and line is not None:
+                lines.append(line)
+        if lines:
+            header = [section.title, *labels, "difference", "interval", p_title]
+            parts.append(text_table(header, lines))
     return "\n\n".join(parts)
 
 
-def _means(results, values_of):
-    """{row name: the mean over seeds of a list}, where there is one."""
-    known = {name: [values_of(run) for run in runs] for name, runs in results.items() if values_of(runs[0])}
-    return {name: np.mean(values, axis=0) for name, values in known.items()}
+def _p_value_title(results):
+    """The title of the column of p-values; "": there is none."""
+    seeds = {len(runs) for row, runs in results.items() if row.method not in TRAINING_FREE}
+    if 1 in seeds:
+        return "p over queries, this seed"
+    return "" if 2 in seeds else "p"
 
 
-def rows_as_tables(answers):
-    """Answers about texts, {title: [dict of plain types, ...]} with the same keys in every dict, as text."""
+def _difference_line(results, section, figure, with_p_value):
+    """The cells of one metric of two methods, or None if one of them does not have it."""
+    runs, others = results.values()
+    draws = paired_draws(runs, others, section, figure)
+    if draws is None:
+        return None
+    mean, _ = mean_and_std(runs, section, figure)
+    other_mean, _ = mean_and_std(others, section, figure)
+    line = [figure.name, number(mean), number(other_mean)]
+    limits = between(draws, "+.3f").strip()
+    if not limits or mean is None or other_mean is None:
+        return [*line, "undefined", "", ""]
+    p = f"{p_value(draws):.3f}" if with_p_value else ""
+    return [*line, f"{mean - other_mean:+.3f}", limits, p]
 
-    def cell(key, value):
-        if isinstance(value, float):
-            return f"{value:.1f}" if key == "percentile" else f"{value:.4e}"
-        return ", ".join(value) if isinstance(value, list) else str(value)
 
-    texts = {title: [[cell(*item) for item in row.items()] for row in rows] for title, rows in answers.items()}
-    return "\n\n".join(f"{title}\n{text_table(list(answers[title][0]), rows)}" for title, rows in texts.items())
+def screen(results):
+    """What eval.py prints: recall by level, the comparison and the prompt ladder."""
+    parts = [_level_text(results, direction) for direction in DIRECTIONS]
+    labels = labels_of(results)
+    tables = {**tables_of(results), **tables_of(results, risk_sections(results)[:1])}
+    for section, table in tables.items():
+        header, *rows = _text_rows(section, table, labels, _plain_cell, needs_of(results))
+        parts.append(f"{section.title}\n{text_table(header, rows)}")
+    ladder = _ladder_text(results)
+    if ladder:
+        parts.append(ladder)
+    return "\n\n".join(parts)
+
+
+def _level_text(results, direction):
+    """Recall by level as text, mean over seeds."""
+    labels = labels_of(results)
+    rows = []
+    for row, runs in results.items():
+        if runs[0].content.get(direction):
+            recall = np.mean([run.content[direction] for run in runs], axis=0)
+            rows.append([labels[row], *(number(value, form=".2f") for value in recall)])
+    header = ["", *map(str, range(1, len(rows[0])))]
+    title = f"{DIRECTIONS[direction]}: R@1 by uncertainty level"
+    return f"{title}, from the most certain queries (1) to the least\n{text_table(header, rows)}"
+
+
+def _ladder_text(results):
+    """The uncertainty of the prompt ladder as text, mean over seeds; "" without a ladder."""
+    labels = labels_of(results)
+    columns = {}
+    prompts = []
+    for row, runs in results.items():
+        is_second_row = labels[row] != row.method  # it has the same uncertainty
+        if is_second_row or not runs[0].content.get("ladder"):
+            continue
+        ladders = [run.content["ladder"] for run in runs]
+        prompts = [step["prompt"] for step in ladders[0]]
+        values = [[step["uncertainty"] for step in ladder] for ladder in ladders]
+        columns[labels[row]] = np.mean(values, axis=0)
+    if not columns:
+        return ""
+    rows = []
+    for number_of_prompt, prompt in enumerate(prompts):
+        values = [f"{column[number_of_prompt]:.4e}" for column in columns.values()]
+        rows.append([prompt, *values])
+    title = "uncertainty of the prompt ladder, mean over seeds"
+    return f"{title}\n{text_table(['', *columns], rows)}"
+
+
+# From tables to text.
+
+
+def _text_rows(section, table, labels, cell, needs=None):
+    """The lines of a table as lists of strings, header first; what rows need is the last column.
+
+    Args:
+        cell: function of (section, figure, row, cells of the figure) that returns a string.
+        needs: as `needs_of` returns it, or None.
+    """
+    header = ["", *(figure.name for figure in table)]
+    if needs:
+        header.append("needs")
+    lines = [header]
+    for row in next(iter(table.values())):
+        line = [labels[row]]
+        for figure, cells in table.items():
+            line.append(cell(section, figure, row, cells))
+        if needs:
+            line.append(needs.get(row, ""))
+        lines.append(line)
+    return lines
+
+
+def markdown(tables, labels, cell=_bold_cell, suffix="", needs=None):
+    """Tables, as `tables_of` returns them, as markdown, the best of every column in bold."""
+    parts = []
+    for section, table in tables.items():
+        header, *rows = _text_rows(section, table, labels, cell, needs)
+        header[0] = section.title + suffix
+        parts.append(markdown_table([header, *rows], words=1 if needs else 0))
+    return "\n".join(parts)
+
+
+def markdown_table(rows, words=0):
+    """Rows of strings, header first, as markdown.
+
+    Args:
+        words: how many of the last columns are text; the first is, too. All others are numbers.
+    """
+    columns = len(rows[0])
+    header, *rows = [f"| {' | '.join(row)} |\n" for row in rows]
+    alignment = "|---|" + "---:|" * (columns - 1 - words) + "---|" * words
+    return "".join([header, f"{alignment}\n", *rows])
 
 
 def text_table(header, rows):
     """Aligned columns of strings, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    columns = zip(header, *rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in [header, rule, *rows]:
+        first, *others = row
+        cells = [first.ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def answers_text(answers):
+    """Answers about texts as text.
+
+    Args:
+        answers: {title: [dict of plain types, ...]}, with the same keys in every dict.
+    """
+    parts = []
+    for title, rows in answers.items():
+        lines = []
+        for row in rows:
+            lines.append([_answer_cell(key, value) for key, value in row.items()])
+        parts.append(f"{title}\n{text_table(list(rows[0]), lines)}")
+    return "\n\n".join(parts)
+
+
+def _answer_cell(key, value):
+    if isinstance(value, float):
+        return f"{value:.1f}" if key == "percentile" else f"{value:.4e}"
+    if isinstance(value, list):
+        return ", ".join(value)
+    return str(value)

@@ -1,4 +1,4 @@
-"""An adaptor in training and held-out images in, how well it does on them out, once an epoch."""
+"""Held-out images during training: how well an adaptor does on them after each epoch."""
 
 import logging
 
@@ -6,52 +6,72 @@ import torch
 
 from utils.cli import UserError
 from utils.device import autocast
+from utils.evaluation.figures import uncertainty_of
 from utils.evaluation.metrics import aurc, recall_at
-from utils.evaluation.scorers import AdaptorScorer, Scorer, answer
+from utils.evaluation.scorers import AdaptorScorer, FrozenScorer, answer
 
-FALLS = 0.1  # of the frozen CLIP's R@1: a loss that is told
-FELL = "note: %s: R@1 on the held-out images is %.3f, the frozen CLIP's %.3f; eval.py --score frozen keeps the CLIP's"
+WARN_BELOW = 0.9  # of the frozen CLIP's R@1
 
 
 class HeldOut:
-    """Images that are held out of training. Args: cache: EmbeddingCache, in memory; precision: as in training."""
+    """Images that are held out of training.
+
+    Args:
+        cache: EmbeddingCache, in memory.
+        precision: dtype of the matrix products, as in training.
+    """
 
     def __init__(self, cache, precision):
-        self.cache, self.precision = cache, precision
-        self.frozen = retrieval(Scorer(cache), cache)["t2i"]["R@1"]
+        self.cache = cache
+        self.precision = precision
+        self.frozen_recall = retrieval(FrozenScorer(cache), cache)["t2i"]["R@1"]
 
     @torch.no_grad()
     def measure(self, adaptor, batch_size):
-        """Of an adaptor in eval mode, the mean loss over batches, the same every time, and text-to-image.
+        """The mean loss over batches, which are the same every time, and text-to-image metrics.
 
+        Args:
+            adaptor: Adaptor, in eval mode.
         Returns: {"loss", "R@1", "AURC"}, floats.
-
         Raises: UserError if a similarity is not a number.
         """
-        batches = self.cache.batches(batch_size, torch.Generator().manual_seed(0))
+        losses = []
         with autocast(self.cache.device, self.precision):
-            losses = [adaptor(*self.cache.pairs(rows)) for rows in batches]
+            for rows in self.cache.batches(batch_size, torch.Generator().manual_seed(0)):
+                losses.append(adaptor(*self.cache.pairs(rows)))
         try:
-            found = retrieval(AdaptorScorer(adaptor, self.cache), self.cache)["t2i"]
+            metrics = retrieval(AdaptorScorer(adaptor, self.cache), self.cache)["t2i"]
         except ValueError as error:
-            raise UserError(f"--validation: {error} on the held-out images; try a smaller --lr") from None
-        return {"loss": torch.stack(losses).mean().item()} | found
+            cure = "try a smaller --lr"
+            raise UserError(f"--validation: {error} on the held-out images; {cure}") from None
+        return {"loss": torch.stack(losses).mean().item(), **metrics}
 
     def compare(self, record, path):
-        """Say so if the weights that are kept, with this record, find by far fewer images than the frozen CLIP."""
+        """Warn if the weights of this record of the log find far fewer images than the CLIP."""
         recall = record["validation"]["R@1"]
-        if recall < (1 - FALLS) * self.frozen:
-            logging.warning(FELL, path, recall, self.frozen)
+        if recall < WARN_BELOW * self.frozen_recall:
+            logging.warning(
+                "note: %s: R@1 on the held-out images is %.3f, the frozen CLIP's is %.3f; "
+                "eval.py --score frozen ranks by the CLIP",
+                path,
+                recall,
+                self.frozen_recall,
+            )
 
 
 def retrieval(scorer, cache):
-    """R@1 and AURC of both directions, {"t2i", "i2t": {"R@1", "AURC"}}, AURC where there is an uncertainty.
+    """R@1 and AURC of both directions: {"t2i", "i2t": {"R@1", "AURC"}}.
 
-    The uncertainty is the caption's, or the image's where captions have none. Args: scorer: Scorer of the cache.
+    AURC is by the uncertainty of the caption, or of the image if captions have none; it is missing
+    if neither has one.
+
+    Args:
+        scorer: Scorer of the cache.
     """
-    figures = {}
-    for direction, fields in answer(scorer, cache).items():
-        correct, uncertainty = fields["rank"] == 1, fields.get("uncertainty", fields.get("image_uncertainty"))
-        figures[direction] = {"R@1": recall_at(fields["rank"], 1)}
-        figures[direction] |= {} if uncertainty is None else {"AURC": aurc(correct, uncertainty)}
-    return figures
+    metrics = {}
+    for direction, answered in answer(scorer, cache).items():
+        metrics[direction] = {"R@1": recall_at(answered["rank"], 1)}
+        uncertainty = uncertainty_of(answered)
+        if uncertainty is not None:
+            metrics[direction]["AURC"] = aurc(answered["rank"] == 1, uncertainty)
+    return metrics
