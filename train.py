@@ -47,7 +47,7 @@ def main(argv=None):
     prompts = None if ladder is None else ladder[1].to(device)
     held_out = None
     if args.validation:
-        from utils.evaluation.validation import HeldOut
+        from utils.evaluation.validation import HeldOut  # It imports the metrics.
 
         cache, held_out_cache = cache.hold_out(args.validation)
         held_out = HeldOut(held_out_cache, precision)
@@ -210,8 +210,8 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
         adaptor.train()
         batches = cache.batches(recipe.batch_size, shuffling, shuffle_buffer)
         for number, rows in enumerate(itertools.islice(batches, steps)):
-            # Every rank draws the same rows and encodes its share of them. The loss is that of all
-            # rows (utils/distributed.py).
+            # Every rank draws the same rows and encodes a share of them. The loss is that of all
+            # rows (see utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
             weight = number / steps if epoch == recipe.ramped_epoch else 1.0
             loss, loss_terms = step(
@@ -237,7 +237,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
         record["ladder"] = None if prompts is None else uncertainty_of(adaptor, prompts)
         run.record(record)
 
-    if held_out and run.log:
+    if held_out and run.log:  # The log is empty if the run was finished before.
         held_out.compare(run.kept_record(), run.path)
 
 

@@ -133,7 +133,8 @@ def load_adaptor(
 def check_weights(path, weights, method, embed_dim):
     """Check that weights, a state dict, are finite and fit a method at this width.
 
-    Batch norm counts its batches, in an integer that older files lack. PyTorch then sets it to 0.
+    Batch norm counts its batches, in an integer that older files lack. `load_state_dict` sets it to
+    0 if a plain dict has no count.
 
     Raises: UserError that names a tensor that does not fit.
     """

@@ -100,12 +100,12 @@ class Run:
             self.is_finished = checkpoint is not None
             return
         with self._refuse_unfit_state():
-            # Fields of the recipe that are newer than the run get their defaults.
+            # A recipe from before some fields existed is completed with their defaults.
             self.recipe = type(self.recipe)(**self.saved["recipe"])
 
     @contextlib.contextmanager
     def _refuse_unfit_state(self):
-        """Any error in the block becomes a UserError: a file with other content raises anything."""
+        """Turn any error in the block into a UserError: other content can raise almost anything."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
@@ -132,15 +132,16 @@ class Run:
             self.saved = None
 
     def _load(self, saved):
+        """Continue from the content of a state file. Weights that do not fit raise an error."""
         for epoch, record in enumerate(saved["log"], start=1):
             self.log.append({"epoch": epoch, **record})
         if self.keeps_best:
             self.best = saved["best"]
             self.kept_record()  # fails if an epoch was not validated
-            self.adaptor.load_state_dict(self.best)  # fails if the weights do not fit
+            self.adaptor.load_state_dict(self.best)  # only to see that they fit
         self.average = saved.get("average")
         if self.average is not None:
-            self.adaptor.load_state_dict(self.average)  # as above
+            self.adaptor.load_state_dict(self.average)  # likewise
         self.adaptor.load_state_dict(saved["state_dict"])
         progress = saved["progress"]
         self.optimizer.load_state_dict(progress["optimizer"])
@@ -217,10 +218,9 @@ class Run:
             if self.kept_record() is record:
                 self.best = weights
             self.state["best"] = self.best
-        first_averaged = round(self.recipe.averaged_after * self.recipe.epochs) + 1
-        if len(self.log) >= first_averaged:
-            count = len(self.log) - first_averaged + 1
-            self.average = running_mean(self.average, weights, count)
+        averaged_epochs = len(self.log) - round(self.recipe.averaged_after * self.recipe.epochs)
+        if averaged_epochs > 0:
+            self.average = running_mean(self.average, weights, averaged_epochs)
             self.state["average"] = self.average
         if len(self.log) % self.save_every == 0 and is_first():
             save_tensors(self.state, self.state_path)

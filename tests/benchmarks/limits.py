@@ -25,7 +25,6 @@ from tests.benchmarks.machine import describe, markdown_table, peak_memory
 from tests.benchmarks.train_step import make_step
 from tests.test_asymvlm import slow_symmetric_cross_entropy
 from utils.checkpoint import checkpoint_path, load_adaptor
-from utils.device import pick_device
 from utils.evaluation.ranking import TILE, rank_queries
 from utils.evaluation.scorers import AdaptorScorer, Scorer
 
@@ -86,7 +85,6 @@ def evaluations():
 @torch.inference_mode()
 def rankings():
     """Both directions ranked, and the products that takes."""
-    pick_device("cpu")  # as the scripts do, for how glibc keeps memory from here on
     cache = EmbeddingCache("test", "val")
     scorers = {"frozen cosine": Scorer(cache)}
     scorers[METHOD] = AdaptorScorer(load_adaptor(checkpoint_path("test", 0, METHOD)), cache)
