@@ -39,7 +39,7 @@ ablation: .venv/installed
 	$(RUN) train.py --dataset $(DATASET) --method all variants --seed $(SEEDS) --recipe $(RECIPE) $(RESUME)
 	$(RUN) eval.py --dataset $(DATASET) --method variants --seed $(SEEDS) --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
-	$(RUN) -m utils.evaluation.overview --dataset $(DATASET) --method all variants --seed $(SEEDS)
+	$(RUN) -m utils.questions.compare --dataset $(DATASET) --method all variants --seed $(SEEDS)
 
 fair: .venv/installed
 	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE) $(RESUME)
@@ -49,7 +49,7 @@ fair: .venv/installed
 	$(RUN) eval.py --dataset $(DATASET) --method all originals --seed $(SEEDS) --score frozen --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method originals --seed $(SEEDS) --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
-	$(RUN) -m utils.evaluation.overview --dataset $(DATASET) --seed $(SEEDS) --name fair --against asymvlm-psd \
+	$(RUN) -m utils.questions.compare --dataset $(DATASET) --seed $(SEEDS) --name fair --against asymvlm-psd \
 	    --method asymvlm-psd asymvlm-vmf $(foreach rival,$(RIVALS),$(rival) $(rival)-original) \
 	    --score published frozen own
 

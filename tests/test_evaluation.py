@@ -21,7 +21,7 @@ from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
 from utils.cli import run_script
 from utils.evaluation.figures import hierarchy
-from utils.evaluation.questions import example_captions
+from utils.questions.prompts import example_captions
 from utils.evaluation.results import Results
 from utils.files import save_json, sha256
 from utils.preprocess import ClipId

@@ -19,8 +19,8 @@ from models import METHODS
 from models.base import SMALL
 from tests.conftest import REPOSITORY, make_cache, write_tar
 from utils.checkpoint import load_adaptor, save_adaptor
-from utils.evaluation import export as exporting
-from utils.evaluation.export import COLUMNS
+from utils.questions import export as exporting
+from utils.questions.export import COLUMNS
 
 FLAGS = ("--dataset", "tiny", "--device", "cpu")
 IMAGES, CAPTIONS = 30, 90

@@ -12,8 +12,9 @@ from models import METHODS
 from models.base import SMALL
 from tests.conftest import load_result, make_cache
 from utils.checkpoint import save_adaptor
-from utils.evaluation import ranking, scorers
-from utils.evaluation.scorers import Scorer, compare_with_gallery, every_scorer
+from utils.evaluation import training_free
+from utils.evaluation.scorers import FrozenScorer
+from utils.evaluation.training_free import Gallery, every_scorer
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 100)
 
@@ -29,12 +30,12 @@ def differentiated(image, z):
 
 @pytest.mark.parametrize("rows", [50, 4096])
 def test_top1_and_margin_equal_their_definitions(workdir, monkeypatch, rows):
-    monkeypatch.setattr(scorers, "TEXTS_AT_ONCE", rows)
+    monkeypatch.setattr(training_free, "GALLERY_TEXTS", rows)
     make_cache("tiny")
     cache = EmbeddingCache("tiny", "val")
     image, text = cache.image.read(), cache.text.read().clone()
     text *= torch.linspace(0.1, 20, len(text))[:, None].to(text.dtype)  # the margin knows how long a text's vector is
-    found = compare_with_gallery(Scorer(cache), text)
+    found = Gallery(FrozenScorer(cache)).compare(text)
     unit = [z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1)[:, None] for z in (image, text)]
     np.testing.assert_allclose(-found["top1-cosine"], (unit[0] @ unit[1].T).max(axis=0), atol=1e-5)
     expected = [differentiated(image, z) for z in text]
@@ -42,24 +43,25 @@ def test_top1_and_margin_equal_their_definitions(workdir, monkeypatch, rows):
     assert np.ptp(expected) > 0.1
 
 
-@pytest.mark.parametrize("tile", [1, 7, 640])
-def test_what_was_seen_in_tiles_equals_what_is_compared_at_once(workdir, monkeypatch, tile):
+@pytest.mark.parametrize("texts", [1, 7, 640])
+def test_captions_are_compared_as_any_texts_are_whatever_the_batch(workdir, monkeypatch, texts):
     make_cache("tiny")
     cache = EmbeddingCache("tiny", "val")
-    expected = compare_with_gallery(Scorer(cache), cache.text.read())
-    monkeypatch.setattr(ranking, "TILE", tile)
-    frozen = next(every_scorer(cache, {}))
-    found = compare_with_gallery(frozen, cache.text)
+    expected = Gallery(FrozenScorer(cache)).compare(cache.text.read())
+    monkeypatch.setattr(training_free, "GALLERY_TEXTS", texts)
+    scorers = {scorer.row.method: scorer for scorer in every_scorer(cache, {})}
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+        of_captions = scorers[name].caption_uncertainty()
+        np.testing.assert_allclose(of_captions, values, rtol=1e-5, atol=1e-5, err_msg=name)
+        of_texts = scorers[name].text_uncertainty(cache.captions, cache.text.read())
+        np.testing.assert_array_equal(of_texts, of_captions)
         assert np.ptp(values) > 0.1
-    assert frozen.neighbours.softmax[0].isfinite().all()
 
 
 def test_a_gallery_of_one_image_has_no_margin(workdir):
     make_cache("tiny", images=1)
     cache = EmbeddingCache("tiny", "val")
-    found = compare_with_gallery(Scorer(cache), cache.text.read())
+    found = Gallery(FrozenScorer(cache)).compare(cache.text.read())
     assert (found["margin"] == 0).all()
     assert (found["softmax-entropy"] == 0).all()
 

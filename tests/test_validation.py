@@ -268,7 +268,7 @@ def test_that_r1_fell_by_a_tenth_is_told_once_a_run(recall, is_told, workdir, mo
     lines = [line for line in capsys.readouterr().err.splitlines() if "R@1 on the held-out images" in line]
     assert len(lines) == (2 if is_told else 0)
     if is_told:
-        assert f"{PATH}: R@1 on the held-out images is 0.445, the frozen CLIP's 0.500" in lines[0]
+        assert f"{PATH}: R@1 on the held-out images is 0.445, the frozen CLIP's is 0.500" in lines[0]
 
 
 def test_the_frozen_recall_is_that_of_the_cosine(workdir):
@@ -278,7 +278,7 @@ def test_the_frozen_recall_is_that_of_the_cosine(workdir):
         torch.nn.functional.normalize(rows.read().float(), dim=1) for rows in (held_out.image, held_out.text)
     )
     right = (z_text @ z_image.T).argmax(dim=1) == held_out.image_of_caption
-    assert HeldOut(held_out, torch.float32).frozen == right.float().mean().item()
+    assert HeldOut(held_out, torch.float32).frozen_recall == right.float().mean().item()
 
 
 def test_where_captions_have_no_uncertainty_the_images_counts(monkeypatch):

@@ -20,9 +20,9 @@ from tests.conftest import load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.cli import UserError
 from utils.evaluation import plots
-from utils.evaluation.questions import describe_prompts
+from utils.questions.prompts import describe_prompts
 from utils.evaluation.results import load_results
-from utils.evaluation.scorers import AdaptorScorer, Scorer, answer
+from utils.evaluation.scorers import AdaptorScorer, FrozenScorer, answer
 
 DIM = 16
 mpmath.mp.dps = 50
@@ -69,7 +69,7 @@ def test_frozen_ranks_images_exactly_as_the_frozen_clip_ties_too(name, dtype, sc
     with torch.no_grad():
         adaptor.text_mlp[-1].weight.mul_(scale)  # kappa from small to large
         adaptor.text_mlp[-1].bias.mul_(scale)
-    frozen, ours = Scorer(cache), AdaptorScorer(adaptor, cache)
+    frozen, ours = FrozenScorer(cache), AdaptorScorer(adaptor, cache)
     for field in ("rank", "top1"):
         assert (answer(ours, cache)["t2i"][field] == answer(frozen, cache)["t2i"][field]).all(), field
     everything = torch.arange(600), torch.arange(300)

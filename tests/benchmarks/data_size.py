@@ -25,8 +25,8 @@ from tests.benchmarks.machine import markdown_table
 from tests.benchmarks.recipes import mean_and_deviation, trained
 from utils.device import pick_precision
 from utils.evaluation.plots import LOOKS, STYLE, plt
-from utils.evaluation.reference import Reference
-from utils.evaluation.scorers import AdaptorScorer, Scorer, reference_entropies
+from utils.evaluation.scorers import AdaptorScorer, FrozenScorer
+from utils.evaluation.training_free import Reference, ReferenceEntropy
 from utils.evaluation.validation import HeldOut, retrieval
 from utils.files import save_json
 
@@ -50,7 +50,7 @@ def measure(name, part, val, seed, epochs):
     """What a row of the table finds on val after that part: {"R@1", "AURC"} of text-to-image."""
     if name == REFERENCE:
         with torch.inference_mode():
-            return retrieval(reference_entropies(Scorer(val), Reference(part))[0], val)["t2i"]
+            return retrieval(ReferenceEntropy(FrozenScorer(val), Reference(part)), val)["t2i"]
     cache, held_out = part.hold_out(0.1, seed)
     recipe = replace(METHODS[name].recipes["small"], epochs=epochs)
     adaptor = trained(name, recipe, cache, seed, HeldOut(held_out, pick_precision("auto", cache.device)))

@@ -26,7 +26,7 @@ from tests.benchmarks.train_step import make_step
 from tests.test_asymvlm import slow_symmetric_cross_entropy
 from utils.checkpoint import checkpoint_path, load_adaptor
 from utils.evaluation.ranking import TILE, rank_queries
-from utils.evaluation.scorers import AdaptorScorer, Scorer
+from utils.evaluation.scorers import AdaptorScorer, FrozenScorer
 
 ROOT, METHOD, DIM, SEEDS = Path(__file__).resolve().parents[2], "asymvlm-psd", 512, ("0", "1", "2")
 TEST, TRAIN, SMALL = (5_000, 25_000), (118_287, 591_753), (5_000, 25_000)  # images, captions
@@ -86,7 +86,7 @@ def evaluations():
 def rankings():
     """Both directions ranked, and the products that takes."""
     cache = EmbeddingCache("test", "val")
-    scorers = {"frozen cosine": Scorer(cache)}
+    scorers = {"frozen cosine": FrozenScorer(cache)}
     scorers[METHOD] = AdaptorScorer(load_adaptor(checkpoint_path("test", 0, METHOD)), cache)
     owner, (images, captions) = cache.image_of_caption.numpy(), TEST
     x, y, width = torch.randn(images, DIM), torch.randn(captions, DIM), TILE * captions // images

@@ -14,8 +14,8 @@ from models.base import SMALL
 from tests.conftest import load_result, make_cache
 from utils.checkpoint import save_adaptor
 from utils.cli import run_script
-from utils.evaluation import reference as reference_module
-from utils.evaluation.reference import LEAST_SCALE, MOST_SCALE, Reference
+from utils.evaluation import training_free
+from utils.evaluation.training_free import MAX_SCALE, MIN_SCALE, Reference
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 20)
 ROWS = ("reference-entropy", "reference-entropy-fitted")
@@ -60,8 +60,8 @@ def make_noisy_cache(noise):
 @pytest.mark.parametrize("tile", [1, 7, 40, 2048])
 def test_entropies_in_tiles_equal_scipys_over_the_whole_matrix(workdir, monkeypatch, tile):
     make_cache("tiny")
-    monkeypatch.setattr(reference_module, "TILE", tile)
-    monkeypatch.setattr(reference_module, "TEXTS", tile)
+    monkeypatch.setattr(training_free, "REFERENCE_TILE", tile)
+    monkeypatch.setattr(training_free, "REFERENCE_TEXTS", tile)
     text, scales = EmbeddingCache("tiny", "val").text.read(), [1.0, 30.0, 300.0]
     found = Reference(train_split()).entropies(text, scales)
     assert found.shape == (3, 120)
@@ -78,7 +78,7 @@ def test_the_fitted_scale_is_the_best_of_a_grid(workdir, size, noise):
     captions = [row for row, image in enumerate(cache.image_of_caption.tolist()) if image in rows]
     own = [rows.index(cache.image_of_caption[caption]) for caption in captions]
     cosine = cosines(cache, cache.text.read()[captions])[rows]
-    grid = np.geomspace(LEAST_SCALE, MOST_SCALE, 4001)
+    grid = np.geomspace(MIN_SCALE, MAX_SCALE, 4001)
     likelihood = [mean_log_likelihood(cosine, own, scale) for scale in grid]
     best = grid[np.argmax(likelihood)]
     fitted = images.fit_scale()
@@ -93,17 +93,17 @@ def test_pairs_that_tell_nothing_or_everything_end_the_fit(workdir):
     cache = train_split()
     z = cache.image.read()[cache.image_of_caption]
     make_cache("tiny", **pairs, text=-z)
-    assert Reference(train_split()).fit_scale() == LEAST_SCALE
+    assert Reference(train_split()).fit_scale() == MIN_SCALE
     make_cache("tiny", **pairs, text=z)  # told apart without an error at any scale that is large enough
     fitted = Reference(train_split()).fit_scale()
-    assert fitted < MOST_SCALE
+    assert fitted < MAX_SCALE
     assert mean_log_likelihood(cosines(cache, z), cache.image_of_caption.numpy(), fitted) > -1e-4
 
 
 def test_a_fit_takes_so_many_captions_and_always_the_same(workdir, monkeypatch):
     make_noisy_cache(2.0)
     everything = Reference(train_split()).fit_scale()
-    monkeypatch.setattr(reference_module, "FITTED_ON", 60)
+    monkeypatch.setattr(training_free, "FITTED_ON", 60)
     some = Reference(train_split()).fit_scale()
     assert some != everything
     assert some == Reference(train_split()).fit_scale()

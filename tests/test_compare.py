@@ -11,8 +11,8 @@ import eval as eval_script
 import train as train_script
 from models.pfe.adaptor import PFEAdaptor
 from tests.conftest import make_cache
-from utils.evaluation import overview
 from utils.evaluation.results import Results
+from utils.questions import compare
 
 SEEDS = ("--seed", 0, 1)
 METHODS = ("--method", "pfe", "asymvlm-psd")
@@ -38,7 +38,7 @@ def cells_of(markdown, column):
 
 def test_every_cell_is_eval_pys_figure_and_interval(evaluated, script):
     status, printed, _ = script(
-        overview.main, "--dataset", "tiny", *METHODS, "caption-length", *SEEDS, "--resamples", 100
+        compare.main, "--dataset", "tiny", *METHODS, "caption-length", *SEEDS, "--resamples", 100
     )
     assert status == 0
     assert printed == Path("results/tiny/ablation.md").read_text()
@@ -54,12 +54,12 @@ def test_every_cell_is_eval_pys_figure_and_interval(evaluated, script):
 
 
 def test_groups_are_spelt_out_and_the_best_is_bold(evaluated, script):
-    status, printed, _ = script(overview.main, "--dataset", "tiny", *METHODS, "--resamples", 0)
+    status, printed, _ = script(compare.main, "--dataset", "tiny", *METHODS, "--resamples", 0)
     assert status == 0
     for line in printed.splitlines()[2:]:
         assert "[" not in line
     assert printed.count("**") >= 8  # four columns, each with its best
-    status, _, error = script(overview.main, "--dataset", "tiny", "--method", "all", *SEEDS)
+    status, _, error = script(compare.main, "--dataset", "tiny", "--method", "all", *SEEDS)
     assert status == 2
     assert "results/tiny/0/asymvlm-vmf.npz: no such results; make them with python eval.py --dataset tiny" in error
 
@@ -76,7 +76,7 @@ def test_scores_that_answer_alike_are_one_row(evaluated, script, monkeypatch):
         flags = ("--dataset", "tiny", "--no-plots", "--resamples", 0, "--score", score, *METHODS, *SEEDS)
         assert script(eval_script.main, *flags)[0] == 0
     scores = ("--score", "published", "frozen", "own", "--resamples", 100)
-    status, printed, _ = script(overview.main, *FAIR, *METHODS, "softmax-entropy", *SEEDS, *scores)
+    status, printed, _ = script(compare.main, *FAIR, *METHODS, "softmax-entropy", *SEEDS, *scores)
     assert status == 0
     assert printed == Path("results/tiny/fair.md").read_text()
     rows = ["pfe, published and frozen score", "pfe, own score"]
@@ -124,7 +124,7 @@ def test_what_becomes_of_leads_in_a_world_where_it_is_known(workdir, script):
         save_world("prolip", {"published": 0.1, "frozen": 0.1, "own": 0.8}[score], 1.0, seeds, score)
     methods = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "prolip")
     flags = (*FAIR, "--seed", *seeds, "--resamples", 200, "--score", "published", "frozen", "own")
-    status, printed, _ = script(overview.main, *flags, "--method", *methods)
+    status, printed, _ = script(compare.main, *flags, "--method", *methods)
     assert status == 0
     for leader in ("asymvlm-psd", "asymvlm-psd, frozen score", "asymvlm-psd, own score"):
         found = leads_of(printed, leader)
@@ -142,7 +142,7 @@ def test_a_lead_is_the_difference_that_compare_prints(workdir, script):
     for method, right in (("asymvlm-psd", 0.5), ("pfe", 0.45)):
         save_world(method, right, 0.5, (0, 1, 2))
     flags = ("--seed", 0, 1, 2, "--resamples", 200)
-    printed = script(overview.main, *FAIR, *flags, "--method", "asymvlm-psd", "pfe")[1]
+    printed = script(compare.main, *FAIR, *flags, "--method", "asymvlm-psd", "pfe")[1]
     found = leads_of(printed, "asymvlm-psd")["pfe"]
     printed = script(eval_script.main, "--dataset", "tiny", *flags, "--compare", "asymvlm-psd", "pfe")[1]
     for figure in ("R@1", "AURC"):
@@ -156,7 +156,7 @@ def test_seeds_of_either_side_are_drawn_by_themselves(workdir, script):
         save_world("asymvlm-psd", right, 0.5, (seed,))
         for file in Path(f"results/tiny/{seed}").iterdir():
             file.with_name(f"pfe{file.suffix}").write_bytes(file.read_bytes())
-    printed = script(overview.main, *FAIR, "--seed", 0, 1, "--method", "asymvlm-psd", "pfe")[1]
+    printed = script(compare.main, *FAIR, "--seed", 0, 1, "--method", "asymvlm-psd", "pfe")[1]
     _, difference, low, high, _ = leads_of(printed, "asymvlm-psd")["pfe"]["R@1 t2i"]
     assert difference == 0
     assert low < -0.1 < 0.1 < high
@@ -169,8 +169,8 @@ def test_rounding_of_a_query_in_a_thousand_does_not_part_rows():
             others = fields[field].copy()
             others[:changed] += 1
             results = [Results({"t2i": f, "i2t": fields}, {}) for f in (fields, fields | {field: others})]
-            assert overview.answers_alike(*results) == alike
-    assert not overview.answers_alike(
+            assert compare.answers_alike(*results) == alike
+    assert not compare.answers_alike(
         results[0], Results({"t2i": fields, "i2t": fields | {"image_uncertainty": others}}, {})
     )
 
@@ -184,7 +184,7 @@ def jackknife(statistic, images):
 def test_differences_and_intervals_are_those_of_a_jackknife(workdir, script):
     save_world("asymvlm-psd", 0.5, 0.3)
     save_world("pfe", 0.45, 0.6)
-    found = leads_of(script(overview.main, *FAIR, "--method", "asymvlm-psd", "pfe")[1], "asymvlm-psd")["pfe"]
+    found = leads_of(script(compare.main, *FAIR, "--method", "asymvlm-psd", "pfe")[1], "asymvlm-psd")["pfe"]
     runs = [dict(np.load(f"results/tiny/0/{method}.npz")) for method in ("asymvlm-psd", "pfe")]
 
     def risk(errors, uncertainty):
@@ -220,7 +220,7 @@ def test_bad_input_is_one_line(workdir, script):
         (("--score", "nosuch"), "--score"),
         (("--method", "asymvlm-psd", "prolip", "--score", "own"), "--method asymvlm-psd --seed 0 --score own"),
     ):
-        status, printed, error = script(overview.main, *FAIR, *flags)
+        status, printed, error = script(compare.main, *FAIR, *flags)
         assert (status, printed) == (2, "")
         assert told in error
     assert not Path("results/tiny/fair.md").exists()
