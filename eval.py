@@ -33,6 +33,7 @@ from utils.cli import (
     whole_number,
 )
 from utils.device import pick_device
+from utils.embed import encode_texts, to_dtype
 from utils.evaluation import selective, tables
 from utils.evaluation.bootstrap import CONFIDENCE, MIN_RESAMPLES, RESAMPLES
 from utils.evaluation.results import (
@@ -382,9 +383,6 @@ def export_scores(args, adaptors, cache):
 
 def ask_prompts(args, adaptors, cache, folder):
     """How uncertain the texts of --prompts are: {"method, seed 0": [dict, one per text]}."""
-    # It imports open_clip, which takes seconds.
-    from utils.embed import encode_texts, to_dtype
-
     texts = prompts.prompts_from(args.prompts)
     clip = clip_id(args.dataset)
     z = to_dtype(encode_texts(clip.load(cache.device), texts), clip.dtype, texts)

@@ -134,7 +134,7 @@ def test_what_becomes_of_leads_in_a_world_where_it_is_known(workdir, script):
             assert told == {"probvlm": "survives", "pfe": "level", "prolip": "reversed"}
             assert found["pfe"][column][4] == "pfe"
             assert found["prolip"][column][4] == "prolip, own score"
-        summary = f"\n{leader}: of 3 rivals, its lead survives over 1 in R@1 t2i (1 level, 1 reversed), "
+        summary = f"\n{leader}: of 3 baselines, its lead survives over 1 in R@1 t2i (1 level, 1 reversed), "
         assert summary in printed
 
 
@@ -215,8 +215,8 @@ def test_bad_input_is_one_line(workdir, script):
         (("--method", "pfe"), "--against asymvlm-psd: not in the table; add it to --method"),
         (("--method", "asymvlm-psd", "asymvlm-vmf"), "--against asymvlm-psd: no method of another family"),
         (("--method", "asymvlm-psd", "pfe"), "--against: the results are of different caches (another, one)"),
-        (("--method", "asymvlm-psd", "pfe", "--resamples", 5), "--resamples 5: --against needs 100 at least"),
-        (("--name", "comparison"), "--name comparison: a file of that name is eval.py's"),
+        (("--method", "asymvlm-psd", "pfe", "--resamples", 5), "--resamples 5: --against needs at least 100"),
+        (("--name", "comparison"), "--name comparison: eval.py writes a file of this name"),
         (("--score", "nosuch"), "--score"),
         (("--method", "asymvlm-psd", "prolip", "--score", "own"), "--method asymvlm-psd --seed 0 --score own"),
     ):

@@ -185,7 +185,7 @@ def test_figures_are_those_of_the_package_on_random_rankings(judged, seed, monke
     )
     scorer = SimpleNamespace(
         ranking=rank(lambda images, captions: similarity[images][:, captions], cache),
-        text_uncertainty=lambda texts, z: np.arange(len(texts), dtype=float),
+        caption_uncertainty=lambda: np.arange(len(caption_ids), dtype=float),
         image_uncertainty=lambda: None,
     )
     ours = measure(answer(scorer, cache), 2)

@@ -71,7 +71,7 @@ def test_example_captions_go_from_certain_to_vague_with_the_pictures_that_match_
     cache = EmbeddingCache("tiny", "val")
     picture_files(cache, workdir / "pictures")
     adaptor = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt")
-    examples = example_captions(adaptor, cache, levels=3, each=2)
+    examples = example_captions(adaptor, cache, levels=3, per_level=2)
     with torch.no_grad():
         uncertainty = adaptor.adapt_text(cache.text.read())[1]
         similarity = adaptor.similarity(cache.image.read(), cache.text.read())
@@ -81,7 +81,7 @@ def test_example_captions_go_from_certain_to_vague_with_the_pictures_that_match_
     assert (uncertainty < uncertainty[rows[0]]).sum() == 10  # the middle of the first of six parts of 120 captions
     for row, example in zip(rows, examples, strict=True):
         best = similarity[:, row].topk(3).indices.tolist()
-        assert example["pictures"] == [workdir / "pictures" / cache.images[image] for image in best]
+        assert example["images"] == [workdir / "pictures" / cache.images[image] for image in best]
         assert example["right"] == [
             image in cache.relevance[row] or image == cache.image_of_caption[row] for image in best
         ]
@@ -223,7 +223,7 @@ def test_a_p_value_of_one_seed_says_so_and_of_two_there_is_none(script, trained)
     header, _, *rows = table_of(script(eval_script.main, *compare, "--seed", 0, 1)[1], "text-to-image")
     assert header.endswith("interval")
     assert rows[1].endswith("]")
-    assert script(eval_script.main, *compare, "--resamples", 99)[2].count("a comparison needs 100 at least")
+    assert script(eval_script.main, *compare, "--resamples", 99)[2].count("a comparison needs at least 100")
 
 
 def test_results_of_different_caches_are_not_paired(script, trained):

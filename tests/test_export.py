@@ -166,7 +166,7 @@ def test_a_split_in_shards_stays_on_the_disk_and_readmes_lines_filter_its_tars(w
     for names in Path("embeddings").rglob("images-*.json"):  # keys, as tars give them
         names.write_text(names.read_text().replace(".png", ""))
     monkeypatch.setattr("datasets.rows.RowsOnDisk.read", None)  # nothing may read all of them
-    monkeypatch.setattr(exporting, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(exporting, "BATCH", 7)
     status, _, error = script(eval_script.main, *command, "captions.csv")
     assert status == 0, error
     absent = {"first": "", "rank": "", "p_right": ""}

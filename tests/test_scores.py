@@ -214,7 +214,7 @@ def test_prompts_and_example_captions_are_answered_by_the_score_chosen(workdir, 
     similarity = image @ torch.nn.functional.normalize(cache.text.read().double(), dim=1).T
     for example in example_captions(adaptor, cache, score="frozen"):
         best = similarity[:, cache.captions.index(example["caption"])].topk(3).indices.tolist()
-        assert example["pictures"] == [tmp_path / cache.images[image] for image in best]
+        assert example["images"] == [tmp_path / cache.images[image] for image in best]
 
 
 class ImagesOnly(Adaptor):
@@ -263,10 +263,10 @@ def test_methods_that_rank_by_the_frozen_cosine_share_its_ranking(workdir):
     cache = EmbeddingCache("tiny", "val")
     adaptors = {(method, 0): METHODS[method](64).eval() for method in GROUPS["all"]}
     frozen, *others = every_scorer(cache, adaptors)
-    shared = {scorer.name: scorer for scorer in others if scorer.name in METHODS and scorer.ranking is frozen.ranking}
+    shared = {s.row.method: s for s in others if s.row in {(m, "published") for m in METHODS} and s.ranking is frozen.ranking}
     assert shared.keys() == {"pfe", "pcmepp", "prolip"}
     for scorer in shared.values():
-        own = rank(scorer.score, cache)[0]
-        assert all((own[d]["rank"] == frozen.ranking[0][d]["rank"]).all() for d in own)
+        own = rank(scorer.score, cache)
+        assert all((own[d]["rank"] == frozen.ranking[d]["rank"]).all() for d in own)
     frozen, *others = every_scorer(cache, adaptors, OWN)
-    assert next(scorer for scorer in others if scorer.name == "pfe").ranking is not frozen.ranking
+    assert next(scorer for scorer in others if scorer.row.method == "pfe").ranking is not frozen.ranking

@@ -22,7 +22,7 @@ from utils.cli import UserError
 from utils.evaluation import plots
 from utils.questions.prompts import describe_prompts
 from utils.evaluation.results import load_results
-from utils.evaluation.scorers import AdaptorScorer, FrozenScorer, answer
+from utils.evaluation.scorers import AdaptorScorer, FrozenScorer, Row, answer
 
 DIM = 16
 mpmath.mp.dps = 50
@@ -346,12 +346,12 @@ def test_what_asks_for_the_uncertainty_of_a_text_says_that_there_is_none(questio
         describe_prompts(adaptor, cache, ["a"], cache.text[:1])
 
 
-def test_rows_of_unknown_names_look_different(monkeypatch, evaluated, tmp_path):
-    seen = {}
-    monkeypatch.setattr(plots, "_line", lambda axis, name, *_, **__: seen.setdefault(name, dict(plots.look_of(name))))
-    runs = load_results(Path("results/tiny"), "asymvlm-psd-both", [0], "val")
+def test_rows_of_unknown_names_look_different(evaluated, tmp_path):
     names = [f"unknown {number}" for number in range(20)]
-    plots.draw_all({"asymvlm-psd": runs} | dict.fromkeys(names, runs), [], tmp_path)
-    assert seen["asymvlm-psd"] == plots.LOOKS["asymvlm-psd"]
+    runs = load_results(Path("results/tiny"), Row("asymvlm-psd-both"), [0], "val")
+    rows = {Row(name): runs for name in ("asymvlm-psd", *names)}
+    assert "levels.png" in plots.draw_all(rows, [], tmp_path)
+    seen = plots.looks_of(["asymvlm-psd", *names])
+    assert (*seen["asymvlm-psd"].values(),) == plots.LOOKS["asymvlm-psd"]
     assert len({tuple(seen[name].items()) for name in names}) == 20
-    assert not {seen[name]["color"] for name in names} & {look["color"] for look in plots.LOOKS.values()}
+    assert not {seen[name]["color"] for name in names} & {colour for colour, _, _ in plots.LOOKS.values()}

@@ -215,7 +215,7 @@ def load_results(folder, row, seeds, split):
     results = []
     for document, table in files:
         for path in (table, document):
-            need(path.exists(), f"{path}: there are no such results; make them with {command}")
+            need(path.exists(), f"{path}: no such results; make them with {command}")
         results.append(Results.load(document, table, split))
     return results
 
