@@ -99,14 +99,13 @@ def symmetric_cross_entropy(logits):
     """InfoNCE in both directions over all pairs, of which the diagonal is true: (B, B) -> ().
 
     -mean_b [log softmax over row b + log softmax over column b]_bb / 2, which is the mean of the
-    cross-entropies of rows and of columns. Two calls of F.cross_entropy take longer, because the
+    cross-entropies of rows and of columns. Two calls of F.cross_entropy are slower, because the
     gradient of logits.T is stored column by column.
     Source: "Representation learning with contrastive predictive coding", arXiv 1807.03748;
     both directions as in CLIP.
     """
-    by_row = logits.log_softmax(dim=1).diagonal()  # (B,)
-    by_column = logits.log_softmax(dim=0).diagonal()  # (B,)
-    return -(by_row + by_column).mean() / 2
+    log_softmax = logits.log_softmax(dim=1) + logits.log_softmax(dim=0)  # (B, B)
+    return -log_softmax.diagonal().mean() / 2
 
 
 def same_rows(x):
