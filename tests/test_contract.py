@@ -23,7 +23,9 @@ def make(method, dim=64, dtype=torch.float32):
 def embeddings(n, dim=64, dtype=torch.float32, seed=0):
     """Raw embeddings, of a norm like CLIP's."""
     generator = torch.Generator().manual_seed(seed)
-    return (10 * dim**-0.5 * torch.randn(n, dim, generator=generator, dtype=torch.float64)).to(dtype)
+    return (10 * dim**-0.5 * torch.randn(n, dim, generator=generator, dtype=torch.float64)).to(
+        dtype
+    )
 
 
 def described(adaptor, z_image, z_text):
@@ -42,7 +44,12 @@ def assert_every_parameter_is_trained(adaptor):
 
 def test_methods_are_the_six_of_the_paper_the_variants_and_the_originals():
     assert GROUPS["all"] == ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "pcmepp", "prolip")
-    assert GROUPS["originals"] == ("probvlm-original", "pfe-original", "pcmepp-original", "prolip-original")
+    assert GROUPS["originals"] == (
+        "probvlm-original",
+        "pfe-original",
+        "pcmepp-original",
+        "prolip-original",
+    )
     assert list(METHODS) == [*GROUPS["all"], *GROUPS["variants"], *GROUPS["originals"]]
 
 
@@ -66,7 +73,10 @@ def test_recipes_are_the_papers_and_the_small_one(method):
     )
     small, demo = (METHODS[method].recipes[name] for name in ("small", "demo"))
     assert replace(demo, epochs=small.epochs, batch_size=small.batch_size, lr=small.lr) == small
-    assert (small.epochs, small.batch_size) == (SMALL.epochs, SMALL.batch_size)  # the same budget for all
+    assert (small.epochs, small.batch_size) == (
+        SMALL.epochs,
+        SMALL.batch_size,
+    )  # the same budget for all
 
 
 @EVERY
@@ -83,7 +93,9 @@ def test_a_recipe_starts_the_variances_where_the_method_has_any(method):
     adaptor.start_at(2.0)
     for mean, uncertainty in (adaptor.adapt_image(z), adaptor.adapt_text(z)):
         assert torch.equal(mean, before[0])
-        total = uncertainty if method.endswith("-original") else 64 * uncertainty  # all dimensions together
+        total = (
+            uncertainty if method.endswith("-original") else 64 * uncertainty
+        )  # all dimensions together
         assert ((total > 1.5) & (total < 2.6)).all()
 
 
@@ -96,13 +108,21 @@ def test_shapes_at_any_width(method, dim):
     assert all(len(x) == 3 for x in adaptor.encode(z_image, z_text[:3]))
     assert adaptor(z_image, z_text[:3]).shape == ()
     assert adaptor.similarity(z_image, z_text).shape == (3, 5)
-    described = {"image": (3, *adaptor.adapt_image(z_image)), "text": (5, *adaptor.adapt_text(z_text))}
+    described = {
+        "image": (3, *adaptor.adapt_image(z_image)),
+        "text": (5, *adaptor.adapt_text(z_text)),
+    }
     for rows, mean, uncertainty in described.values():
         assert mean.shape == (rows, dim)
         assert torch.isfinite(mean).all()
         assert uncertainty is None or (uncertainty.shape == (rows,) and (uncertainty > 0).all())
     spread = getattr(adaptor, "spread", ("image", "text"))  # AsymVLM's: by default the text alone
-    assert tuple(modality for modality, (*_, uncertainty) in described.items() if uncertainty is not None) == spread
+    assert (
+        tuple(
+            modality for modality, (*_, uncertainty) in described.items() if uncertainty is not None
+        )
+        == spread
+    )
 
 
 @EVERY
@@ -122,7 +142,9 @@ def test_forward_is_the_loss_of_what_encode_returns(method):
     loss = adaptor.loss(*adaptor.encode(z_image, z_text))
     assert torch.equal(adaptor(z_image, z_text), total_loss(loss))
     encoded = (*adaptor.encode_image(z_image), *adaptor.encode_text(z_text))
-    assert all(torch.equal(x, y) for x, y in zip(adaptor.encode(z_image, z_text), encoded, strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(adaptor.encode(z_image, z_text), encoded, strict=True)
+    )
 
 
 @EVERY
@@ -130,7 +152,8 @@ def test_similarity_is_the_score_of_what_the_encoders_return(method):
     adaptor = make(method)
     z_image, z_text = embeddings(4), embeddings(6, seed=1)
     assert torch.equal(
-        adaptor.similarity(z_image, z_text), adaptor.score(adaptor.encode_image(z_image), adaptor.encode_text(z_text))
+        adaptor.similarity(z_image, z_text),
+        adaptor.score(adaptor.encode_image(z_image), adaptor.encode_text(z_text)),
     )
 
 
@@ -154,7 +177,9 @@ def test_losses_of_several_terms_name_them(method):
         return
     assert set(loss) == TERMS[method]
     assert {term.shape for term in loss.values()} == {()}
-    assert total_loss(loss).item() == pytest.approx(sum(term.item() for term in loss.values()), rel=1e-6)
+    assert total_loss(loss).item() == pytest.approx(
+        sum(term.item() for term in loss.values()), rel=1e-6
+    )
 
 
 @EVERY
@@ -163,7 +188,9 @@ def test_what_ranks_by_the_frozen_cosine_says_so(method):
     expected = method.removesuffix("-original") in ("pfe", "pcmepp", "prolip")
     assert adaptor.ranks_by_frozen_cosine is expected
     z_image, z_text = embeddings(20), embeddings(30, seed=1)
-    same = torch.allclose(adaptor.similarity(z_image, z_text).float(), cosine_similarity(z_image, z_text), atol=1e-5)
+    same = torch.allclose(
+        adaptor.similarity(z_image, z_text).float(), cosine_similarity(z_image, z_text), atol=1e-5
+    )
     assert same == expected
 
 
@@ -175,7 +202,9 @@ def test_own_score_is_of_all_pairs_as_they_stand(method):
     score = adaptor.own_score(adaptor.encode_image(z_image), adaptor.encode_text(z_text))
     assert score.shape == (7, 9)
     assert score.dtype == torch.float64
-    shuffled = adaptor.own_score(adaptor.encode_image(z_image[rows]), adaptor.encode_text(z_text[columns]))
+    shuffled = adaptor.own_score(
+        adaptor.encode_image(z_image[rows]), adaptor.encode_text(z_text[columns])
+    )
     torch.testing.assert_close(shuffled, score[rows][:, columns], rtol=1e-10, atol=1e-12)
 
 
@@ -187,14 +216,20 @@ def test_bfloat16_autocast_trains_close_to_float32(method):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = adaptor(z_image, z_text)
         similarity = adaptor.similarity(z_image, z_text)
-        (mean_image, of_image), (mean, of_text) = adaptor.adapt_image(z_image), adaptor.adapt_text(z_text)
+        (mean_image, of_image), (mean, of_text) = (
+            adaptor.adapt_image(z_image),
+            adaptor.adapt_text(z_text),
+        )
         trained = adaptor.train()(z_image, z_text)
     trained.backward()
     assert_every_parameter_is_trained(adaptor.eval())
     assert {x.dtype for x in (loss, trained, mean, mean_image)} == {torch.float32}
     assert similarity.dtype in (torch.float32, torch.float64)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
-    for found, expected in ((of_image, adaptor.adapt_image(z_image)[1]), (of_text, adaptor.adapt_text(z_text)[1])):
+    for found, expected in (
+        (of_image, adaptor.adapt_image(z_image)[1]),
+        (of_text, adaptor.adapt_text(z_text)[1]),
+    ):
         torch.testing.assert_close(found, expected, rtol=5e-2, atol=0)
 
 
@@ -207,7 +242,9 @@ def test_half_precision_embeddings_are_raised_first(method, dtype):
     loss.backward()
     assert_every_parameter_is_trained(adaptor)
     assert torch.equal(loss, adaptor(z_image.float(), z_text.float()))
-    assert torch.equal(adaptor.similarity(z_image, z_text), adaptor.similarity(z_image.float(), z_text.float()))
+    assert torch.equal(
+        adaptor.similarity(z_image, z_text), adaptor.similarity(z_image.float(), z_text.float())
+    )
     for describe, z in ((adaptor.adapt_image, z_image), (adaptor.adapt_text, z_text)):
         torch.testing.assert_close(describe(z), describe(z.float()), rtol=0, atol=0)
     assert adaptor.adapt_image(z_image)[0].dtype == torch.float32
@@ -217,19 +254,30 @@ def test_half_precision_embeddings_are_raised_first(method, dtype):
 def test_float64_stays_float64(method):
     adaptor = make(method, dtype=torch.float64)
     z_image, z_text = embeddings(8, dtype=torch.float64), embeddings(8, dtype=torch.float64, seed=1)
-    outputs = [*adaptor.encode(z_image, z_text), adaptor(z_image, z_text), adaptor.similarity(z_image, z_text)]
-    outputs += [x for x in (*adaptor.adapt_image(z_image), *adaptor.adapt_text(z_text)) if x is not None]
+    outputs = [
+        *adaptor.encode(z_image, z_text),
+        adaptor(z_image, z_text),
+        adaptor.similarity(z_image, z_text),
+    ]
+    outputs += [
+        x for x in (*adaptor.adapt_image(z_image), *adaptor.adapt_text(z_text)) if x is not None
+    ]
     assert {x.dtype for x in outputs} == {torch.float64}
 
 
 @EVERY
 def test_permuting_the_pairs_leaves_the_loss_unchanged(method):
     adaptor = make(method, dtype=torch.float64)
-    z_image, z_text = embeddings(12, dtype=torch.float64), embeddings(12, dtype=torch.float64, seed=1)
+    z_image, z_text = (
+        embeddings(12, dtype=torch.float64),
+        embeddings(12, dtype=torch.float64, seed=1),
+    )
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     loss = adaptor(z_image, z_text).item()
     assert adaptor(z_image[order], z_text[order]).item() == pytest.approx(loss, rel=1e-10)
-    assert adaptor(z_image[order], z_text).item() != pytest.approx(loss, rel=1e-10)  # broken pairs are other pairs
+    assert adaptor(z_image[order], z_text).item() != pytest.approx(
+        loss, rel=1e-10
+    )  # broken pairs are other pairs
 
 
 @EVERY
@@ -239,11 +287,19 @@ def test_permuting_the_rows_permutes_what_is_reported(method):
     rows, columns = (torch.randperm(n, generator=torch.Generator().manual_seed(2)) for n in (7, 9))
     similarity = adaptor.similarity(z_image, z_text)
     torch.testing.assert_close(
-        adaptor.similarity(z_image[rows], z_text[columns]), similarity[rows][:, columns], rtol=1e-10, atol=1e-12
+        adaptor.similarity(z_image[rows], z_text[columns]),
+        similarity[rows][:, columns],
+        rtol=1e-10,
+        atol=1e-12,
     )
-    for describe, z, order in ((adaptor.adapt_image, z_image, rows), (adaptor.adapt_text, z_text, columns)):
+    for describe, z, order in (
+        (adaptor.adapt_image, z_image, rows),
+        (adaptor.adapt_text, z_text, columns),
+    ):
         for before, after in zip(describe(z), describe(z[order]), strict=True):
-            torch.testing.assert_close(after, before if before is None else before[order], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                after, before if before is None else before[order], rtol=1e-10, atol=1e-12
+            )
 
 
 @EVERY
@@ -276,7 +332,9 @@ def test_zero_embeddings_are_finite(method, training):
 def test_a_few_steps_lower_the_loss(method):
     adaptor = make(method).train()
     z_image = embeddings(32)
-    z_text = z_image + 3 * embeddings(32, seed=1)  # so that the CLIP's direction is not the answer already
+    z_text = z_image + 3 * embeddings(
+        32, seed=1
+    )  # so that the CLIP's direction is not the answer already
     optimizer = torch.optim.AdamW(adaptor.parameters(), lr=1e-3)
     losses = []
     for _ in range(8):
@@ -300,11 +358,16 @@ def test_saved_adaptor_loads_as_it_was(method, tmp_path):
     assert type(loaded) is METHODS[method]
     assert not loaded.training
     assert adaptor.state_dict().keys() == loaded.state_dict().keys()
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in adaptor.state_dict().items())
+    assert all(
+        torch.equal(value, loaded.state_dict()[name])
+        for name, value in adaptor.state_dict().items()
+    )
     z_image, z_text = embeddings(5), embeddings(5, seed=1)
     assert torch.equal(adaptor(z_image, z_text), loaded(z_image, z_text))
     assert torch.equal(adaptor.similarity(z_image, z_text), loaded.similarity(z_image, z_text))
-    pairs = zip(described(adaptor, z_image, z_text), described(loaded, z_image, z_text), strict=True)
+    pairs = zip(
+        described(adaptor, z_image, z_text), described(loaded, z_image, z_text), strict=True
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -47,7 +47,9 @@ def flat(gradients):
 
 def files_in(folder):
     return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
     }
 
 
@@ -62,7 +64,10 @@ def steps(tmp_path_factory):
         with Ranks(ranks, steps_of_ranks, [folder]) as started:
             assert started.wait() == [0] * ranks, started.output()
     yield {
-        ranks: [torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=True, mmap=True) for rank in range(ranks)]
+        ranks: [
+            torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=True, mmap=True)
+            for rank in range(ranks)
+        ]
         for ranks in (2, 4)
     }
     shutil.rmtree(folder)  # a GB
@@ -82,8 +87,13 @@ def test_a_step_of_several_ranks_is_that_of_one(method, ranks, batch, steps):
         assert rank["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
         exact = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
         assert relative(flat(rank["gradients"]), flat(exact)) <= 1e-5
-        for name, gradient in exact.items():  # of 3 pairs, a temperature's is a small difference of large numbers
-            assert relative(rank["gradients"][name], gradient) <= (1e-5 if batch == 37 else 1e-4), name
+        for (
+            name,
+            gradient,
+        ) in exact.items():  # of 3 pairs, a temperature's is a small difference of large numbers
+            assert relative(rank["gradients"][name], gradient) <= (1e-5 if batch == 37 else 1e-4), (
+                name
+            )
         for name, buffer in adaptor.named_buffers():
             assert relative(rank["buffers"][name], buffer) <= 1e-6, name
     assert all(
@@ -95,7 +105,14 @@ def test_a_step_of_several_ranks_is_that_of_one(method, ranks, batch, steps):
 
 def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writes(workdir, script):
     make_cache("it", images=97, captions_per_image=2, dim=32)
-    epochs = ("--method", "all", "--epochs", 2, "--batch-size", 64)  # 194 captions: the last of 4 batches has 2
+    epochs = (
+        "--method",
+        "all",
+        "--epochs",
+        2,
+        "--batch-size",
+        64,
+    )  # 194 captions: the last of 4 batches has 2
     assert script(train_script.main, *TRAIN, *epochs)[0] == 0
     os.rename("checkpoints", "alone")
     with Ranks(2, train_script.main, (*TRAIN, *epochs)) as ranks:
@@ -104,7 +121,10 @@ def test_two_epochs_of_two_ranks_give_the_weights_of_one_and_only_the_first_writ
         f"it/0/{method}.{suffix}" for method in GROUPS["all"] for suffix in ("pt", "jsonl")
     }
     for method in GROUPS["all"]:
-        one, two = (torch.load(f"{folder}/it/0/{method}.pt", weights_only=True) for folder in ("alone", "checkpoints"))
+        one, two = (
+            torch.load(f"{folder}/it/0/{method}.pt", weights_only=True)
+            for folder in ("alone", "checkpoints")
+        )
         assert (one["config"], one["recipe"]) == (two["config"], two["recipe"])
         for name, weight in one["state_dict"].items():
             assert relative(two["state_dict"][name], weight) <= 2e-3, (method, name)
@@ -134,15 +154,21 @@ def kill_below_torchrun(run, rank, number, begun):
         (kill_a_fork, 0, signal.SIGTERM),
         pytest.param(
             *(kill_below_torchrun, 1, signal.SIGKILL),
-            marks=pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc to tell ranks apart by"),
+            marks=pytest.mark.skipif(
+                not Path("/proc/self/environ").exists(), reason="no /proc to tell ranks apart by"
+            ),
         ),
     ],
 )
-def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(workdir, script, kill, rank, number):
+def test_a_rank_that_dies_stops_the_run_and_another_number_of_ranks_goes_on(
+    workdir, script, kill, rank, number
+):
     make_cache("it", images=100, dim=32)
     log = Path("checkpoints/it/0/pcmepp.jsonl")
     run = (*TRAIN, "--method", "pcmepp", "--epochs", EPOCHS, "--batch-size", 50)
-    output = kill(run, rank, number, lambda: log.exists() and len(log.read_text().splitlines()) >= 2)
+    output = kill(
+        run, rank, number, lambda: log.exists() and len(log.read_text().splitlines()) >= 2
+    )
     assert (
         "train.py, rank 0: interrupted: saved after epoch" in output
         or "train.py, rank 0: error: lost another process of this run" in output
@@ -194,7 +220,10 @@ def test_methods_with_batch_norm_or_dropout_are_for_one_process(workdir, monkeyp
 def test_an_error_of_every_rank_names_its_rank(workdir):
     done = torchrun(2, REPOSITORY / "train.py", "--dataset", "nowhere")
     assert done.returncode != 0
-    assert any(f"train.py, rank {rank}: error: --dataset nowhere: no cache" in done.stdout for rank in (0, 1))
+    assert any(
+        f"train.py, rank {rank}: error: --dataset nowhere: no cache" in done.stdout
+        for rank in (0, 1)
+    )
 
 
 # Caching.
@@ -209,7 +238,18 @@ def tiny(tmp_path_factory):
 def flags(workdir, tiny):
     """Flags of a small data set and CLIP, of whose images and texts parts of 64 make several."""
     world.make("small", train=150, val=20)
-    shapes = ("--dataset", "shapes", "--data-root", "small", "--split", "train", "--device", "cpu", "--workers", "0")
+    shapes = (
+        "--dataset",
+        "shapes",
+        "--data-root",
+        "small",
+        "--split",
+        "train",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    )
     return (*shapes, "--model", str(tiny[0]), "--pretrained", str(tiny[1]))
 
 
@@ -223,7 +263,9 @@ def test_ranks_share_the_parts_and_write_the_bytes_of_one(flags, script):
 
 def test_broken_pictures_are_counted_over_all_ranks_and_looked_at_again_once_mended(flags, script):
     pictures = sorted(Path("small/train").glob("*.png"))
-    broken = {picture: picture.read_bytes() for picture in (pictures[3], pictures[100])}  # one of each rank
+    broken = {
+        picture: picture.read_bytes() for picture in (pictures[3], pictures[100])
+    }  # one of each rank
     for picture in broken:
         picture.write_bytes(b"no picture")
     for _ in range(2):  # each rank has no more than may be left out, both together have
@@ -244,7 +286,9 @@ def test_a_broken_picture_of_one_rank_stops_all_and_the_rest_is_kept(flags, scri
     with Ranks(2, cache, (64, *flags)) as ranks:
         assert ranks.wait() == [2, 2], ranks.output()
         assert f"rank 1: error: {pictures[100]}: " in ranks.output()
-        assert "rank 0: error: stopped, as another process of this run had to stop" in ranks.output()
+        assert (
+            "rank 0: error: stopped, as another process of this run had to stop" in ranks.output()
+        )
     assert not Path("embeddings/shapes/train/meta.json").exists()
     assert {path.name for path in Path("embeddings/shapes/train/.parts").glob("image*")} == {
         "image-00000.pt",

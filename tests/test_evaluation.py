@@ -278,7 +278,7 @@ def test_a_caption_that_several_images_carry_is_listed_once(script):
         (("--compare", "pfe", "pfe"), ["--compare", "two different methods"]),
         (("--compare", "pfe", "prolip"), ["results/tiny/0/prolip.npz", "eval.py --dataset tiny --method prolip"]),
         (("--compare", "pfe", "asymvlm-psd", "--seed", 7), ["results/tiny/7", "--seed 7"]),
-        (("--compare", "pfe", "asymvlm-psd", "--split", "train"), ["split val, not train"]),
+        (("--compare", "pfe", "asymvlm-psd", "--split", "train"), ["split val, not of train"]),
         (("--compare", "pfe", "asymvlm-psd", "--uncer_levels", 41), ["--uncer_levels 41", "fewer"]),
         (("--folds", 41), ["--folds 41", "40 image queries"]),
         (("--resamples", -1), ["--resamples", "at least 0"]),

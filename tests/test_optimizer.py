@@ -34,14 +34,18 @@ def rates(recipe, steps):
 
 
 def test_the_learning_rate_falls_on_a_cosine():
-    expected = [1e-6 + (2e-3 - 1e-6) * (1 + math.cos(math.pi * step / 40)) / 2 for step in range(40)]
+    expected = [
+        1e-6 + (2e-3 - 1e-6) * (1 + math.cos(math.pi * step / 40)) / 2 for step in range(40)
+    ]
     assert rates(RECIPE, 40) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_learning_rate_rises_on_a_line_before_the_cosine():
     warm = rates(replace(RECIPE, warm_up=0.25), 40)
     assert warm[:10] == pytest.approx([2e-3 * step / 10 for step in range(10)], rel=1e-9)
-    expected = [1e-6 + (2e-3 - 1e-6) * (1 + math.cos(math.pi * step / 30)) / 2 for step in range(30)]
+    expected = [
+        1e-6 + (2e-3 - 1e-6) * (1 + math.cos(math.pi * step / 30)) / 2 for step in range(30)
+    ]
     assert warm[10:] == pytest.approx(expected, rel=1e-9)
 
 
@@ -57,13 +61,17 @@ def test_weight_decay_is_on_parameters_of_so_many_dimensions(optimizer, decayed_
     adaptor = METHODS["pcmepp"](8)  # it has learnt scalars
     recipe = replace(RECIPE, optimizer=optimizer, decayed_from=decayed_from)
     groups = make_optimizer(adaptor, recipe, 10)[0].param_groups
-    found = {parameter.ndim for group in groups if group["weight_decay"] for parameter in group["params"]}
+    found = {
+        parameter.ndim for group in groups if group["weight_decay"] for parameter in group["params"]
+    }
     assert found == decayed
     assert sum(len(group["params"]) for group in groups) == len(list(adaptor.parameters()))
 
 
 def test_betas_are_adams():
-    assert make_optimizer(METHODS["pfe"](8), replace(RECIPE, betas=(0.9, 0.95)), 9)[0].defaults["betas"] == (0.9, 0.95)
+    assert make_optimizer(METHODS["pfe"](8), replace(RECIPE, betas=(0.9, 0.95)), 9)[0].defaults[
+        "betas"
+    ] == (0.9, 0.95)
 
 
 def test_a_gradient_is_cut_to_its_norm():
@@ -73,13 +81,20 @@ def test_a_gradient_is_cut_to_its_norm():
         torch.manual_seed(0)
         adaptor = METHODS["asymvlm-psd"](8)
         before = copy.deepcopy(list(adaptor.parameters()))
-        optimizer, schedule = make_optimizer(adaptor, Recipe("sgd", lr=1.0, weight_decay=0, momentum=0), 9)
+        optimizer, schedule = make_optimizer(
+            adaptor, Recipe("sgd", lr=1.0, weight_decay=0, momentum=0), 9
+        )
         train_script.step(adaptor, z, 20, optimizer, schedule, torch.float32, 1.0, clip_norm)
-        steps = [(after - start).flatten() for start, after in zip(before, adaptor.parameters(), strict=True)]
+        steps = [
+            (after - start).flatten()
+            for start, after in zip(before, adaptor.parameters(), strict=True)
+        ]
         moved[clip_norm] = torch.cat(steps)
     assert torch.equal(moved[None], moved[1e9])
     assert moved[None].norm() > 0.5
-    torch.testing.assert_close(moved[0.5], moved[None] * (0.5 / moved[None].norm()), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(
+        moved[0.5], moved[None] * (0.5 / moved[None].norm()), rtol=1e-3, atol=1e-7
+    )
 
 
 def run(recipe, method="asymvlm-psd", **options):
@@ -90,7 +105,10 @@ def run(recipe, method="asymvlm-psd", **options):
     weights = []
     with Run(path, recipe, config, **options) as this:
         record = this.record
-        this.record = lambda what: (record(what), weights.append(copy.deepcopy(this.adaptor.state_dict())))
+        this.record = lambda what: (
+            record(what),
+            weights.append(copy.deepcopy(this.adaptor.state_dict())),
+        )
         train_script.train(this, cache, None, torch.float32, BUFFER)
     return load_adaptor(path), weights
 
@@ -100,7 +118,9 @@ def test_the_weights_of_later_epochs_are_averaged_resumed_or_not(workdir):
     plain, ends = run(RECIPE)
     averaged, same_ends = run(recipe)
     for name, weight in averaged.state_dict().items():
-        assert torch.equal(ends[-1][name], same_ends[-1][name])  # training itself goes on without it
+        assert torch.equal(
+            ends[-1][name], same_ends[-1][name]
+        )  # training itself goes on without it
         assert torch.equal(plain.state_dict()[name], ends[-1][name])
         expected = torch.stack([epoch[name] for epoch in ends[2:]]).mean(dim=0)
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)

@@ -17,8 +17,12 @@ from models.prolip import loss as prolip
 def gaussians(batch=6, dim=5, rows=None):
     """mean and log_var of images and texts in float64, of which images 0, 3 and 5, and 1 and 4 are the same."""
     generator = torch.Generator().manual_seed(1)
-    mean_image, mean_text = unit(torch.randn(2, batch, dim, generator=generator, dtype=torch.float64)).unbind()
-    log_var_image, log_var_text = torch.randn(2, batch, dim, generator=generator, dtype=torch.float64) - 2
+    mean_image, mean_text = unit(
+        torch.randn(2, batch, dim, generator=generator, dtype=torch.float64)
+    ).unbind()
+    log_var_image, log_var_text = (
+        torch.randn(2, batch, dim, generator=generator, dtype=torch.float64) - 2
+    )
     images = torch.tensor([0, 1, 2, 0, 1, 0])
     return mean_image[images], log_var_image[images], mean_text, log_var_text
 
@@ -49,7 +53,9 @@ def slow_pfe(mean_image, var_image, mean_text, var_text):
             total = total + (mean[d] - other_mean[d]) ** 2 / (1e-10 + v) + torch.log(v)
         return total
 
-    pairs = [one(mean_image[b], var_image[b], mean_text[b], var_text[b]) for b in range(len(mean_image))]
+    pairs = [
+        one(mean_image[b], var_image[b], mean_text[b], var_text[b]) for b in range(len(mean_image))
+    ]
     for i in range(len(mean_image)):
         for j in range(i + 1, len(mean_image)):
             if same_image(mean_image, i, j):
@@ -74,8 +80,12 @@ def test_pfes_loss_of_different_images_is_that_of_the_true_pairs():
 def test_mutual_likelihood_score_equals_a_slow_loop(largest, monkeypatch):
     monkeypatch.setattr(pfe, "BLOCK", (3, 4))  # 5 x 7 pairs are several, and the last are smaller
     generator = torch.Generator().manual_seed(0)
-    mean_image, mean_text = (torch.randn(n, 40, generator=generator, dtype=torch.float64) for n in (5, 7))
-    var_image, var_text = (largest ** (2 * torch.rand(n, 40, generator=generator).double() - 1) for n in (5, 7))
+    mean_image, mean_text = (
+        torch.randn(n, 40, generator=generator, dtype=torch.float64) for n in (5, 7)
+    )
+    var_image, var_text = (
+        largest ** (2 * torch.rand(n, 40, generator=generator).double() - 1) for n in (5, 7)
+    )
     slow = torch.zeros(5, 7, dtype=torch.float64)
     for i in range(5):
         for j in range(7):
@@ -84,8 +94,12 @@ def test_mutual_likelihood_score_equals_a_slow_loop(largest, monkeypatch):
                 slow[i, j] -= (mean_image[i, d] - mean_text[j, d]) ** 2 / v + math.log(v)
     arguments = mean_image, var_image, mean_text, var_text
     np.testing.assert_allclose(pfe.mutual_likelihood_score(*arguments), slow, rtol=1e-9)
-    np.testing.assert_allclose(pfe.mutual_likelihood_score(*(x.float() for x in arguments)), slow, rtol=1e-5)
-    assert pfe.mutual_likelihood_score(mean_image, var_image, mean_text[:0], var_text[:0]).shape == (5, 0)
+    np.testing.assert_allclose(
+        pfe.mutual_likelihood_score(*(x.float() for x in arguments)), slow, rtol=1e-5
+    )
+    assert pfe.mutual_likelihood_score(
+        mean_image, var_image, mean_text[:0], var_text[:0]
+    ).shape == (5, 0)
 
 
 def test_pfes_head_is_scaled_batch_norms():
@@ -100,9 +114,13 @@ def test_pfes_head_is_scaled_batch_norms():
     x = (x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-3).sqrt()
     torch.testing.assert_close(head(z), 1e-6 + (1e-4 * x - 7).exp(), rtol=1e-9, atol=0)
     torch.testing.assert_close(norm.running_mean, 0.005 * mean)  # from 0 and 1
-    torch.testing.assert_close(norm.running_var, 0.995 + 0.005 * var * 50 / 49)  # torch keeps the unbiased one
+    torch.testing.assert_close(
+        norm.running_var, 0.995 + 0.005 * var * 50 / 49
+    )  # torch keeps the unbiased one
     head.eval()
-    torch.testing.assert_close(head(z)[:3], head(z[:3]), rtol=1e-12, atol=0)  # the running averages' turn
+    torch.testing.assert_close(
+        head(z)[:3], head(z[:3]), rtol=1e-12, atol=0
+    )  # the running averages' turn
 
 
 def test_pfes_batch_norm_takes_a_batch_of_one_by_the_running_averages():
@@ -120,9 +138,20 @@ def test_the_state_of_pfes_batch_norm_is_as_it_always_was():
     """A checkpoint has the weights and running averages of both norms, and no count of batches."""
     adaptor = METHODS["pfe-original"](8)
     heads = ("image_head", "text_head")
-    norms = ("1.weight", "1.bias", "1.running_mean", "1.running_var", "4.running_mean", "4.running_var")
+    norms = (
+        "1.weight",
+        "1.bias",
+        "1.running_mean",
+        "1.running_var",
+        "4.running_mean",
+        "4.running_var",
+    )
     names = {f"{head}.layers.{norm}" for head in heads for norm in norms}
-    names |= {f"{head}.{name}" for head in heads for name in ("layers.0.weight", "layers.3.weight", "gain", "bias")}
+    names |= {
+        f"{head}.{name}"
+        for head in heads
+        for name in ("layers.0.weight", "layers.3.weight", "gain", "bias")
+    }
     assert set(adaptor.state_dict()) == names
     weights = {name: torch.rand_like(value) for name, value in adaptor.state_dict().items()}
     adaptor.load_state_dict(weights)  # a plain dict, as a file gives it
@@ -146,7 +175,9 @@ def slow_pcmepp(mean_image, log_var_image, mean_text, log_var_text, shift, negat
     logits = torch.zeros(batch, batch, dtype=torch.float64)
     for i in range(batch):
         for j in range(batch):
-            csd = ((mean_image[i] - mean_text[j]) ** 2 + log_var_image[i].exp() + log_var_text[j].exp()).sum()
+            csd = (
+                (mean_image[i] - mean_text[j]) ** 2 + log_var_image[i].exp() + log_var_text[j].exp()
+            ).sum()
             logits[i, j] = -negative_scale * csd + shift
     match, rows, columns = ([[1e-4] * batch for _ in range(batch)] for _ in range(3))
     for i in range(batch):
@@ -174,7 +205,11 @@ def test_pcmepps_loss_equals_a_slow_loop():
 
 def test_pseudo_positives_are_what_beats_the_true_pair_of_a_row():
     logits = torch.tensor([[1.0, 2.0, 0.0], [3.0, 3.0, -1.0], [0.0, 0.0, 0.5]])
-    assert pcmepp.pseudo_positives(logits).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    assert pcmepp.pseudo_positives(logits).tolist() == [
+        [True, True, False],
+        [True, True, False],
+        [False, False, True],
+    ]
 
 
 # ProLIP.
@@ -196,7 +231,10 @@ def slow_prolip(mean_image, log_var_image, mean_text, log_var_text, log_scale, b
             contrast = contrast + torch.log(1 + torch.exp(-logit if i == j else logit)) / batch
     for b in range(batch):
         for d in range(dim):
-            image, text = (mean_image[b, d], log_var_image[b, d]), (mean_text[b, d], log_var_text[b, d])
+            image, text = (
+                (mean_image[b, d], log_var_image[b, d]),
+                (mean_text[b, d], log_var_text[b, d]),
+            )
             for mean, s in (image, text):
                 kl = kl - (1 + s / 2 - mean**2 - torch.exp(s / 2)) / 2 / (batch * dim)
             difference = slow_inclusion(*image, *text) - slow_inclusion(*text, *image)
@@ -212,7 +250,12 @@ def test_prolips_loss_equals_a_slow_loop():
 
 def test_inclusion_equals_its_definition_a_coordinate():
     mean_image, log_var_image, mean_text, log_var_text = gaussians()
-    arguments = mean_image, log_var_image - 18, mean_text, log_var_text - 18  # so that the means' part counts, too
+    arguments = (
+        mean_image,
+        log_var_image - 18,
+        mean_text,
+        log_var_text - 18,
+    )  # so that the means' part counts, too
     moved = mean_image + 1, *arguments[1:]
     assert (prolip.inclusion(*arguments) - prolip.inclusion(*moved)).abs().max() > 0.1
     agree(lambda *x: prolip.inclusion(*x).sum(), lambda *x: slow_inclusion(*x).sum(), arguments)
@@ -220,7 +263,11 @@ def test_inclusion_equals_its_definition_a_coordinate():
 
 def test_a_narrow_gaussian_is_included_in_a_wide_one():
     mean, narrow, wide = torch.zeros(1, 4), torch.full((1, 4), -8.0), torch.full((1, 4), -2.0)
-    assert prolip.inclusion_loss(mean, narrow, mean, wide) < 1e-3 < prolip.inclusion_loss(mean, wide, mean, narrow)
+    assert (
+        prolip.inclusion_loss(mean, narrow, mean, wide)
+        < 1e-3
+        < prolip.inclusion_loss(mean, wide, mean, narrow)
+    )
 
 
 @pytest.mark.parametrize("log_var", [-50.0, 50.0])
@@ -263,7 +310,10 @@ def test_probvlm_adds_what_passes_with_the_same_masks_disagree_on(probvlm):
     masks = torch.rand(15, 256, generator=torch.Generator().manual_seed(0)) >= 0.3
     assert 0.65 < masks.double().mean() < 0.75
     x = z / z.norm(dim=-1, keepdim=True)
-    for scale, target, adapt in ((1, bayescap, probvlm.adapt_text), (100, probvlm.image_bayescap, probvlm.adapt_image)):
+    for scale, target, adapt in (
+        (1, bayescap, probvlm.adapt_text),
+        (100, probvlm.image_bayescap, probvlm.adapt_image),
+    ):
         passes = []
         for mask in masks:
             first, _, second, _, _, third = target.mod
@@ -334,7 +384,12 @@ def cosine(mean, _, other_mean, __):
     return (mean * other_mean).sum() / mean.norm() / other_mean.norm()
 
 
-SCORES = {"pfe": mutual_likelihood, "pcmepp": negative_distance, "prolip": product_less_variances, "probvlm": cosine}
+SCORES = {
+    "pfe": mutual_likelihood,
+    "pcmepp": negative_distance,
+    "prolip": product_less_variances,
+    "probvlm": cosine,
+}
 
 
 @pytest.mark.parametrize("suffix", ["", "-original"])
@@ -346,7 +401,10 @@ def test_own_scores_are_their_authors(method, suffix):
     image, text = adaptor.encode_image(z_image), adaptor.encode_text(z_text)
     found = adaptor.own_score(image, text).detach()
     score = SCORES[method]
-    expected = [[score(image[0][i], image[1][i], text[0][j], text[1][j]).item() for j in range(5)] for i in range(4)]
+    expected = [
+        [score(image[0][i], image[1][i], text[0][j], text[1][j]).item() for j in range(5)]
+        for i in range(4)
+    ]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
@@ -364,14 +422,27 @@ def test_own_scores_are_autocast_alone_where_they_are_products():
 
 def test_recipes_are_the_authors():
     expected = {
-        "probvlm": Recipe("adam", lr=8e-5, weight_decay=0, batch_size=64, epochs=500, drops=(), max_steps=2001),
-        "pfe": Recipe("sgd", 1e-3, 5e-4, batch_size=256, epochs=5, momentum=0.9, drops=(2 / 3,), decayed_from=2),
+        "probvlm": Recipe(
+            "adam", lr=8e-5, weight_decay=0, batch_size=64, epochs=500, drops=(), max_steps=2001
+        ),
+        "pfe": Recipe(
+            "sgd",
+            1e-3,
+            5e-4,
+            batch_size=256,
+            epochs=5,
+            momentum=0.9,
+            drops=(2 / 3,),
+            decayed_from=2,
+        ),
         "pcmepp": Recipe(
             *("adamw", 5e-4, 1e-4),
             **{"batch_size": 128, "epochs": 25, "drops": (0.6,), "decayed_from": 1},
             **{"clip_norm": 2.0, "ramped_epoch": 3, "averaged_after": 0.64},
         ),
-        "prolip": Recipe("adamw", 5e-4, 0.2, batch_size=512, betas=(0.9, 0.95), decayed_from=2, warm_up=0.02),
+        "prolip": Recipe(
+            "adamw", 5e-4, 0.2, batch_size=512, betas=(0.9, 0.95), decayed_from=2, warm_up=0.02
+        ),
     }
     for method, recipe in expected.items():
         assert METHODS[f"{method}-original"].recipes == {"original": recipe}
@@ -381,21 +452,30 @@ def test_recipes_are_the_authors():
 
 def test_what_is_learnt_starts_where_the_authors_start():
     scalars = {"pfe": {}, "pcmepp": {"shift": 5, "negative_scale": 5}, "probvlm": {}}
-    scalars["pfe"] = {f"{m}_head.{name}": x for m in ("image", "text") for name, x in (("gain", 1e-4), ("bias", -7))}
+    scalars["pfe"] = {
+        f"{m}_head.{name}": x
+        for m in ("image", "text")
+        for name, x in (("gain", 1e-4), ("bias", -7))
+    }
     scalars["prolip"] = {"log_scale": math.log(1 / 0.07), "bias": -10}
     for method, expected in scalars.items():
         adaptor = METHODS[f"{method}-original"](8)
         found = {name: x.item() for name, x in adaptor.named_parameters() if not x.ndim}
         assert found == pytest.approx(expected)
         for modality in ("image", "text") if method in ("pcmepp", "prolip") else ():
-            bias = adaptor.get_parameter(f"{modality}_head.log_var.{6 if method == 'pcmepp' else 0}.bias")
+            bias = adaptor.get_parameter(
+                f"{modality}_head.log_var.{6 if method == 'pcmepp' else 0}.bias"
+            )
             assert (bias == (0 if method == "pcmepp" else -10)).all()
 
 
 @pytest.mark.parametrize("method", ["pfe", "pcmepp", "prolip"])
 def test_uncertainty_is_the_sum_of_the_variances(method):
     torch.manual_seed(0)
-    adaptor, z = METHODS[f"{method}-original"](8).double().eval(), torch.randn(5, 8, dtype=torch.float64)
+    adaptor, z = (
+        METHODS[f"{method}-original"](8).double().eval(),
+        torch.randn(5, 8, dtype=torch.float64),
+    )
     spread = adaptor.encode_text(z)[1]
     var = spread if method == "pfe" else spread.exp()
     for found, expected in zip(adaptor.adapt_text(z), (unit(z), var.sum(dim=-1)), strict=True):

@@ -40,7 +40,12 @@ class Bayes(nn.Module):
     def __init__(self):
         super().__init__()
         self.mod = nn.Sequential(
-            nn.Linear(DIM, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1024, DIM)
+            nn.Linear(DIM, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
+            nn.Dropout(0.0),
+            nn.Linear(1024, DIM),
         )
         for block in ("block_mu", "block_alpha", "block_beta"):
             setattr(self, block, nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM)))
@@ -49,7 +54,10 @@ class Bayes(nn.Module):
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()
-        self.shift, self.negative_scale = nn.Parameter(torch.full((1,), 4.0)), nn.Parameter(torch.full((1,), 6.0))
+        self.shift, self.negative_scale = (
+            nn.Parameter(torch.full((1,), 4.0)),
+            nn.Parameter(torch.full((1,), 6.0)),
+        )
 
 
 def their_model(method):
@@ -73,7 +81,9 @@ def their_uncertainty(model, method, z):
     if method == "probvlm":
         net = model["txt_BayesCap"]
         h = net.mod(z) + z
-        inv_alpha, beta = (nn.functional.softplus(block(h)) for block in (net.block_alpha, net.block_beta))
+        inv_alpha, beta = (
+            nn.functional.softplus(block(h)) for block in (net.block_alpha, net.block_beta)
+        )
         alpha, b = (1 / (inv_alpha + 1e-5)).clamp(1e-4, 5), (beta + 0.1).clamp(0.1, 5)
         return 1 / (alpha**2 * (torch.lgamma(3 / b) - torch.lgamma(1 / b)).exp()).mean(dim=1)
     return model["txt_enc"].logvar(nn.functional.normalize(z, dim=1)).exp().mean(dim=1)
@@ -88,7 +98,10 @@ def test_a_checkpoint_of_the_papers_repository_evaluates_as_it_is(method, script
     model, path = their_model(method), Path("checkpoints/paper/0") / f"{method}.pt"
     path.parent.mkdir(parents=True)
     torch.save(model.state_dict(), path)
-    assert script(eval_script.main, "--dataset", "paper", "--method", method, "--uncer_levels", 4)[0] == 0
+    assert (
+        script(eval_script.main, "--dataset", "paper", "--method", method, "--uncer_levels", 4)[0]
+        == 0
+    )
     result, queries = load_result("paper", 0, method)
     text = torch.load("embeddings/paper/val/text.pt", weights_only=True).float()
     with torch.no_grad():
@@ -96,7 +109,9 @@ def test_a_checkpoint_of_the_papers_repository_evaluates_as_it_is(method, script
     np.testing.assert_allclose(queries["t2i_uncertainty"], expected, rtol=1e-4)
     owners = json.loads(Path("embeddings/paper/val/cap_id_to_img_id.json").read_text())
     right = queries["t2i_top1"] == np.array([owners[str(row)] for row in range(40)])
-    levels = np.array_split(right[np.argsort(expected, kind="stable")], 4)  # their protocol, on our answers
+    levels = np.array_split(
+        right[np.argsort(expected, kind="stable")], 4
+    )  # their protocol, on our answers
     assert result["t2i"] == pytest.approx([level.mean() for level in levels])
     assert len(result["i2t"]) == 4
 

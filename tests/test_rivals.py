@@ -18,14 +18,22 @@ from models.pcmepp.adaptor import NEGATIVE_SCALE, SHIFT
 from models.pcmepp.loss import closed_form_sampled_distance, matching_loss
 from models.pfe.loss import VARIANCE_MIN, mutual_likelihood_loss, variance
 from models.probvlm.loss import mean_variance, positive, probvlm_loss
-from models.prolip.loss import LOGIT_BIAS, LOGIT_SCALE, VIB_BETA, information_bottleneck, pairwise_logits, prolip_loss
+from models.prolip.loss import (
+    LOGIT_BIAS,
+    LOGIT_SCALE,
+    VIB_BETA,
+    information_bottleneck,
+    pairwise_logits,
+    prolip_loss,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((REPOSITORY / "tests" / "golden" / "losses.json").read_text())
 MODALITIES = ("image", "text")
 ARGUMENTS = {
     "pfe": [f"{name}_{m}" for m in MODALITIES for name in ("mean", "var")],
-    "pcmepp": [f"{name}_{m}" for m in MODALITIES for name in ("mean", "log_var")] + ["shift", "negative_scale"],
+    "pcmepp": [f"{name}_{m}" for m in MODALITIES for name in ("mean", "log_var")]
+    + ["shift", "negative_scale"],
     "prolip": [f"{name}_{m}" for m in MODALITIES for name in ("mean", "log_var")],
     "probvlm": [f"{name}_{m}" for m in MODALITIES for name in ("mean", "inv_alpha", "beta", "z")],
 }
@@ -42,7 +50,9 @@ LOSSES = {
     "prolip": total(prolip_loss),
     "probvlm": total(probvlm_loss),
 }
-MEMORY_LIMIT = 0.7 * 1024  # MB above the interpreter with torch imported, for a step at D = 512, where a
+MEMORY_LIMIT = (
+    0.7 * 1024
+)  # MB above the interpreter with torch imported, for a step at D = 512, where a
 # (B, B, D) tensor takes 8 GB at B = 2048 and 2 GB at B = 1024
 MEMORY_SCRIPT = """
 import re, sys, torch
@@ -71,7 +81,9 @@ def golden(method, *names):
 
 @pytest.mark.parametrize("method", LOSSES)
 def test_loss_matches_the_golden_file(method):
-    assert LOSSES[method](*golden(method, *ARGUMENTS[method])).item() == pytest.approx(GOLDEN[method]["loss"], rel=1e-9)
+    assert LOSSES[method](*golden(method, *ARGUMENTS[method])).item() == pytest.approx(
+        GOLDEN[method]["loss"], rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -94,7 +106,9 @@ def slow_pfe(mean_image, var_image, mean_text, var_text):
     total = 0
     for b in range(len(mean_image)):
         for d in range(mean_image.shape[1]):
-            agreement = torch.distributions.Normal(mean_text[b, d], torch.sqrt(var_image[b, d] + var_text[b, d]))
+            agreement = torch.distributions.Normal(
+                mean_text[b, d], torch.sqrt(var_image[b, d] + var_text[b, d])
+            )
             total = total - 2 * agreement.log_prob(mean_image[b, d]) - math.log(2 * math.pi)
     return total / len(mean_image)
 
@@ -134,11 +148,15 @@ def slow_prolip(mean_image, log_var_image, mean_text, log_var_text):
         for b in range(batch):
             for d in range(dim):
                 v = log_var[b, d]
-                bottleneck = bottleneck - (1 + v / 2 - mean[b, d] ** 2 - torch.exp(v / 2)) / (2 * batch * dim)
+                bottleneck = bottleneck - (1 + v / 2 - mean[b, d] ** 2 - torch.exp(v / 2)) / (
+                    2 * batch * dim
+                )
     return contrast / batch + 1e-5 * bottleneck
 
 
-def slow_probvlm(mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text):
+def slow_probvlm(
+    mean_image, inv_alpha_image, beta_image, z_image, mean_text, inv_alpha_text, beta_text, z_text
+):
     """Absolute error and generalised-Gaussian likelihood of each modality's embedding and, 1e-4 of it, the other's."""
     total, (batch, dim) = 0, mean_image.shape
     image, text = (mean_image, inv_alpha_image, beta_image), (mean_text, inv_alpha_text, beta_text)
@@ -196,15 +214,25 @@ def test_loss_and_gradient_equal_a_slow_loop(method):
 
 def test_sampled_distance_is_the_expected_squared_distance_of_draws():
     generator = torch.Generator().manual_seed(0)
-    mean_image, log_var_image, mean_text, log_var_text = (torch.randn(n, 6, generator=generator) for n in (2, 2, 3, 3))
+    mean_image, log_var_image, mean_text, log_var_text = (
+        torch.randn(n, 6, generator=generator) for n in (2, 2, 3, 3)
+    )
     noise_image, noise_text = (
         torch.randn(200_000, 2, 1, 6, generator=generator),
         torch.randn(200_000, 1, 3, 6, generator=generator),
     )
     image = mean_image[:, None] + noise_image * (log_var_image / 2).exp()[:, None]
-    sampled = (image - (mean_text + noise_text * (log_var_text / 2).exp())).square().sum(dim=-1).mean(dim=0)  # (2, 3)
+    sampled = (
+        (image - (mean_text + noise_text * (log_var_text / 2).exp()))
+        .square()
+        .sum(dim=-1)
+        .mean(dim=0)
+    )  # (2, 3)
     torch.testing.assert_close(
-        closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text), sampled, rtol=0.02, atol=0
+        closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text),
+        sampled,
+        rtol=0.02,
+        atol=0,
     )
 
 
@@ -216,18 +244,26 @@ def test_sampled_distance_is_the_expected_squared_distance_of_draws():
 @pytest.mark.parametrize("text_log_var", [-50.0, 50.0])
 @pytest.mark.parametrize("means", ["random", "equal", "zero"])
 @pytest.mark.parametrize("method", ["pcmepp", "prolip"])
-def test_gaussian_losses_are_finite_at_the_extremes(method, means, image_log_var, text_log_var, dtype):
+def test_gaussian_losses_are_finite_at_the_extremes(
+    method, means, image_log_var, text_log_var, dtype
+):
     mean = unit(torch.randn(8, 512, dtype=dtype, generator=torch.Generator().manual_seed(0)))
-    mean_image, mean_text = {"random": (mean, mean.roll(1, 0)), "equal": (mean, mean), "zero": (0 * mean, 0 * mean)}[
-        means
-    ]
+    mean_image, mean_text = {
+        "random": (mean, mean.roll(1, 0)),
+        "equal": (mean, mean),
+        "zero": (0 * mean, 0 * mean),
+    }[means]
     log_var_image = torch.full_like(mean, image_log_var).requires_grad_()
     log_var_text = torch.full_like(mean, text_log_var).requires_grad_()
     adaptor = METHODS[method](512).to(dtype)
     loss = total_loss(adaptor.loss(mean_image, log_var_image, mean_text, log_var_text))
     loss.backward()
     assert torch.isfinite(loss)
-    trained = [log_var_image, log_var_text, *(p for name, p in adaptor.named_parameters() if "head" not in name)]
+    trained = [
+        log_var_image,
+        log_var_text,
+        *(p for name, p in adaptor.named_parameters() if "head" not in name),
+    ]
     assert all(torch.isfinite(x.grad).all() for x in trained)
     assert torch.isfinite(adaptor.describe_text(mean_text, log_var_text)[1]).all()
 
@@ -258,8 +294,13 @@ def test_pairwise_losses_in_float32_agree_with_float64():
     ]
     wide = [x.double() for x in arguments]
     for function in (closed_form_sampled_distance, pairwise_logits):
-        torch.testing.assert_close(function(*arguments).double(), function(*wide), rtol=1e-5, atol=1e-6)
-    for loss, extra in [(matching_loss, (torch.tensor(5.0), torch.tensor(5.0))), (LOSSES["prolip"], ())]:
+        torch.testing.assert_close(
+            function(*arguments).double(), function(*wide), rtol=1e-5, atol=1e-6
+        )
+    for loss, extra in [
+        (matching_loss, (torch.tensor(5.0), torch.tensor(5.0))),
+        (LOSSES["prolip"], ()),
+    ]:
         assert loss(*arguments, *extra).item() == pytest.approx(
             loss(*wide, *(x.double() for x in extra)).item(), rel=1e-5
         )
@@ -284,7 +325,9 @@ def test_pfe_is_finite_at_the_extremes(raw, difference, dtype):
 @pytest.mark.parametrize("beta", [-1e4, 0.0, 1e4, 1e20])
 @pytest.mark.parametrize("means", ["random", "equal", "zero"])
 def test_probvlm_is_finite_at_the_extremes(means, inv_alpha, beta, dtype):
-    z = torch.randn(4, 64, dtype=dtype, generator=torch.Generator().manual_seed(0)) * (means != "zero")
+    z = torch.randn(4, 64, dtype=dtype, generator=torch.Generator().manual_seed(0)) * (
+        means != "zero"
+    )
     mean = (z.roll(1, 0) if means == "random" else z).clone().requires_grad_()
     raw = [torch.full_like(z, value).requires_grad_() for value in (inv_alpha, beta)]
     parameters = [positive(x) for x in raw]
@@ -317,14 +360,20 @@ def test_probvlm_variance_equals_the_ratio_of_gammas():
     wide = mean_variance(torch.tensor(inv_alpha), torch.tensor(beta))
     np.testing.assert_allclose(wide.numpy(), exact, rtol=1e-10)
     np.testing.assert_allclose(
-        mean_variance(*(torch.tensor(x, dtype=torch.float32) for x in (inv_alpha, beta))).numpy(), exact, rtol=1e-3
+        mean_variance(*(torch.tensor(x, dtype=torch.float32) for x in (inv_alpha, beta))).numpy(),
+        exact,
+        rtol=1e-3,
     )
 
 
 def test_probvlm_variance_is_that_of_the_normal_and_the_laplace_distribution():
     one = torch.tensor([[1.0]], dtype=torch.float64)
-    assert mean_variance(one - 1e-5, 2 * one - 0.1).item() == pytest.approx(0.5)  # exp(-r^2) has the variance 1/2
-    assert mean_variance(one - 1e-5, one - 0.1).item() == pytest.approx(2.0)  # exp(-|r|) has the variance 2
+    assert mean_variance(one - 1e-5, 2 * one - 0.1).item() == pytest.approx(
+        0.5
+    )  # exp(-r^2) has the variance 1/2
+    assert mean_variance(one - 1e-5, one - 0.1).item() == pytest.approx(
+        2.0
+    )  # exp(-|r|) has the variance 2
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -374,7 +423,10 @@ def test_gaussian_head_reads_the_direction_of_the_embedding_alone(method):
 @pytest.mark.parametrize("method", LOSSES)
 def test_similarity_is_the_cosine_of_the_means(method):
     adaptor = METHODS[method](16).double()
-    z_image, z_text = torch.randn(4, 16, dtype=torch.float64), torch.randn(6, 16, dtype=torch.float64)
+    z_image, z_text = (
+        torch.randn(4, 16, dtype=torch.float64),
+        torch.randn(6, 16, dtype=torch.float64),
+    )
     image, text = adaptor.adapt_image(z_image)[0], adaptor.adapt_text(z_text)[0]
     cosine = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
     torch.testing.assert_close(adaptor.similarity(z_image, z_text), cosine)
@@ -405,26 +457,39 @@ def test_half_precision_is_raised_before_it_is_summed():
         (variance, "pfe", 0, 1),
     ],
 )
-def test_autocast_lowers_the_products_of_the_pairs_and_nothing_else(function, method, start, stop, monkeypatch):
-    arguments = [x.detach().bfloat16() for x in random_arguments(method, batch=16, dim=64).values()][start:stop]
+def test_autocast_lowers_the_products_of_the_pairs_and_nothing_else(
+    function, method, start, stop, monkeypatch
+):
+    arguments = [
+        x.detach().bfloat16() for x in random_arguments(method, batch=16, dim=64).values()
+    ][start:stop]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lowered = function(*arguments)
     assert lowered.dtype == torch.float32
     for module in ("pcmepp", "prolip"):
         monkeypatch.setattr(
-            f"models.{module}.loss.pairwise_products", lambda x, y: (x.bfloat16() @ y.bfloat16().T).float()
+            f"models.{module}.loss.pairwise_products",
+            lambda x, y: (x.bfloat16() @ y.bfloat16().T).float(),
         )
     assert torch.equal(lowered, function(*(x.float() for x in arguments)))
 
 
 def test_constants_are_those_of_the_golden_file():
     prolip, pcmepp = GOLDEN["prolip"], GOLDEN["pcmepp"]
-    assert (prolip["logit_scale"], prolip["logit_bias"], prolip["vib_beta"]) == (LOGIT_SCALE, LOGIT_BIAS, VIB_BETA)
+    assert (prolip["logit_scale"], prolip["logit_bias"], prolip["vib_beta"]) == (
+        LOGIT_SCALE,
+        LOGIT_BIAS,
+        VIB_BETA,
+    )
     assert (pcmepp["shift"], pcmepp["negative_scale"]) == (SHIFT, NEGATIVE_SCALE)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: peak memory cannot be read")
-@pytest.mark.parametrize("words", [*((2048, method) for method in LOSSES), (1024, *GROUPS["originals"])])
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="no /proc: peak memory cannot be read"
+)
+@pytest.mark.parametrize(
+    "words", [*((2048, method) for method in LOSSES), (1024, *GROUPS["originals"])]
+)
 def test_a_step_of_a_large_batch_stays_within_its_memory(words):
     command = [sys.executable, "-c", MEMORY_SCRIPT, *map(str, words)]
     script = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)

@@ -16,7 +16,9 @@ def test_loss_and_gradients_equal_the_textbooks(method):
     ours, textbook = adaptor(z_image, z_text), LOSSES[method](weights, z_image, z_text)
     ours.backward()
     textbook.backward()
-    tolerance = 1e-3 if method == "asymvlm-vmf" else 1e-9  # the textbook's Bessel function is an approximation
+    tolerance = (
+        1e-3 if method == "asymvlm-vmf" else 1e-9
+    )  # the textbook's Bessel function is an approximation
     assert ours.item() == pytest.approx(textbook.item(), rel=tolerance)
     for name, parameter in adaptor.named_parameters():
         scale = weights[name].grad.abs().max()

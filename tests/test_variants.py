@@ -35,7 +35,9 @@ def make(method, dim=DIM):
 
 
 def embeddings(n, dim=DIM, seed=0, dtype=torch.float64):
-    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 # -frozen.
@@ -71,9 +73,14 @@ def test_frozen_ranks_images_exactly_as_the_frozen_clip_ties_too(name, dtype, sc
         adaptor.text_mlp[-1].bias.mul_(scale)
     frozen, ours = FrozenScorer(cache), AdaptorScorer(adaptor, cache)
     for field in ("rank", "top1"):
-        assert (answer(ours, cache)["t2i"][field] == answer(frozen, cache)["t2i"][field]).all(), field
+        assert (answer(ours, cache)["t2i"][field] == answer(frozen, cache)["t2i"][field]).all(), (
+            field
+        )
     everything = torch.arange(600), torch.arange(300)
-    exact, found = (scorer.score(*everything).argsort(dim=0, descending=True, stable=True) for scorer in (frozen, ours))
+    exact, found = (
+        scorer.score(*everything).argsort(dim=0, descending=True, stable=True)
+        for scorer in (frozen, ours)
+    )
     assert torch.equal(exact, found)
     cosine = frozen.score(*everything)
     assert (cosine[:150] == cosine[450:]).all()  # ties there are
@@ -90,7 +97,9 @@ def test_frozen_scores_with_the_density_and_its_own_mean(name):
     torch.testing.assert_close(uncertainty, 1 / kappa)
     log_prob = METHODS[f"asymvlm-{name}"].log_prob
     expected = log_prob(unit(z_image), kappa[:, None] * unit(z_text))
-    torch.testing.assert_close(adaptor.similarity(z_image, z_text), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        adaptor.similarity(z_image, z_text), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 # -anchored.
@@ -116,7 +125,9 @@ def test_anchored_starts_with_the_ranking_of_the_clip_and_one_kappa(name):
     mean, uncertainty = adaptor.adapt_text(z)
     assert (mean * unit(z)).sum(dim=1).min() > 0.9999
     assert ((1 / uncertainty > 18) & (1 / uncertainty < 22)).all()
-    assert torch.isfinite(adaptor.adapt_text(1e6 * z)[1]).all()  # unlike anything that it was trained on
+    assert torch.isfinite(
+        adaptor.adapt_text(1e6 * z)[1]
+    ).all()  # unlike anything that it was trained on
 
 
 # -image.
@@ -128,8 +139,12 @@ def test_image_is_asymvlm_with_the_roles_exchanged(name):
     plain.text_mlp.load_state_dict(adaptor.image_mlp.state_dict())
     z_image, z_text = embeddings(5), embeddings(7, seed=1)
     exchanged = plain.similarity(z_text, z_image).T
-    torch.testing.assert_close(adaptor.similarity(z_image, z_text), exchanged, rtol=1e-12, atol=1e-12)
-    assert adaptor(z_image, z_text[:5]).item() == pytest.approx(plain(z_text[:5], z_image).item(), rel=1e-12)
+    torch.testing.assert_close(
+        adaptor.similarity(z_image, z_text), exchanged, rtol=1e-12, atol=1e-12
+    )
+    assert adaptor(z_image, z_text[:5]).item() == pytest.approx(
+        plain(z_text[:5], z_image).item(), rel=1e-12
+    )
     assert torch.equal(adaptor.adapt_image(z_image)[1], plain.adapt_text(z_image)[1])
     assert adaptor.adapt_text(z_text)[1] is None
 
@@ -144,7 +159,9 @@ def beta_quadrature(a, b, points=60):
     diagonal = np.r_[(q - p) / (s + 2), (q**2 - p**2) / ((2 * k + s) * (2 * k + s + 2))]
     beside = 4 * k * (k + p) * (k + q) * (k + s) / ((2 * k + s) ** 2 * ((2 * k + s) ** 2 - 1))
     beside[0] = 4 * (1 + p) * (1 + q) / ((2 + s) ** 2 * (3 + s))
-    nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(np.sqrt(beside), 1) + np.diag(np.sqrt(beside), -1))
+    nodes, vectors = np.linalg.eigh(
+        np.diag(diagonal) + np.diag(np.sqrt(beside), 1) + np.diag(np.sqrt(beside), -1)
+    )
     return nodes, vectors[0] ** 2
 
 
@@ -174,12 +191,18 @@ def test_expected_power_spherical_kernel_is_as_exact_as_it_says(dim, error):
             assert abs(found.item() - exact) <= error, (kappa, cosine)
             if abs(cosine) == 1:  # a Beta itself: the quadrature is right, too
                 a, b = (dim - 1) / 2 + kappa * (cosine > 0), (dim - 1) / 2 + kappa * (cosine < 0)
-                assert np.log(2) + special.digamma(a) - special.digamma(a + b) == pytest.approx(exact, abs=1e-9)
+                assert np.log(2) + special.digamma(a) - special.digamma(a + b) == pytest.approx(
+                    exact, abs=1e-9
+                )
 
 
 @pytest.mark.parametrize("dim", [2, 3, 16, 64, 512, 1152])
 def test_mean_resultant_length_is_the_ratio_of_bessel_functions(dim):
-    kappa = torch.tensor([1e-6, 1e-3, 0.1, 1.0, 8.0, 50.0, 300.0, 3000.0, 1e4], dtype=torch.float64, requires_grad=True)
+    kappa = torch.tensor(
+        [1e-6, 1e-3, 0.1, 1.0, 8.0, 50.0, 300.0, 3000.0, 1e4],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
     found = distributions.mean_resultant_length(kappa, dim)
     (gradient,) = torch.autograd.grad(found.sum(), kappa)
     for k, value, slope in zip(kappa.tolist(), found.tolist(), gradient.tolist(), strict=True):
@@ -198,7 +221,9 @@ def draw(name, eta, count, rng):
     along = 2 * rng.beta((dim - 1) / 2 + kappa, (dim - 1) / 2, size=(count, 1)) - 1
     rest = rng.normal(size=(count, dim))
     rest -= (rest @ eta / kappa**2)[:, None] * eta
-    return along * eta / kappa + np.sqrt(1 - along**2) * rest / np.linalg.norm(rest, axis=1, keepdims=True)
+    return along * eta / kappa + np.sqrt(1 - along**2) * rest / np.linalg.norm(
+        rest, axis=1, keepdims=True
+    )
 
 
 @EACH
@@ -206,10 +231,15 @@ def test_both_scores_and_learns_by_the_mean_log_likelihood_of_draws(name):
     batch, count, rng = 6, 100_000, np.random.default_rng(0)
     adaptor, log_prob = make(f"asymvlm-{name}-both").double(), METHODS[f"asymvlm-{name}"].log_prob
     adaptor.temperature.data.fill_(0.7)
-    eta_image, eta_text = 2 * embeddings(batch), 3 * embeddings(batch, seed=1)  # kappa around 8 and 12
+    eta_image, eta_text = (
+        2 * embeddings(batch),
+        3 * embeddings(batch, seed=1),
+    )  # kappa around 8 and 12
     mean, error = np.empty((2, batch, batch))
     for row, eta in enumerate(eta_image.numpy()):
-        density = log_prob(torch.from_numpy(draw(name, eta, count, rng)), eta_text).numpy()  # (draws, texts)
+        density = log_prob(
+            torch.from_numpy(draw(name, eta, count, rng)), eta_text
+        ).numpy()  # (draws, texts)
         mean[row], error[row] = density.mean(axis=0), density.std(axis=0) / count**0.5
     found = adaptor.score((eta_image,), (eta_text,)).numpy()
     assert (np.abs(found - mean) <= 5 * error + 1e-2 * (name == "psd")).all()
@@ -236,7 +266,10 @@ def test_both_of_a_certain_image_is_asymvlm_and_its_uncertainty_lowers_the_best_
 def test_both_is_finite_at_the_extremes(name, dtype, scale):
     adaptor = make(f"asymvlm-{name}-both", 512).to(dtype)
     x = unit(embeddings(4, 512, dtype=dtype))
-    image, text = (scale * x).requires_grad_(), torch.cat([x[:2], -x[2:]]).mul(scale + 1).requires_grad_()
+    image, text = (
+        (scale * x).requires_grad_(),
+        torch.cat([x[:2], -x[2:]]).mul(scale + 1).requires_grad_(),
+    )
     loss = adaptor.loss(image, text)
     gradients = torch.autograd.grad(loss, (image, text))
     assert all(torch.isfinite(part).all() for part in (loss, *gradients))
@@ -249,22 +282,39 @@ def test_both_is_finite_at_the_extremes(name, dtype, scale):
 def test_a_fixed_temperature_is_no_parameter_stays_one_and_is_in_the_checkpoint(name, script):
     method = f"asymvlm-{name}-fixed-temperature"
     adaptor, plain = make(method), make(f"asymvlm-{name}")
-    assert [n for n, _ in adaptor.named_parameters()] == [n for n, _ in plain.named_parameters() if n != "temperature"]
+    assert [n for n, _ in adaptor.named_parameters()] == [
+        n for n, _ in plain.named_parameters() if n != "temperature"
+    ]
     adaptor.load_state_dict(plain.state_dict())  # a learnt one's weights fit
     z = embeddings(4, dtype=torch.float32), embeddings(4, seed=1, dtype=torch.float32)
     assert adaptor(*z).item() == plain(*z).item()  # which starts at 1
     make_cache("tiny")
-    run = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50, "--method", method)
+    run = (
+        "--dataset",
+        "tiny",
+        "--recipe",
+        "small",
+        "--epochs",
+        2,
+        "--batch-size",
+        50,
+        "--method",
+        method,
+    )
     assert script(train_script.main, *run)[0] == 0
     assert load_adaptor(f"checkpoints/tiny/0/{method}.pt").temperature.item() == 1
-    assert "temperature" not in json.loads(Path(f"checkpoints/tiny/0/{method}.jsonl").read_text().splitlines()[-1])
+    assert "temperature" not in json.loads(
+        Path(f"checkpoints/tiny/0/{method}.jsonl").read_text().splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(("kappa", "error"), [(50.0, 0.0023), (300.0, 0.043), (5000.0, 0.096)])
 def test_the_approximate_normaliser_is_off_by_what_is_known_of_it(kappa, error):
     kappa = torch.tensor([1e-9, kappa], dtype=torch.float64)
     exact = distributions.von_mises_fisher_log_normalizer(kappa, 512)
-    none, off = (exact - distributions.approximate_von_mises_fisher_log_normalizer(kappa, 512)).tolist()
+    none, off = (
+        exact - distributions.approximate_von_mises_fisher_log_normalizer(kappa, 512)
+    ).tolist()
     assert none == pytest.approx(0, abs=1e-9)
     assert off == pytest.approx(error, rel=0.03)
 
@@ -282,13 +332,20 @@ def test_its_slope_is_the_mean_of_two_bounds_of_the_exact_one(dim):
 
 
 def test_exactness_moves_texts_and_no_images():
-    approximate, exact = (make(method).double() for method in ("asymvlm-vmf-approximate", "asymvlm-vmf"))
+    approximate, exact = (
+        make(method).double() for method in ("asymvlm-vmf-approximate", "asymvlm-vmf")
+    )
     assert approximate.state_dict().keys() == exact.state_dict().keys()
-    x, eta = unit(embeddings(50)), 10 ** torch.linspace(0, 3, 60, dtype=torch.float64)[:, None] * embeddings(60, seed=1)
+    x, eta = (
+        unit(embeddings(50)),
+        10 ** torch.linspace(0, 3, 60, dtype=torch.float64)[:, None] * embeddings(60, seed=1),
+    )
     by_text = [adaptor.score((x,), (eta,)) for adaptor in (approximate, exact)]
     assert torch.equal(*(scores.argsort(dim=0) for scores in by_text))
     difference = by_text[0] - by_text[1]
-    torch.testing.assert_close(difference, difference[:1].expand_as(difference), rtol=0, atol=1e-9)  # a text's own
+    torch.testing.assert_close(
+        difference, difference[:1].expand_as(difference), rtol=0, atol=1e-9
+    )  # a text's own
     assert 0.01 < torch.diff(difference[0]).abs().max() < 1
 
 
@@ -299,7 +356,14 @@ def test_exactness_moves_texts_and_no_images():
 def evaluated(script):
     """A cache with trained and evaluated variants, plots too, the first of them without uncertain texts."""
     make_cache("tiny", relevance=[[i // 3] for i in range(120)])
-    names = ("--dataset", "tiny", "--method", "asymvlm-psd-image", "asymvlm-psd", "asymvlm-psd-both")
+    names = (
+        "--dataset",
+        "tiny",
+        "--method",
+        "asymvlm-psd-image",
+        "asymvlm-psd",
+        "asymvlm-psd-both",
+    )
     assert script(train_script.main, *names, "--recipe", "small", "--epochs", 2)[0] == 0
     status, printed, error = script(eval_script.main, *names, "--resamples", 100)
     assert status == 0, error
@@ -314,18 +378,33 @@ def test_a_method_of_uncertain_images_alone_is_evaluated_by_them(evaluated, scri
     assert set(result["metrics"]["asymmetry"]) == {
         f"{d} {f} by image" for d in ("t2i", "i2t") for f in ("AURC", "AUROC")
     }
-    assert set(result["metrics"]["ambiguity"]) == {"R@1_described"}  # the caption's ambiguity has no counterpart
+    assert set(result["metrics"]["ambiguity"]) == {
+        "R@1_described"
+    }  # the caption's ambiguity has no counterpart
     assert "ladder" not in result
     assert len(load_result("tiny", 0, "asymvlm-psd-both")[0]["metrics"]["asymmetry"]) == 8
-    assert evaluated.count("asymvlm-psd-image") == 12  # levels, directions, ambiguity, kept, of both scores; no ladder
+    assert (
+        evaluated.count("asymvlm-psd-image") == 12
+    )  # levels, directions, ambiguity, kept, of both scores; no ladder
     assert "| asymvlm-psd-image | -" in Path("results/tiny/comparison.md").read_text()
-    assert all(Path(f"results/tiny/{name}.png").exists() for name in ("levels", "levels-image", "length", "ladder"))
+    assert all(
+        Path(f"results/tiny/{name}.png").exists()
+        for name in ("levels", "levels-image", "length", "ladder")
+    )
     compared = script(
-        eval_script.main, "--dataset", "tiny", "--resamples", 100, "--compare", *GROUPS["variants"][2::-2]
+        eval_script.main,
+        "--dataset",
+        "tiny",
+        "--resamples",
+        100,
+        "--compare",
+        *GROUPS["variants"][2::-2],
     )
     assert compared[0] == 2
     for pair in (("asymvlm-psd-image", "asymvlm-psd"), ("softmax-entropy", "asymvlm-psd-image")):
-        status, printed, _ = script(eval_script.main, "--dataset", "tiny", "--resamples", 100, "--compare", *pair)
+        status, printed, _ = script(
+            eval_script.main, "--dataset", "tiny", "--resamples", 100, "--compare", *pair
+        )
         assert status == 0
         assert "AURC" in printed
         assert "spearman" not in printed
@@ -338,7 +417,9 @@ def test_what_asks_for_the_uncertainty_of_a_text_says_that_there_is_none(questio
     make_cache("tiny")
     path = Path("checkpoints/tiny/0/asymvlm-vmf-image.pt")
     save_adaptor(make("asymvlm-vmf-image", 64), "asymvlm-vmf-image", SMALL, {}, path)
-    status, printed, error = script(eval_script.main, "--dataset", "tiny", "--method", "asymvlm-vmf-image", *question)
+    status, printed, error = script(
+        eval_script.main, "--dataset", "tiny", "--method", "asymvlm-vmf-image", *question
+    )
     assert (status, printed) == (2, "")
     assert "--method asymvlm-vmf-image: its images are uncertain, its texts are not" in error
     adaptor, cache = load_adaptor(path), EmbeddingCache("tiny", "val")

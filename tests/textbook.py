@@ -30,7 +30,9 @@ def power_spherical(x, eta):
     kappa, dim = eta.norm(dim=1), x.shape[1]
     b = (dim - 1) / 2
     a = b + kappa
-    log_normalizer = -((a + b) * math.log(2) + torch.lgamma(a) - torch.lgamma(a + b) + b * math.log(math.pi))
+    log_normalizer = -(
+        (a + b) * math.log(2) + torch.lgamma(a) - torch.lgamma(a + b) + b * math.log(math.pi)
+    )
     return log_normalizer + kappa * torch.log1p(x @ F.normalize(eta, dim=1).T)
 
 
@@ -38,8 +40,15 @@ def von_mises_fisher(x, eta):
     kappa, dim = eta.norm(dim=1), x.shape[1]
     v = dim / 2 - 1
     root = (kappa**2 + v**2).sqrt()
-    log_bessel = root - v * torch.asinh(v / kappa) - torch.log(2 * math.pi * root) / 2  # the expansion's leading term
-    return v * kappa.log() - dim / 2 * math.log(2 * math.pi) - log_bessel + kappa * (x @ F.normalize(eta, dim=1).T)
+    log_bessel = (
+        root - v * torch.asinh(v / kappa) - torch.log(2 * math.pi * root) / 2
+    )  # the expansion's leading term
+    return (
+        v * kappa.log()
+        - dim / 2 * math.log(2 * math.pi)
+        - log_bessel
+        + kappa * (x @ F.normalize(eta, dim=1).T)
+    )
 
 
 def gaussians(weights, z_image, z_text):
@@ -57,7 +66,9 @@ def pcmepp(weights, z_image, z_text):
     between = (mean_image[:, None] - mean_text) ** 2  # (B, B, D)
     variances = log_var_image.exp()[:, None] + log_var_text.exp()  # (B, B, D)
     logits = -weights["negative_scale"] * (between + variances).sum(dim=2) + weights["shift"]
-    return 2 * F.binary_cross_entropy_with_logits(logits, torch.eye(len(logits), dtype=logits.dtype))
+    return 2 * F.binary_cross_entropy_with_logits(
+        logits, torch.eye(len(logits), dtype=logits.dtype)
+    )
 
 
 def prolip(weights, z_image, z_text):
@@ -73,7 +84,9 @@ def prolip(weights, z_image, z_text):
 
 
 def pfe(weights, z_image, z_text):
-    var = F.softplus(run_mlp(weights, "image_mlp", z_image)) + F.softplus(run_mlp(weights, "text_mlp", z_text))
+    var = F.softplus(run_mlp(weights, "image_mlp", z_image)) + F.softplus(
+        run_mlp(weights, "text_mlp", z_text)
+    )
     return ((z_image - z_text) ** 2 / var + var.log()).sum(dim=1).mean()
 
 
@@ -81,22 +94,36 @@ def probvlm(weights, z_image, z_text):
     def adapt(name, z):
         h = run_mlp(weights, f"{name}_bayescap.mod", z, (0, 2, 5)) + z
         mean, alpha, beta = (
-            run_mlp(weights, f"{name}_bayescap.block_{block}", h, (0, 2)) for block in ("mu", "alpha", "beta")
+            run_mlp(weights, f"{name}_bayescap.block_{block}", h, (0, 2))
+            for block in ("mu", "alpha", "beta")
         )
         return mean, F.softplus(alpha), F.softplus(beta)
 
     def fit(mean, alpha, beta, target):
         a, b = alpha + 1e-4, beta + 1e-4
-        likelihood = ((mean - target).abs() * a * b).clamp(1e-4, 1e3) - a.log() + torch.lgamma(1 / b) - b.log()
+        likelihood = (
+            ((mean - target).abs() * a * b).clamp(1e-4, 1e3)
+            - a.log()
+            + torch.lgamma(1 / b)
+            - b.log()
+        )
         return (mean - target).abs().mean() + 0.05 * likelihood.mean()
 
     image, text = adapt("image", z_image), adapt("text", z_text)
-    return fit(*image, z_image) + fit(*text, z_text) + 1e-4 * (fit(*image, z_text) + fit(*text, z_image))
+    return (
+        fit(*image, z_image)
+        + fit(*text, z_text)
+        + 1e-4 * (fit(*image, z_text) + fit(*text, z_image))
+    )
 
 
 LOSSES = {
-    "asymvlm-psd": lambda weights, z_image, z_text: asymvlm(weights, z_image, z_text, power_spherical),
-    "asymvlm-vmf": lambda weights, z_image, z_text: asymvlm(weights, z_image, z_text, von_mises_fisher),
+    "asymvlm-psd": lambda weights, z_image, z_text: asymvlm(
+        weights, z_image, z_text, power_spherical
+    ),
+    "asymvlm-vmf": lambda weights, z_image, z_text: asymvlm(
+        weights, z_image, z_text, von_mises_fisher
+    ),
     "probvlm": probvlm,
     "pfe": pfe,
     "pcmepp": pcmepp,
@@ -106,4 +133,6 @@ LOSSES = {
 
 def parameters(adaptor):
     """Copies of an adaptor's parameters by name, to be trained apart from it."""
-    return {name: nn.Parameter(value.detach().clone()) for name, value in adaptor.named_parameters()}
+    return {
+        name: nn.Parameter(value.detach().clone()) for name, value in adaptor.named_parameters()
+    }

@@ -36,7 +36,9 @@ def results_page(title, command, texts, plots):
     Returns: markdown.
     """
     pictures = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in plots.items())
-    head = f"# {title}\n\nWritten by `{command}`; mean ± standard deviation over seeds, best in bold."
+    head = (
+        f"# {title}\n\nWritten by `{command}`; mean ± standard deviation over seeds, best in bold."
+    )
     kept = f"## What is kept at a risk\n\n{texts['risk.md']}\n" if texts.get("risk.md") else ""
     tables = f"{texts['comparison.md']}\n{pictures}\n\n{kept}## Details\n\n{texts['details.md']}"
     return f"{head}\n\n{tables}\n## As on the screen\n\n```\n{texts['report.txt'].rstrip()}\n```\n"

@@ -58,10 +58,7 @@ class AsymVLM(Adaptor):
         return self.log_likelihood(*image, *text)
 
     def loss(self, *encoded):
-        """InfoNCE in both directions.
-
-        -mean_b [log softmax over the row + log softmax over the column]_{bb} / 2.
-        """
+        """InfoNCE in both directions, of the logits temperature log p(x_i | text_j)."""
         logits = self.log_likelihood(*encoded, temperature=self.temperature)  # (B, B)
         return symmetric_cross_entropy(logits)
 

@@ -249,9 +249,7 @@ SWEEP = (  # 10 levels hide noise that 50 show
 )
 CALIBRATION = (
     Figure("Brier", False, ("correct", "uncertainty", "image"), selective.brier),
-    Figure(
-        "ECE", False, ("correct", "uncertainty", "image"), selective.expected_calibration_error
-    ),
+    Figure("ECE", False, ("correct", "uncertainty", "image"), selective.expected_calibration_error),
 )
 ASYMMETRY_AURC = (
     Figure("t2i AURC by text", False, ("t2i_correct", "t2i_uncertainty"), metrics.aurc),
@@ -296,9 +294,7 @@ def sections_of(direction):
         ALL_RIGHT,
         resampled=True,
     )
-    sweep = Section(
-        f"sweep_{direction}", f"{title}, 5 to 50 levels", direction, all_queries, SWEEP
-    )
+    sweep = Section(f"sweep_{direction}", f"{title}, 5 to 50 levels", direction, all_queries, SWEEP)
     by_image = Section(
         f"image_{direction}",
         f"{title}, by the image's uncertainty",
