@@ -39,7 +39,9 @@ CONFIG = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 TRAIN_IDS = [51, 3, 20]
-VAL_IDS = [int(i) for i in np.random.default_rng(0).permutation(1000)[:70]]  # more than a chunk of 64
+VAL_IDS = [
+    int(i) for i in np.random.default_rng(0).permutation(1000)[:70]
+]  # more than a chunk of 64
 WORDS = "a photo of the big small red blue cat dog house tree sky river car star".split()
 SHAPES_CLIP = (
     *"--model datasets/shapes/clip.json --pretrained datasets/shapes/clip.safetensors".split(),
@@ -82,7 +84,9 @@ def coco_root():
     return path
 
 
-def make_cache(name, images=40, captions_per_image=3, dim=64, seed=0, splits=("train", "val"), **changes):
+def make_cache(
+    name, images=40, captions_per_image=3, dim=64, seed=0, splits=("train", "val"), **changes
+):
     """A small cache with some signal in it, under ./embeddings/<name>.
 
     Images lie in a quarter of the dimensions; a caption is its image's embedding with noise of its own size in all of
@@ -106,7 +110,9 @@ def make_cache(name, images=40, captions_per_image=3, dim=64, seed=0, splits=("t
         }
         write_split(Path("embeddings") / name / split, **(content | changes))
     ladder = torch.tensor(rng.normal(size=(3, dim)), dtype=torch.float16)
-    write_texts(name, "ladder", ladder, ["a photo", "a photo of a cat", "a photo of a black cat"], {})
+    write_texts(
+        name, "ladder", ladder, ["a photo", "a photo of a cat", "a photo of a black cat"], {}
+    )
 
 
 def recipe_of(method):
@@ -117,7 +123,9 @@ def recipe_of(method):
 def load_result(name, seed, method):
     """The JSON of a result and its npz as a dict of arrays."""
     folder = Path("results") / name / str(seed)
-    return json.loads((folder / f"{method}.json").read_text()), dict(np.load(folder / f"{method}.npz"))
+    return json.loads((folder / f"{method}.json").read_text()), dict(
+        np.load(folder / f"{method}.npz")
+    )
 
 
 def all_bytes(folder):
@@ -157,7 +165,9 @@ def direct_texts(model, texts):
     import open_clip
 
     with torch.no_grad():
-        return torch.cat([model.encode_text(open_clip.tokenize([text], context_length=16)) for text in texts])
+        return torch.cat(
+            [model.encode_text(open_clip.tokenize([text], context_length=16)) for text in texts]
+        )
 
 
 class Trap:
@@ -173,11 +183,16 @@ class Trap:
 # Data sets in COCO's format.
 
 
-def draw_data(root, splits=(("train", TRAIN_IDS), ("val", VAL_IDS)), layout=DATASETS["shapes"].layout):
+def draw_data(
+    root, splits=(("train", TRAIN_IDS), ("val", VAL_IDS)), layout=DATASETS["shapes"].layout
+):
     """A data set in COCO's format: pictures are noise of their own and of their own size, ids and names in no order."""
     for split, ids in splits:
         rng = np.random.default_rng(len(ids))
-        folder, captions_file = root / layout.images.format(split=split), root / layout.captions.format(split=split)
+        folder, captions_file = (
+            root / layout.images.format(split=split),
+            root / layout.captions.format(split=split),
+        )
         folder.mkdir(parents=True)
         captions_file.parent.mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
@@ -187,13 +202,20 @@ def draw_data(root, splits=(("train", TRAIN_IDS), ("val", VAL_IDS)), layout=DATA
             size = int(rng.integers(32, 50)), int(rng.integers(32, 50))
             blocks.resize(size, Image.Resampling.NEAREST).save(folder / name)
             images.append({"id": image_id, "file_name": name})
-            for text in (" ".join(rng.choice(WORDS, size=5)), "a photo of a cat"):  # the second is every picture's
-                annotations.append({"id": int(rng.integers(10**9)), "image_id": image_id, "caption": text})
+            for text in (
+                " ".join(rng.choice(WORDS, size=5)),
+                "a photo of a cat",
+            ):  # the second is every picture's
+                annotations.append(
+                    {"id": int(rng.integers(10**9)), "image_id": image_id, "caption": text}
+                )
         rng.shuffle(annotations)
         captions_file.write_text(json.dumps({"images": images, "annotations": annotations}))
         if layout.relevance and split == "val":
             relevance = {
-                entry["id"]: [entry["image_id"]] if entry["caption"] != "a photo of a cat" else sorted(ids)
+                entry["id"]: [entry["image_id"]]
+                if entry["caption"] != "a photo of a cat"
+                else sorted(ids)
                 for entry in annotations
             }
             (root / layout.relevance.format(split=split)).write_text(json.dumps(relevance))
@@ -224,7 +246,16 @@ def call(script, data, tiny, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     few_texts = replace(DATASETS["shapes"], chains=None)  # a thousand texts more, for every cache
     monkeypatch.setitem(DATASETS, "shapes", few_texts)
-    flags = ["--dataset", "shapes", "--data-root", data, "--model", tiny[0], "--pretrained", tiny[1]]
+    flags = [
+        "--dataset",
+        "shapes",
+        "--data-root",
+        data,
+        "--model",
+        tiny[0],
+        "--pretrained",
+        tiny[1],
+    ]
     flags = [str(flag) for flag in flags] + "--device cpu --workers 0".split()
 
     def with_flags(*more):
@@ -272,7 +303,8 @@ def karpathy_document():
                 "cocoid": cocoid,
                 "sentids": [sentid for sentid, _ in sentences],
                 "sentences": [
-                    {"raw": raw, "tokens": raw.split(), "sentid": sentid, "imgid": imgid} for sentid, raw in sentences
+                    {"raw": raw, "tokens": raw.split(), "sentid": sentid, "imgid": imgid}
+                    for sentid, raw in sentences
                 ],
             }
             for imgid, cocoid, folder, split, sentences in ENTRIES
@@ -330,19 +362,31 @@ def check_rows(cache, file_of_caption):
     clip = load_clip("datasets/shapes/clip.json", "datasets/shapes/clip.safetensors")
     files = sorted({file for _, file in file_of_caption})
     with torch.no_grad():
-        distinct = [clip.model.encode_image(clip.transform(Image.open(f).convert("RGB"))[None]) for f in files]
+        distinct = [
+            clip.model.encode_image(clip.transform(Image.open(f).convert("RGB"))[None])
+            for f in files
+        ]
     expected = torch.cat([distinct[files.index(file)] for _, file in file_of_caption])
     found = cache.image[cache.image_of_caption].float()
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-3)
     distinct = torch.cat(distinct)
-    assert torch.cdist(distinct, distinct).fill_diagonal_(9).min() > 0.5  # so that no row fits another picture
+    assert (
+        torch.cdist(distinct, distinct).fill_diagonal_(9).min() > 0.5
+    )  # so that no row fits another picture
 
 
 def coco_sample(coco_root, count=20):
     """Some COCO pictures with their captions by plain json: [(id, file, [(annotation id, caption)])]."""
-    plain = json.loads((coco_root / "annotations" / "captions_val2017.json").read_text(encoding="utf-8"))
+    plain = json.loads(
+        (coco_root / "annotations" / "captions_val2017.json").read_text(encoding="utf-8")
+    )
     captions = {}
     for annotation in plain["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append((annotation["id"], annotation["caption"]))
+        captions.setdefault(annotation["image_id"], []).append(
+            (annotation["id"], annotation["caption"])
+        )
     images = plain["images"][:: len(plain["images"]) // count][:count]
-    return [(image["id"], coco_root / "val2017" / image["file_name"], captions[image["id"]]) for image in images]
+    return [
+        (image["id"], coco_root / "val2017" / image["file_name"], captions[image["id"]])
+        for image in images
+    ]

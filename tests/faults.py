@@ -71,7 +71,9 @@ def workshop(folder, images=(240, 60)):
     """A folder with a drawn data set to work in; one thread, small units, a CLIP that is loaded once."""
     before, threads, unit = Path.cwd(), torch.get_num_threads(), split_source.UNIT
     source = DATASETS["shapes"]
-    DATASETS["shapes"] = dataclasses.replace(source, chains=functools.partial(world.write_chains, count=3))
+    DATASETS["shapes"] = dataclasses.replace(
+        source, chains=functools.partial(world.write_chains, count=3)
+    )
     os.chdir(folder)
     torch.set_num_threads(1)
     split_source.UNIT = UNIT
@@ -80,7 +82,9 @@ def workshop(folder, images=(240, 60)):
     def load_clip(model, *args):
         return (built_in if model == source.model else load)(model, *args)
 
-    cache_embeddings.load_clip = preprocess.load_clip = load_clip  # of the data sets, and of --texts
+    cache_embeddings.load_clip = preprocess.load_clip = (
+        load_clip  # of the data sets, and of --texts
+    )
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         world.make("data", train=images[0], val=images[1])
@@ -161,19 +165,27 @@ def kill_and_go_on(rng, main, argv, renames, seconds, check):
             status = finish(start(main, argv, sabotage))
         kills += status is None
         if status not in (None, 0):
-            findings.append(f"exit status {status} after a kill: {Path('output.txt').read_text()[-300:]}")
+            findings.append(
+                f"exit status {status} after a kill: {Path('output.txt').read_text()[-300:]}"
+            )
         findings += check()
     status = finish(start(main, argv))
     if status != 0:
-        findings.append(f"exit status {status} of the last run: {Path('output.txt').read_text()[-300:]}")
+        findings.append(
+            f"exit status {status} of the last run: {Path('output.txt').read_text()[-300:]}"
+        )
     return kills, findings
 
 
 def kill_caching(rng, kills):
     """Returns: (killed runs, caches, findings)."""
-    renames, seconds = count_calls(cache_embeddings.main, (*CACHE, "--name", "whole", "--workers", 0), "replace")
+    renames, seconds = count_calls(
+        cache_embeddings.main, (*CACHE, "--name", "whole", "--workers", 0), "replace"
+    )
     whole, done, caches, findings = all_bytes("embeddings/whole"), 0, 0, []
-    assert finish(start(cache_embeddings.main, (*CACHE, "--name", "older", "--dtype", "float32"))) == 0
+    assert (
+        finish(start(cache_embeddings.main, (*CACHE, "--name", "older", "--dtype", "float32"))) == 0
+    )
     while done < kills:
         flags = (*CACHE, "--name", "killed", "--workers", rng.choice((0, 0, 2)))
         shutil.rmtree("embeddings/killed", ignore_errors=True)
@@ -196,9 +208,15 @@ def check_splits(older):
     for split in ("train", "val"):
         try:
             cache = EmbeddingCache("killed", split)
-            files = {path.name: path.read_bytes() for path in cache.folder.iterdir() if path.is_file()}
-            if files not in [all_bytes(Path("embeddings", name, split)) for name in ("whole", "older")]:
-                findings.append(f"a killed run left a {split} that is neither old nor new and is accepted")
+            files = {
+                path.name: path.read_bytes() for path in cache.folder.iterdir() if path.is_file()
+            }
+            if files not in [
+                all_bytes(Path("embeddings", name, split)) for name in ("whole", "older")
+            ]:
+                findings.append(
+                    f"a killed run left a {split} that is neither old nor new and is accepted"
+                )
         except UserError:
             if older and not (Path("embeddings/killed") / split / ".parts").exists():
                 findings.append(f"a killed run lost the older {split}")
@@ -211,7 +229,9 @@ def kill_training(rng, kills):
     flags = (*TRAIN, "--epochs", 12, "--save-every", 2, "--resume")
     done, trainings, findings = 0, 0, []
     while done < kills:
-        method = rng.choice(("asymvlm-psd", "asymvlm-vmf-both", "asymvlm-psd-image", "pcmepp", "probvlm"))
+        method = rng.choice(
+            ("asymvlm-psd", "asymvlm-vmf-both", "asymvlm-psd-image", "pcmepp", "probvlm")
+        )
         argv = (*flags, "--method", method, *(VALIDATED if trainings % 2 else ()))
         shutil.rmtree("checkpoints", ignore_errors=True)
         renames, seconds = count_calls(train_script.main, argv, "replace")
@@ -230,12 +250,17 @@ def kill_training(rng, kills):
 
 def without_logs(folder):
     """The content of all files but the logs, which tell seconds."""
-    return {name: content for name, content in all_bytes(folder).items() if not name.endswith(".jsonl")}
+    return {
+        name: content for name, content in all_bytes(folder).items() if not name.endswith(".jsonl")
+    }
 
 
 def read_log(method):
     lines = Path(f"checkpoints/tiny/0/{method}.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in lines
+    ]
 
 
 def fill_disk(rng, times):
@@ -256,7 +281,9 @@ def fill_disk(rng, times):
             status = finish(start(main, argv, at_call("fsync", number, disk_full)))
             last = Path("output.txt").read_text().splitlines()[-1]
             if status != 2 or "disk is full" not in last or list(Path(folder).rglob("*.partial")):
-                findings.append(f"a full disk at flush {number} of {folder}: exit status {status}, {last}")
+                findings.append(
+                    f"a full disk at flush {number} of {folder}: exit status {status}, {last}"
+                )
             status = finish(start(main, argv))
             if status != 0 or without_logs(folder) != whole:
                 where = f"after flush {number} of {folder}"
@@ -271,7 +298,9 @@ def fill_real_disk():
     """
     shutil.rmtree("embeddings", ignore_errors=True)
     Path("embeddings").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", "embeddings"], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", "embeddings"], capture_output=True
+    )
     if mounted.returncode:
         return "not tried on a small file system: no right to mount one", []
     try:
@@ -285,7 +314,9 @@ def fill_real_disk():
         found = all_bytes("embeddings/whole")
         status = status or finish(start(cache_embeddings.main, (*flags, "--overwrite")))
         if status != 0 or found != all_bytes("embeddings/whole"):
-            findings.append(f"with room again on the file system: exit status {status}, or other bytes")
+            findings.append(
+                f"with room again on the file system: exit status {status}, or other bytes"
+            )
         return f"a file system of 300 kB: {last}", findings
     finally:
         subprocess.run(["umount", "embeddings"], check=True)
@@ -316,8 +347,38 @@ def break_bytes(content, rng):
     return bytes(changed)
 
 
-ODD = [None, True, False, -1, 0, 1, 2, 10**7, 1.5, 1e308, 10**30, float("nan"), float("inf"), [], {}, [None], [[]]]
-ODD += ["", " ", "x", "0", "\x00", "\ud800", "🐈", "../../../etc/passwd", "/etc/passwd", {"a": 1}, "long " * 300]
+ODD = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    10**7,
+    1.5,
+    1e308,
+    10**30,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [None],
+    [[]],
+]
+ODD += [
+    "",
+    " ",
+    "x",
+    "0",
+    "\x00",
+    "\ud800",
+    "🐈",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    {"a": 1},
+    "long " * 300,
+]
 
 
 def break_json(content, rng):
@@ -405,15 +466,20 @@ class CacheTarget(Target):
 
     def commands(self):
         shutil.rmtree("embeddings/fuzz", ignore_errors=True)
-        return [(cache_embeddings.main, (*CACHE, "--split", "val", "--workers", 0, "--name", "fuzz", *self.flags))]
+        return [
+            (
+                cache_embeddings.main,
+                (*CACHE, "--split", "val", "--workers", 0, "--name", "fuzz", *self.flags),
+            )
+        ]
 
     def rows_are_right(self, but=()):
         cache = EmbeddingCache("fuzz", "val")
         images = zip(cache.images, cache.image.read(), strict=True)
         texts = zip(cache.captions, cache.text.read(), strict=True)
-        return all(torch.equal(z, self.image[n]) for n, z in images if n in self.image and n not in but) and all(
-            torch.equal(z, self.text[n]) for n, z in texts if n in self.text
-        )
+        return all(
+            torch.equal(z, self.image[n]) for n, z in images if n in self.image and n not in but
+        ) and all(torch.equal(z, self.text[n]) for n, z in texts if n in self.text)
 
 
 class Captions(CacheTarget):
@@ -445,7 +511,9 @@ class Relevance(CacheTarget):
         content, cache = plain(self.path), EmbeddingCache("fuzz", "val")
         row_of = {image_id: row for row, image_id in enumerate(cache.meta["image_ids"])}
         captions = cache.meta["caption_ids"]
-        expected = [sorted({row_of[image_id] for image_id in content[str(caption)]}) for caption in captions]
+        expected = [
+            sorted({row_of[image_id] for image_id in content[str(caption)]}) for caption in captions
+        ]
         return cache.relevance == expected and self.rows_are_right()
 
 
@@ -487,7 +555,9 @@ class Weights(CacheTarget):
     def is_right(self):
         meta = EmbeddingCache("fuzz", "val").meta
         same = {key: value.shape for key, value in load_file(self.path).items()} == self.shapes
-        return same and meta["pretrained_sha256"] == hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return (
+            same and meta["pretrained_sha256"] == hashlib.sha256(self.path.read_bytes()).hexdigest()
+        )
 
 
 class Config(Weights):
@@ -524,7 +594,9 @@ class Unit(CacheTarget):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         self.path.write_bytes(broken)
-        return [(cache_embeddings.main, (*CACHE, "--split", "val", "--workers", 0, "--name", "fuzz"))]
+        return [
+            (cache_embeddings.main, (*CACHE, "--split", "val", "--workers", 0, "--name", "fuzz"))
+        ]
 
     def is_right(self):
         return all_bytes("embeddings/fuzz") == self.whole
@@ -554,7 +626,11 @@ class Embeddings(Target):
 
     def same_results(self):
         found = {**all_bytes("checkpoints"), **all_bytes("results")}
-        return all(found[name] == content for name, content in self.results.items() if not name.endswith(".jsonl"))
+        return all(
+            found[name] == content
+            for name, content in self.results.items()
+            if not name.endswith(".jsonl")
+        )
 
     def is_right(self):
         if self.path.suffix == ".pt":
@@ -563,7 +639,9 @@ class Embeddings(Target):
         if self.path.name == "meta.json":
             return isinstance(content, dict)
         if self.path.name == "ladder.json":
-            return len(content["texts"]) == 3 and all(isinstance(text, str) for text in content["texts"])
+            return len(content["texts"]) == 3 and all(
+                isinstance(text, str) for text in content["texts"]
+            )
         if self.path.name == "images.json":
             return len(content) == 40 and all(isinstance(name, str) for name in content)
         cache = EmbeddingCache("tiny", self.path.parent.name)
@@ -626,12 +704,22 @@ class Texts(CacheTarget):
     def commands(self):
         if not Path("embeddings/fuzz/val/meta.json").exists():
             return super().commands()
-        return [(cache_embeddings.main, (*CACHE[:2], "--device", "cpu", "--name", "fuzz", "--texts", "texts.csv"))]
+        return [
+            (
+                cache_embeddings.main,
+                (*CACHE[:2], "--device", "cpu", "--name", "fuzz", "--texts", "texts.csv"),
+            )
+        ]
 
     def is_right(self):
         with open(self.path, encoding="utf-8-sig", newline="") as file:
-            chains = [[text.strip() for text in row["captions"].split("=>")] for row in csv.DictReader(file)]
-        return plain("embeddings/fuzz/texts/texts.json")["texts"] == [text for chain in chains for text in chain]
+            chains = [
+                [text.strip() for text in row["captions"].split("=>")]
+                for row in csv.DictReader(file)
+            ]
+        return plain("embeddings/fuzz/texts/texts.json")["texts"] == [
+            text for chain in chains for text in chain
+        ]
 
 
 def targets():
@@ -650,7 +738,10 @@ def fuzz(rng, number):
 
     Returns: ({"inputs", "refused", "tracebacks", "hangs", "wrong", "changed": counts}, findings).
     """
-    counts, findings = dict.fromkeys(("inputs", "refused", "tracebacks", "hangs", "wrong", "changed"), 0), []
+    counts, findings = (
+        dict.fromkeys(("inputs", "refused", "tracebacks", "hangs", "wrong", "changed"), 0),
+        [],
+    )
     chosen = targets()
     rng.shuffle(chosen)
     for index, target in enumerate(chosen):
@@ -715,7 +806,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder, workshop(folder):
         killed, caches, found = kill_caching(rng, 20)
         findings += found
-        print(f"{killed} killed runs of cache_embeddings.py: {caches} caches, {len(found)} findings", flush=True)
+        print(
+            f"{killed} killed runs of cache_embeddings.py: {caches} caches, {len(found)} findings",
+            flush=True,
+        )
         killed, trainings, found = kill_training(rng, 20)
         findings += found
         logs = f"{trainings} checkpoints with their logs"

@@ -30,7 +30,10 @@ LIMIT = 60  # seconds, after which a fork hangs
 STEPPED = (  # every way to be encoded
     *(*GROUPS["all"], "asymvlm-psd-both", "asymvlm-psd-image", "asymvlm-vmf-frozen"),
 )
-BATCHES = (37, 3)  # neither can be shared evenly by 2 or 4 ranks; of the smaller one, one of 4 has nothing
+BATCHES = (
+    37,
+    3,
+)  # neither can be shared evenly by 2 or 4 ranks; of the smaller one, one of 4 has nothing
 
 
 def random_pairs(batch):
@@ -54,18 +57,26 @@ def steps(argv):
         for method in STEPPED:
             for batch in BATCHES:
                 adaptor = new_adaptor(method)
-                optimizer, schedule = train.make_optimizer(adaptor, adaptor.recipes[recipe_of(method)], 10)
+                optimizer, schedule = train.make_optimizer(
+                    adaptor, adaptor.recipes[recipe_of(method)], 10
+                )
                 pairs = [share_of_rank(z) for z in random_pairs(batch)]
                 loss, _ = train.step(adaptor, pairs, batch, optimizer, schedule, torch.float32)
                 gradients = {name: parameter.grad for name, parameter in adaptor.named_parameters()}
-                found[f"{method} {batch}"] = {"loss": loss, "share": len(pairs[0]), "gradients": gradients}
+                found[f"{method} {batch}"] = {
+                    "loss": loss,
+                    "share": len(pairs[0]),
+                    "gradients": gradients,
+                }
                 found[f"{method} {batch}"]["buffers"] = dict(adaptor.named_buffers())
         torch.save(found, folder / f"{rank()}-of-{world_size()}.pt")
 
 
 def start(main, argv, sabotage=lambda: None, output="output.txt"):
     """Call main(argv) as a script does, in a fork. Args: output: file for what it says. Returns: its process id."""
-    torch.optim.SGD([torch.zeros(1)])  # the first optimiser imports a thousand modules: once, and not in every fork
+    torch.optim.SGD(
+        [torch.zeros(1)]
+    )  # the first optimiser imports a thousand modules: once, and not in every fork
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
@@ -111,7 +122,11 @@ class Ranks:
     def __init__(self, ranks, main, argv=(), script="test"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+            where = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+                "WORLD_SIZE": str(ranks),
+            }
 
         def be(rank):
             sys.argv = [script]
@@ -119,7 +134,9 @@ class Ranks:
 
         self.folder = tempfile.TemporaryDirectory()  # of what they say
         self.files = [Path(self.folder.name, f"rank{rank}.txt") for rank in range(ranks)]
-        starts = [(main, argv, functools.partial(be, rank), file) for rank, file in enumerate(self.files)]
+        starts = [
+            (main, argv, functools.partial(be, rank), file) for rank, file in enumerate(self.files)
+        ]
         self.numbers = [start(*arguments) for arguments in starts]
         self.statuses = {}
 
@@ -168,9 +185,18 @@ def torchrun(ranks, *command, wait=True):
         str(ranks),
         *map(str, command),
     ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     process = subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        arguments,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     if not wait:
         return process
@@ -185,7 +211,9 @@ def ranks_of(process):
         try:
             parent = status.read_text().split("PPid:")[1].split()[0]
             environment = dict(
-                entry.split(b"=", 1) for entry in (status.parent / "environ").read_bytes().split(b"\0") if b"=" in entry
+                entry.split(b"=", 1)
+                for entry in (status.parent / "environ").read_bytes().split(b"\0")
+                if b"=" in entry
             )
         except (OSError, IndexError):
             continue

@@ -52,14 +52,18 @@ def test_a_resample_has_as_many_images_with_all_their_queries_and_is_the_same_at
 
 def test_captions_of_one_image_that_are_all_alike_tell_no_more_than_one():
     one = random_answers(queries=200)
-    five = {field: np.repeat(values, 5) for field, values in one.items()} | {"image": np.repeat(np.arange(200), 5)}
+    five = {field: np.repeat(values, 5) for field, values in one.items()} | {
+        "image": np.repeat(np.arange(200), 5)
+    }
     draws = [measure_resamples({"t2i": answers}, 10, 50)["t2i"]["R@1"] for answers in (one, five)]
     np.testing.assert_allclose(*draws)
 
 
 def test_an_interval_has_the_seeds_variance_in_it():
     rng = np.random.default_rng(0)
-    draws = np.stack([rng.normal(0.7, 0.01, 1000), rng.normal(0.9, 0.01, 1000)])  # one of two seeds has collapsed
+    draws = np.stack(
+        [rng.normal(0.7, 0.01, 1000), rng.normal(0.9, 0.01, 1000)]
+    )  # one of two seeds has collapsed
     low, high = interval(over_seeds(draws))
     assert (low, high) == (pytest.approx(0.69, abs=0.02), pytest.approx(0.91, abs=0.02))
     assert (over_seeds(draws[:1]) == draws[0]).all()
@@ -70,8 +74,13 @@ def test_an_interval_has_the_seeds_variance_in_it():
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
-    answers = {d: random_answers(queries=97, ties=ties, seed=seed) for seed, d in enumerate(("t2i", "i2t"))}
-    images = {"t2i": np.random.default_rng(5).integers(40, size=97), "i2t": np.arange(97)}  # of one to seven captions
+    answers = {
+        d: random_answers(queries=97, ties=ties, seed=seed) for seed, d in enumerate(("t2i", "i2t"))
+    }
+    images = {
+        "t2i": np.random.default_rng(5).integers(40, size=97),
+        "i2t": np.arange(97),
+    }  # of one to seven captions
     answers["t2i"]["image"] = images["t2i"]
     draws = measure_resamples(answers, 10, 25)
     assert set(draws) == {"t2i", "i2t", "ambiguity", "relevance_t2i", "relevance_i2t"}
@@ -82,13 +91,19 @@ def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
     drawn_images = {"t2i": bootstrap._draw(image_of.max() + 1, 25), "i2t": bootstrap._draw(97, 25)}
     counts = {"t2i": drawn_images["t2i"][:, image_of], "i2t": drawn_images["i2t"]}
     for i in range(25):
-        drawn = {d: {key: np.repeat(v, counts[d][i]) for key, v in fields.items()} for d, fields in answers.items()}
+        drawn = {
+            d: {key: np.repeat(v, counts[d][i]) for key, v in fields.items()}
+            for d, fields in answers.items()
+        }
         expected = measure(drawn, 10)
         for section, figures in draws.items():
             for figure, values in figures.items():
                 # A query that is drawn twice counts once, doubly, in the mean over the risk-coverage curve.
                 near = 0.02 if "AURC" in figure else 1e-12
-                assert values[i] == pytest.approx(expected[section][figure], abs=near), (section, figure)
+                assert values[i] == pytest.approx(expected[section][figure], abs=near), (
+                    section,
+                    figure,
+                )
 
 
 def test_what_is_undefined_in_a_resample_has_no_interval():

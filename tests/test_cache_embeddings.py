@@ -19,7 +19,16 @@ from cache_embeddings import main
 from datasets.embedding import EmbeddingCache
 from datasets.registry import DATASETS
 from datasets.texts import load_texts
-from tests.conftest import CONFIG, TRAIN_IDS, VAL_IDS, all_bytes, direct_texts, draw_data, plain_split, write_tiny_clip
+from tests.conftest import (
+    CONFIG,
+    TRAIN_IDS,
+    VAL_IDS,
+    all_bytes,
+    direct_texts,
+    draw_data,
+    plain_split,
+    write_tiny_clip,
+)
 from utils.cli import run_script
 
 
@@ -43,7 +52,9 @@ def test_every_row_is_its_own_picture_or_text_encoded(call, data, tiny):
         expected = direct_images(tiny[2], [data / split / name for name in cache.images])
         assert cache.image.shape == (count, 16)
         torch.testing.assert_close(cache.image.read(), expected, atol=1e-5, rtol=1e-5)
-        assert torch.cdist(expected, expected).fill_diagonal_(9).min() > 1e-2  # so that no row fits another picture
+        assert (
+            torch.cdist(expected, expected).fill_diagonal_(9).min() > 1e-2
+        )  # so that no row fits another picture
         texts = direct_texts(tiny[2], cache.captions)
         assert cache.text.shape == (2 * count, 16)
         torch.testing.assert_close(cache.text.read(), texts, atol=1e-5, rtol=1e-5)
@@ -59,7 +70,9 @@ def test_embeddings_are_float16_and_not_normalised_by_default(call, data, tiny):
             direct_images(tiny[2], [data / split / name for name in cache.images]),
             cache.image.read().float(),
         )
-        torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)  # bfloat16 where the machine computes it
+        torch.testing.assert_close(
+            found, expected, atol=0.05, rtol=0.05
+        )  # bfloat16 where the machine computes it
         norms = expected.norm(dim=1)
         assert (norms - 1).abs().min() > 0.1
         assert ((found.norm(dim=1) - norms).abs() < 0.05 * norms).all()
@@ -68,7 +81,9 @@ def test_embeddings_are_float16_and_not_normalised_by_default(call, data, tiny):
 def test_captions_of_one_text_have_one_embedding(call):
     assert call("--split", "val")[0] == 0
     cache = EmbeddingCache("shapes", "val")
-    cats = cache.text[[row for row, text in enumerate(cache.captions) if text == "a photo of a cat"]]
+    cats = cache.text[
+        [row for row, text in enumerate(cache.captions) if text == "a photo of a cat"]
+    ]
     assert len(cats) == 70
     assert (cats == cats[0]).all()
 
@@ -101,11 +116,18 @@ def test_the_encoders_see_the_same_chunks_of_one_size_whatever_the_batch_size(ca
         assert call("--split", "val", "--batch-size", batch_size, "--overwrite")[0] == 0
         assert {len(inputs) for inputs in seen[-1]} == {64}
         assert [inputs.ndim for inputs in seen[-1]].count(4) == 2  # 70 pictures
-        assert {inputs.shape[1] for inputs in seen[-1] if inputs.ndim == 2} == {4, 8, 12, 16}  # texts by their length
+        assert {inputs.shape[1] for inputs in seen[-1] if inputs.ndim == 2} == {
+            4,
+            8,
+            12,
+            16,
+        }  # texts by their length
         assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True))
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the open files of the process in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="counts the open files of the process in /proc"
+)
 def test_a_batch_takes_a_worker_no_open_file_a_picture(call):
     def give_up(*_):
         raise TimeoutError("the loader hangs")
@@ -172,28 +194,45 @@ def test_meta_tells_all_that_the_embeddings_depend_on(call, data, tiny):
             "image_ids": sorted(ids),
             "caption_ids": [annotation["id"] for annotation in annotations],
             "versions": {
-                name: importlib.metadata.version(name) for name in ("torch", "torchvision", "open_clip_torch", "pillow")
+                name: importlib.metadata.version(name)
+                for name in ("torch", "torchvision", "open_clip_torch", "pillow")
             },
         }
 
 
 def test_lower_precision_is_close_but_not_equal(call, tiny):
     for precision in ("fp32", "bf16"):
-        assert call("--split", "train", "--name", precision, "--precision", precision, "--dtype", "float32")[0] == 0
+        assert (
+            call(
+                "--split",
+                "train",
+                "--name",
+                precision,
+                "--precision",
+                precision,
+                "--dtype",
+                "float32",
+            )[0]
+            == 0
+        )
     full, low = EmbeddingCache("fp32", "train"), EmbeddingCache("bf16", "train")
     assert not torch.equal(full.image.read(), low.image.read())
     torch.testing.assert_close(low.image.read(), full.image.read(), atol=0.05, rtol=0.05)
 
 
 def test_the_folders_of_coco_are_read(call, tmp_path, data, tiny):
-    root = draw_data(tmp_path / "mine", splits=(("train", TRAIN_IDS),), layout=DATASETS["coco"].layout)
+    root = draw_data(
+        tmp_path / "mine", splits=(("train", TRAIN_IDS),), layout=DATASETS["coco"].layout
+    )
     assert call("--dataset", "coco", "--data-root", root, "--split", "train")[0] == 0
     assert EmbeddingCache("coco", "train").image.shape == (3, 16)
     assert load_texts("coco", "ladder", 16)[0] == list(DATASETS["coco"].ladder)
 
 
 def test_the_default_data_root_is_under_data(call, workdir):
-    draw_data(workdir / "data" / "coco", splits=(("val", TRAIN_IDS),), layout=DATASETS["coco"].layout)
+    draw_data(
+        workdir / "data" / "coco", splits=(("val", TRAIN_IDS),), layout=DATASETS["coco"].layout
+    )
     flags = [flag for flag in call.flags if flag not in ("--data-root", call.flags[3])]
     assert run_script(main, [*flags, "--dataset", "coco", "--split", "val"]) == 0
     assert len(EmbeddingCache("coco", "val").text) == 6
@@ -231,7 +270,10 @@ def test_all_broken_pictures_are_named_and_nothing_is_written(call, tmp_path, wo
             ["--model", "ViT-B-32-quickgelu", "--pretrained", "nosuch"],
             ["--pretrained nosuch", "openai", "metaclip_400m"],
         ),
-        (["--data-root", ".", "--split", "val"], ["--data-root .", "annotations/captions_val.json", "empty folder"]),
+        (
+            ["--data-root", ".", "--split", "val"],
+            ["--data-root .", "annotations/captions_val.json", "empty folder"],
+        ),
         (["--split", "test"], ["annotations/captions_test.json"]),
         (["--batch-size", "0"], ["--batch-size"]),
         (["--batch-size", "many"], ["--batch-size"]),
@@ -283,8 +325,16 @@ def test_embeddings_too_large_for_float16_are_refused(call, data, tiny, tmp_path
     status, _, last = call("--pretrained", tmp_path / "large.safetensors", "--split", "train")
     assert status == 2
     assert "--dtype float32" in last
-    assert f"the embedding of '{data / 'train' / plain_split(data, 'train')[0][0]['file_name']}' is not finite" in last
-    assert call("--pretrained", tmp_path / "large.safetensors", "--split", "train", "--dtype", "float32")[0] == 0
+    assert (
+        f"the embedding of '{data / 'train' / plain_split(data, 'train')[0][0]['file_name']}' is not finite"
+        in last
+    )
+    assert (
+        call(
+            "--pretrained", tmp_path / "large.safetensors", "--split", "train", "--dtype", "float32"
+        )[0]
+        == 0
+    )
 
 
 def test_long_captions_and_unknown_words_are_told_once(call, tmp_path, tiny):
@@ -294,21 +344,31 @@ def test_long_captions_and_unknown_words_are_told_once(call, tmp_path, tiny):
     document["annotations"][0]["caption"] = "a photo of a cat " * 10
     document["annotations"][1]["caption"] = "a zebra 🐈 \u0000 \ud800"
     file.write_text(json.dumps(document))
-    weights = tiny[2].state_dict() | {"token_embedding.weight": tiny[2].token_embedding.weight.detach().clone()}
+    weights = tiny[2].state_dict() | {
+        "token_embedding.weight": tiny[2].token_embedding.weight.detach().clone()
+    }
     weights["token_embedding.weight"][22548] = 0  # zebra
     save_file(weights, tmp_path / "w.safetensors")
-    status, err = call.stderr("--data-root", root, "--split", "val", "--pretrained", tmp_path / "w.safetensors")
+    status, err = call.stderr(
+        "--data-root", root, "--split", "val", "--pretrained", tmp_path / "w.safetensors"
+    )
     assert status == 0
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 3  # the third is on the ladder, whose last prompt is too long for this CLIP
+    assert (
+        len(notes) == 3
+    )  # the third is on the ladder, whose last prompt is too long for this CLIP
     assert notes[0].startswith("note: 1 texts are longer than the model reads (16 tokens)")
-    assert notes[1].startswith("note: 1 texts have words that this CLIP has never seen, such as 'a zebra")
+    assert notes[1].startswith(
+        "note: 1 texts have words that this CLIP has never seen, such as 'a zebra"
+    )
 
 
 def test_the_splits_of_a_cache_come_from_one_clip(call, tiny, tmp_path):
     _, other, _ = write_tiny_clip(tmp_path, "other", text_cfg=CONFIG["text_cfg"] | {"layers": 2})
     assert call("--split", "train")[0] == 0
-    status, _, last = call("--split", "val", "--model", other.with_suffix(".json"), "--pretrained", other)
+    status, _, last = call(
+        "--split", "val", "--model", other.with_suffix(".json"), "--pretrained", other
+    )
     assert status == 2
     assert "embeddings/shapes/train: was made with another CLIP: model was tiny-cache.json" in last
     assert not Path("embeddings/shapes/val").exists()

@@ -13,7 +13,12 @@ from tests.conftest import TRAIN_IDS, draw_data
 from utils.cli import UserError
 
 LAYOUT = DATASETS["shapes"].layout
-IMAGES = {30: "b.png", 7: "z.png", 12: "sub/a.png", 9: "no_caption.png"}  # neither ids nor names are in order
+IMAGES = {
+    30: "b.png",
+    7: "z.png",
+    12: "sub/a.png",
+    9: "no_caption.png",
+}  # neither ids nor names are in order
 
 
 CAPTIONS = [
@@ -28,7 +33,9 @@ CAPTIONS = [
 def document():
     return {
         "images": [{"id": image_id, "file_name": name} for image_id, name in IMAGES.items()],
-        "annotations": [{"id": i, "image_id": image_id, "caption": text} for i, image_id, text in CAPTIONS],
+        "annotations": [
+            {"id": i, "image_id": image_id, "caption": text} for i, image_id, text in CAPTIONS
+        ],
     }
 
 
@@ -77,7 +84,13 @@ def test_reading_captions_prints_nothing(tmp_path, capfd):
 
 def test_relevance_becomes_image_rows_in_order_of_caption(tmp_path):
     relevance = {"2": [9, 7], "3": [30], "44": [30, 12, 7], "45": [12, 12], "501": [7]}
-    assert load(write(tmp_path, document(), relevance)).relevance == [[0, 1], [3], [0, 2, 3], [2], [0]]
+    assert load(write(tmp_path, document(), relevance)).relevance == [
+        [0, 1],
+        [3],
+        [0, 2, 3],
+        [2],
+        [0],
+    ]
     (tmp_path / "annotations" / "relevance_val.json").unlink()
     assert load(tmp_path).relevance is None
 
@@ -100,7 +113,9 @@ def test_relevance_that_leaves_a_caption_out_is_refused(tmp_path):
 def test_a_wrong_root_says_what_was_expected_and_what_was_found(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a.txt").touch()
-    assert "expected annotations/captions_val.json, found only a.txt, elsewhere/" in refusal(tmp_path)
+    assert "expected annotations/captions_val.json, found only a.txt, elsewhere/" in refusal(
+        tmp_path
+    )
     assert "found no such folder" in refusal(tmp_path / "absent")
     assert "found an empty folder" in refusal(tmp_path / "elsewhere")
 
@@ -112,7 +127,9 @@ def test_a_missing_folder_of_images_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "nonsense", "[" * 100_000, '{"images": [1'], ids=["empty", "brace", "words", "deep", "cut"]
+    "text",
+    ["", "{", "nonsense", "[" * 100_000, '{"images": [1'],
+    ids=["empty", "brace", "words", "deep", "cut"],
 )
 def test_what_is_not_json_is_refused(tmp_path, text):
     message = refusal(write(tmp_path, text))
@@ -126,7 +143,15 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [[], "null", "3", {}, {"images": [], "annotations": []}, {"images": {"id": 1}, "annotations": []}]
+    "content",
+    [
+        [],
+        "null",
+        "3",
+        {},
+        {"images": [], "annotations": []},
+        {"images": {"id": 1}, "annotations": []},
+    ],
 )
 def test_json_of_another_kind_is_refused(tmp_path, content):
     assert "captions_val.json: " in refusal(write(tmp_path, content))
@@ -144,28 +169,70 @@ def set_field(section, row, field, value):
 
 BROKEN = {
     "an image's id comes twice": (set_field("images", 1, "id", 30), ["images[1]", "30"]),
-    "a caption's id comes twice": (set_field("annotations", 3, "id", 501), ["annotations[3]", "501"]),
-    "a blank caption": (set_field("annotations", 2, "caption", " \n\t"), ["annotations[2]", "44", "'caption'"]),
-    "an empty caption": (set_field("annotations", 2, "caption", ""), ["annotations[2]", "44", "'caption'"]),
-    "a number for a caption": (set_field("annotations", 2, "caption", 17), ["annotations[2]", "44", "17"]),
-    "null for a caption": (set_field("annotations", 2, "caption", None), ["annotations[2]", "44", "null"]),
-    "a list for a caption": (set_field("annotations", 2, "caption", ["twelve"]), ["annotations[2]", "44"]),
-    "no caption": (set_field("annotations", 2, "caption", ...), ["annotations[2]", "44", "'caption'"]),
-    "no image id": (set_field("annotations", 2, "image_id", ...), ["annotations[2]", "44", "'image_id'"]),
-    "an unknown image": (set_field("annotations", 0, "image_id", 8), ["annotations[0]", "501", "image 8"]),
+    "a caption's id comes twice": (
+        set_field("annotations", 3, "id", 501),
+        ["annotations[3]", "501"],
+    ),
+    "a blank caption": (
+        set_field("annotations", 2, "caption", " \n\t"),
+        ["annotations[2]", "44", "'caption'"],
+    ),
+    "an empty caption": (
+        set_field("annotations", 2, "caption", ""),
+        ["annotations[2]", "44", "'caption'"],
+    ),
+    "a number for a caption": (
+        set_field("annotations", 2, "caption", 17),
+        ["annotations[2]", "44", "17"],
+    ),
+    "null for a caption": (
+        set_field("annotations", 2, "caption", None),
+        ["annotations[2]", "44", "null"],
+    ),
+    "a list for a caption": (
+        set_field("annotations", 2, "caption", ["twelve"]),
+        ["annotations[2]", "44"],
+    ),
+    "no caption": (
+        set_field("annotations", 2, "caption", ...),
+        ["annotations[2]", "44", "'caption'"],
+    ),
+    "no image id": (
+        set_field("annotations", 2, "image_id", ...),
+        ["annotations[2]", "44", "'image_id'"],
+    ),
+    "an unknown image": (
+        set_field("annotations", 0, "image_id", 8),
+        ["annotations[0]", "501", "image 8"],
+    ),
     "a text for an id": (set_field("images", 0, "id", "30"), ["images[0]", '"30"']),
     "a fraction for an id": (set_field("images", 0, "id", 30.0), ["images[0]", "30.0"]),
     "true for an id": (set_field("images", 0, "id", True), ["images[0]", "true"]),
     "no file name": (set_field("images", 2, "file_name", ...), ["images[2]", "12", "'file_name'"]),
-    "a blank file name": (set_field("images", 2, "file_name", " "), ["images[2]", "12", "'file_name'"]),
-    "the folder above": (set_field("images", 2, "file_name", "../../secret.png"), ["../../secret.png", "outside"]),
+    "a blank file name": (
+        set_field("images", 2, "file_name", " "),
+        ["images[2]", "12", "'file_name'"],
+    ),
+    "the folder above": (
+        set_field("images", 2, "file_name", "../../secret.png"),
+        ["../../secret.png", "outside"],
+    ),
     "the folder above, on a detour": (
         set_field("images", 2, "file_name", "sub/../../val2/a.png"),
         ["sub/../../val2/a.png", "outside"],
     ),
-    "an absolute file name": (set_field("images", 2, "file_name", "/etc/hostname"), ["/etc/hostname", "outside"]),
-    "a file name with a null character": (set_field("images", 2, "file_name", "a\0.png"), ["a\\x00.png"]),
-    "a file name with half a surrogate pair": (set_field("images", 2, "file_name", "\ud800.png"), ["\\ud800.png"]),
+    "an absolute file name": (
+        set_field("images", 2, "file_name", "/etc/hostname"),
+        ["/etc/hostname", "outside"],
+    ),
+    "a file name with a null character": (
+        set_field("images", 2, "file_name", "a\0.png"),
+        ["a\\x00.png"],
+    ),
+    "a file name with half a surrogate pair": (
+        set_field("images", 2, "file_name", "\ud800.png"),
+        ["\\ud800.png"],
+    ),
 }
 
 
@@ -220,10 +287,14 @@ def test_a_captions_file_with_categories_is_read(tmp_path):
 # COCO itself.
 
 
-@pytest.mark.parametrize(("split", "images", "captions"), [("train", 700, 3502), ("val", 300, 1501)])
+@pytest.mark.parametrize(
+    ("split", "images", "captions"), [("train", 700, 3502), ("val", 300, 1501)]
+)
 def test_coco_is_read_as_plain_json_has_it(coco_root, split, images, captions):
     data = CocoCaptions(coco_root, split, DATASETS["coco"].layout)
-    plain = json.loads((coco_root / "annotations" / f"captions_{split}2017.json").read_text(encoding="utf-8"))
+    plain = json.loads(
+        (coco_root / "annotations" / f"captions_{split}2017.json").read_text(encoding="utf-8")
+    )
     assert (
         (len(data.image_files), len(data.captions))
         == (images, captions)
@@ -231,18 +302,28 @@ def test_coco_is_read_as_plain_json_has_it(coco_root, split, images, captions):
     )
     assert data.image_ids == sorted(entry["id"] for entry in plain["images"])
     name_of = {entry["id"]: entry["file_name"] for entry in plain["images"]}
-    expected = sorted((entry["id"], entry["caption"], name_of[entry["image_id"]]) for entry in plain["annotations"])
+    expected = sorted(
+        (entry["id"], entry["caption"], name_of[entry["image_id"]])
+        for entry in plain["annotations"]
+    )
     rows = zip(data.caption_ids, data.captions, data.image_of_caption, strict=True)
-    assert [(caption_id, text, data.image_files[row].name) for caption_id, text, row in rows] == expected
+    assert [
+        (caption_id, text, data.image_files[row].name) for caption_id, text, row in rows
+    ] == expected
     for image_id, path in zip(data.image_ids, data.image_files, strict=True):
         assert int(path.stem) == image_id  # COCO's file names are the ids
         assert path.is_file()
 
 
 def test_the_loader_has_no_dependence_on_the_order_in_the_file(coco_root, tmp_path):
-    plain = json.loads((coco_root / "annotations" / "captions_val2017.json").read_text(encoding="utf-8"))
+    plain = json.loads(
+        (coco_root / "annotations" / "captions_val2017.json").read_text(encoding="utf-8")
+    )
     for section in ("images", "annotations"):
         np.random.default_rng(0).shuffle(plain[section])
-    shuffled, straight = load(write(tmp_path, plain)), CocoCaptions(coco_root, "val", DATASETS["coco"].layout)
+    shuffled, straight = (
+        load(write(tmp_path, plain)),
+        CocoCaptions(coco_root, "val", DATASETS["coco"].layout),
+    )
     for attribute in ("image_ids", "caption_ids", "captions", "image_of_caption", "image_names"):
         assert getattr(shuffled, attribute) == getattr(straight, attribute)

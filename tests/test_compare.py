@@ -21,9 +21,30 @@ METHODS = ("--method", "pfe", "asymvlm-psd")
 @pytest.fixture
 def evaluated(script):
     make_cache("tiny")
-    training = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50, *METHODS, *SEEDS)
+    training = (
+        "--dataset",
+        "tiny",
+        "--recipe",
+        "small",
+        "--epochs",
+        2,
+        "--batch-size",
+        50,
+        *METHODS,
+        *SEEDS,
+    )
     assert script(train_script.main, *training)[0] == 0
-    evaluation = ("--dataset", "tiny", "--no-plots", "--resamples", 100, "--uncer_levels", 5, *METHODS, *SEEDS)
+    evaluation = (
+        "--dataset",
+        "tiny",
+        "--no-plots",
+        "--resamples",
+        100,
+        "--uncer_levels",
+        5,
+        *METHODS,
+        *SEEDS,
+    )
     assert script(eval_script.main, *evaluation)[0] == 0
 
 
@@ -42,7 +63,9 @@ def test_every_cell_is_eval_pys_figure_and_interval(evaluated, script):
     )
     assert status == 0
     assert printed == Path("results/tiny/ablation.md").read_text()
-    assert printed.startswith("| tiny/val, seeds 0, 1 | R@1 t2i | AURC t2i | R@1 i2t | AURC i2t |\n")
+    assert printed.startswith(
+        "| tiny/val, seeds 0, 1 | R@1 t2i | AURC t2i | R@1 i2t | AURC i2t |\n"
+    )
     details = Path("results/tiny/details.md").read_text()
     for direction, title in (("t2i", "text-to-image"), ("i2t", "image-to-text")):
         section = details[details.index(f"{title}, 95 % interval") :].split("\n\n")[0]
@@ -61,7 +84,10 @@ def test_groups_are_spelt_out_and_the_best_is_bold(evaluated, script):
     assert printed.count("**") >= 8  # four columns, each with its best
     status, _, error = script(compare.main, "--dataset", "tiny", "--method", "all", *SEEDS)
     assert status == 2
-    assert "results/tiny/0/asymvlm-vmf.npz: no such results; make them with python eval.py --dataset tiny" in error
+    assert (
+        "results/tiny/0/asymvlm-vmf.npz: no such results; make them with python eval.py --dataset tiny"
+        in error
+    )
 
 
 # Scores, and leads.
@@ -73,7 +99,17 @@ IMAGES, CAPTIONS = 150, 2
 def test_scores_that_answer_alike_are_one_row(evaluated, script, monkeypatch):
     monkeypatch.setattr(PFEAdaptor, "own_score", lambda self, image, text: -self.score(image, text))
     for score in ("frozen", "own"):
-        flags = ("--dataset", "tiny", "--no-plots", "--resamples", 0, "--score", score, *METHODS, *SEEDS)
+        flags = (
+            "--dataset",
+            "tiny",
+            "--no-plots",
+            "--resamples",
+            0,
+            "--score",
+            score,
+            *METHODS,
+            *SEEDS,
+        )
         assert script(eval_script.main, *flags)[0] == 0
     scores = ("--score", "published", "frozen", "own", "--resamples", 100)
     status, printed, _ = script(compare.main, *FAIR, *METHODS, "softmax-entropy", *SEEDS, *scores)
@@ -95,7 +131,9 @@ def save_world(method, right, order, seeds=(0,), score="published", cache="diges
         rng, answers = np.random.default_rng([seed, *f"{method}{score}".encode()]), {}
         for direction, captions in (("t2i", CAPTIONS), ("i2t", 1)):
             image = np.repeat(np.arange(IMAGES), captions)
-            hard = np.random.default_rng(9).random(IMAGES)[image] + 0.1 * rng.normal(size=len(image))
+            hard = np.random.default_rng(9).random(IMAGES)[image] + 0.1 * rng.normal(
+                size=len(image)
+            )
             answers[direction] = {"query": np.arange(len(image)), "top1": image, "image": image}
             answers[direction]["rank"] = 1 + (hard > right)
             answers[direction]["uncertainty"] = order * hard + 0.1 * rng.normal(size=len(image))
@@ -109,8 +147,13 @@ def leads_of(printed, leader):
     columns, found = [cell.strip() for cell in lines[0].strip("|").split("|")][1:], {}
     for line in lines[2:]:
         rival, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        parts = [re.fullmatch(r"(.*), (\S+) \[(\S+), (\S+)\], over (.*)", cell).groups() for cell in cells]
-        found[rival] = {c: (p[0], *map(float, p[1:4]), p[4]) for c, p in zip(columns, parts, strict=True)}
+        parts = [
+            re.fullmatch(r"(.*), (\S+) \[(\S+), (\S+)\], over (.*)", cell).groups()
+            for cell in cells
+        ]
+        found[rival] = {
+            c: (p[0], *map(float, p[1:4]), p[4]) for c, p in zip(columns, parts, strict=True)
+        }
     return found
 
 
@@ -121,7 +164,9 @@ def test_what_becomes_of_leads_in_a_world_where_it_is_known(workdir, script):
         save_world("asymvlm-vmf", 0.9, 1.0, seeds, score)  # of the same family: no rival
         save_world("probvlm", 0.2, 0.0, seeds, score)
         save_world("pfe", {"published": 0.5, "frozen": 0.1, "own": 0.1}[score], 0.9, seeds, score)
-        save_world("prolip", {"published": 0.1, "frozen": 0.1, "own": 0.8}[score], 1.0, seeds, score)
+        save_world(
+            "prolip", {"published": 0.1, "frozen": 0.1, "own": 0.8}[score], 1.0, seeds, score
+        )
     methods = ("asymvlm-psd", "asymvlm-vmf", "probvlm", "pfe", "prolip")
     flags = (*FAIR, "--seed", *seeds, "--resamples", 200, "--score", "published", "frozen", "own")
     status, printed, _ = script(compare.main, *flags, "--method", *methods)
@@ -144,11 +189,15 @@ def test_a_lead_is_the_difference_that_compare_prints(workdir, script):
     flags = ("--seed", 0, 1, 2, "--resamples", 200)
     printed = script(compare.main, *FAIR, *flags, "--method", "asymvlm-psd", "pfe")[1]
     found = leads_of(printed, "asymvlm-psd")["pfe"]
-    printed = script(eval_script.main, "--dataset", "tiny", *flags, "--compare", "asymvlm-psd", "pfe")[1]
+    printed = script(
+        eval_script.main, "--dataset", "tiny", *flags, "--compare", "asymvlm-psd", "pfe"
+    )[1]
     for figure in ("R@1", "AURC"):
         lines = [line.split() for line in printed.splitlines() if line.startswith(f"{figure} ")]
         for d, line in zip(("t2i", "i2t"), lines, strict=True):
-            assert found[f"{figure} {d}"][1:4] == tuple(float(cell.strip("[],")) for cell in line[3:6])
+            assert found[f"{figure} {d}"][1:4] == tuple(
+                float(cell.strip("[],")) for cell in line[3:6]
+            )
 
 
 def test_seeds_of_either_side_are_drawn_by_themselves(workdir, script):
@@ -168,7 +217,9 @@ def test_rounding_of_a_query_in_a_thousand_does_not_part_rows():
         for field in fields:
             others = fields[field].copy()
             others[:changed] += 1
-            results = [Results({"t2i": f, "i2t": fields}, {}) for f in (fields, fields | {field: others})]
+            results = [
+                Results({"t2i": f, "i2t": fields}, {}) for f in (fields, fields | {field: others})
+            ]
             assert compare.answers_alike(*results) == alike
     assert not compare.answers_alike(
         results[0], Results({"t2i": fields, "i2t": fields | {"image_uncertainty": others}}, {})
@@ -184,7 +235,9 @@ def jackknife(statistic, images):
 def test_differences_and_intervals_are_those_of_a_jackknife(workdir, script):
     save_world("asymvlm-psd", 0.5, 0.3)
     save_world("pfe", 0.45, 0.6)
-    found = leads_of(script(compare.main, *FAIR, "--method", "asymvlm-psd", "pfe")[1], "asymvlm-psd")["pfe"]
+    found = leads_of(
+        script(compare.main, *FAIR, "--method", "asymvlm-psd", "pfe")[1], "asymvlm-psd"
+    )["pfe"]
     runs = [dict(np.load(f"results/tiny/0/{method}.npz")) for method in ("asymvlm-psd", "pfe")]
 
     def risk(errors, uncertainty):
@@ -194,7 +247,9 @@ def test_differences_and_intervals_are_those_of_a_jackknife(workdir, script):
     def figure(run, name, d, images):
         queries = np.isin(run[f"{d}_image"], images)
         errors = (run[f"{d}_rank"] > 1)[queries]
-        return risk(errors, run[f"{d}_uncertainty"][queries]) if name == "AURC" else 1 - errors.mean()
+        return (
+            risk(errors, run[f"{d}_uncertainty"][queries]) if name == "AURC" else 1 - errors.mean()
+        )
 
     def difference(images, name, d):
         return figure(runs[0], name, d, images) - figure(runs[1], name, d, images)
@@ -213,12 +268,24 @@ def test_bad_input_is_one_line(workdir, script):
         save_world(method, 0.5, 0.5, cache=cache)
     for flags, told in (
         (("--method", "pfe"), "--against asymvlm-psd: not in the table; add it to --method"),
-        (("--method", "asymvlm-psd", "asymvlm-vmf"), "--against asymvlm-psd: no method of another family"),
-        (("--method", "asymvlm-psd", "pfe"), "--against: the results are of different caches (another, one)"),
-        (("--method", "asymvlm-psd", "pfe", "--resamples", 5), "--resamples 5: --against needs at least 100"),
+        (
+            ("--method", "asymvlm-psd", "asymvlm-vmf"),
+            "--against asymvlm-psd: no method of another family",
+        ),
+        (
+            ("--method", "asymvlm-psd", "pfe"),
+            "--against: the results are of different caches (another, one)",
+        ),
+        (
+            ("--method", "asymvlm-psd", "pfe", "--resamples", 5),
+            "--resamples 5: --against needs at least 100",
+        ),
         (("--name", "comparison"), "--name comparison: eval.py writes a file of this name"),
         (("--score", "nosuch"), "--score"),
-        (("--method", "asymvlm-psd", "prolip", "--score", "own"), "--method asymvlm-psd --seed 0 --score own"),
+        (
+            ("--method", "asymvlm-psd", "prolip", "--score", "own"),
+            "--method asymvlm-psd --seed 0 --score own",
+        ),
     ):
         status, printed, error = script(compare.main, *FAIR, *flags)
         assert (status, printed) == (2, "")

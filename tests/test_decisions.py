@@ -30,7 +30,9 @@ def trained(script):
 
 def cells(table):
     """{(row, column): cell} of a table in markdown."""
-    header, _, *rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    header, _, *rows = [
+        [cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines()
+    ]
     return {(row[0], name): cell for row in rows for name, cell in zip(header, row, strict=True)}
 
 
@@ -61,7 +63,9 @@ def test_an_evaluation_writes_thresholds_and_what_they_keep(script, trained):
     assert "--risk 0.6 0.9 --confidence 0.8 --risk_at 1`" in page
     assert "coverage at 0.6" in printed
     rows = list(csv.reader(Path("results/tiny/comparison.csv").read_text().splitlines()))
-    assert sum(row[2] == "threshold at 0.9" for row in rows) == 2 * 7  # directions, rows with an uncertainty
+    assert (
+        sum(row[2] == "threshold at 0.9" for row in rows) == 2 * 7
+    )  # directions, rows with an uncertainty
     baseline = Path("results/tiny/baselines/margin.threshold.json")
     assert json.loads(baseline.read_text())["calibrated_on"]["method"] == "margin"
 
@@ -70,9 +74,23 @@ def test_prompts_are_kept_or_asked_back(script, trained, monkeypatch, capsys):
     z = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(eval_script, "encode_texts", lambda clip, texts: z)
     monkeypatch.setattr(
-        eval_script, "clip_id", lambda name: type("", (), {"load": lambda s, d: None, "dtype": z.dtype})()
+        eval_script,
+        "clip_id",
+        lambda name: type("", (), {"load": lambda s, d: None, "dtype": z.dtype})(),
     )
-    ask = ("--dataset", "tiny", "--method", "pfe", "--prompts", "one", "two", "three", "--json", "--risk", 0.6)
+    ask = (
+        "--dataset",
+        "tiny",
+        "--method",
+        "pfe",
+        "--prompts",
+        "one",
+        "two",
+        "three",
+        "--json",
+        "--risk",
+        0.6,
+    )
 
     def decisions(*flags):
         assert run_script(eval_script.main, [str(part) for part in (*ask, *flags)]) == 0
@@ -100,7 +118,14 @@ def test_prompts_are_kept_or_asked_back(script, trained, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--risk", 1.5), ("--risk", 0), ("--confidence", "sure"), ("--confidence", 0), ("--risk-at", 0)]
+    "flags",
+    [
+        ("--risk", 1.5),
+        ("--risk", 0),
+        ("--confidence", "sure"),
+        ("--confidence", 0),
+        ("--risk-at", 0),
+    ],
 )
 def test_what_is_no_share_or_rank_is_one_line(script, trained, flags):
     status, _, error = script(eval_script.main, *EVAL, *flags)

@@ -15,7 +15,14 @@ import train as train_script
 from datasets import eccv, karpathy
 from datasets.embedding import EmbeddingCache
 from datasets.karpathy import KarpathyCaptions
-from tests.conftest import SHAPES_CLIP, coco_sample, load_result, make_cache, write_flickr30k, write_karpathy_coco
+from tests.conftest import (
+    SHAPES_CLIP,
+    coco_sample,
+    load_result,
+    make_cache,
+    write_flickr30k,
+    write_karpathy_coco,
+)
 from utils.cli import UserError
 from utils.evaluation.figures import measure
 from utils.evaluation.scorers import answer, rank
@@ -38,12 +45,22 @@ def stand_in(monkeypatch, original, captions, images, cxc=({}, {})):
     monkeypatch.setitem(sys.modules, "eccv_caption", package)
 
 
-ORIGINAL = {2: [40], 9: [40], 11: [70]}  # of the stand-in: image rows are 0 (cocoid 70), 1 (60) and 2 (40)
+ORIGINAL = {
+    2: [40],
+    9: [40],
+    11: [70],
+}  # of the stand-in: image rows are 0 (cocoid 70), 1 (60) and 2 (40)
 
 
-def test_judgements_of_both_directions_are_read_and_neither_is_the_inverse_of_the_other(tmp_path, monkeypatch):
+def test_judgements_of_both_directions_are_read_and_neither_is_the_inverse_of_the_other(
+    tmp_path, monkeypatch
+):
     stand_in(
-        monkeypatch, ORIGINAL, {2: [70, 40, 60, 999], 9: [40]}, {40: [2, 11, 888]}, ({9: [60]}, {70: [9], 40: [2]})
+        monkeypatch,
+        ORIGINAL,
+        {2: [70, 40, 60, 999], 9: [40]},
+        {40: [2, 11, 888]},
+        ({9: [60]}, {70: [9], 40: [2]}),
     )
     data = load(write_karpathy_coco(tmp_path))
     assert (data.caption_ids, data.image_ids) == ([2, 9, 11], [70, 60, 40])
@@ -76,7 +93,9 @@ def test_another_version_of_eccv_caption_is_refused(tmp_path, monkeypatch):
 
 
 def test_figures_about_relevance_are_those_of_the_judged_queries(script, workdir, monkeypatch):
-    stand_in(monkeypatch, ORIGINAL, {2: [70, 40, 60], 9: [40]}, {70: [9, 11]}, ({11: [40]}, {40: [2, 9]}))
+    stand_in(
+        monkeypatch, ORIGINAL, {2: [70, 40, 60], 9: [40]}, {70: [9, 11]}, ({11: [40]}, {40: [2, 9]})
+    )
     write_karpathy_coco(workdir / "data" / "coco-karpathy")
     caching = "--dataset coco-karpathy --split train val test".split()
     assert script(cache_embeddings.main, *caching, *SHAPES_CLIP)[0] == 0
@@ -84,7 +103,9 @@ def test_figures_about_relevance_are_those_of_the_judged_queries(script, workdir
     assert judgements["eccv"] == {"t2i": [[0, 1, 2], [2], []], "i2t": [[1, 2], [], []]}
     assert EmbeddingCache("coco-karpathy", "val").judgements == {}
     assert script(train_script.main, "--dataset", "coco-karpathy", "--epochs", 1)[0] == 0
-    evaluation = "--dataset coco-karpathy --split test --uncer_levels 1 --no-plots --resamples 5".split()
+    evaluation = (
+        "--dataset coco-karpathy --split test --uncer_levels 1 --no-plots --resamples 5".split()
+    )
     assert script(eval_script.main, *evaluation)[0] == 0
     result, queries = load_result("coco-karpathy", 0, "asymvlm-psd")
     metrics, right = result["metrics"], judgements["eccv"]["t2i"]
@@ -101,16 +122,32 @@ def test_figures_about_relevance_are_those_of_the_judged_queries(script, workdir
 def test_a_cache_from_before_both_directions_is_read_as_it_was(workdir):
     relevance = [[0, 1], [1], [2]]
     meta = {"model": "none", "pretrained": "none", "annotated": [0, 2]}
-    make_cache("old", images=3, captions_per_image=1, relevance=relevance, image_of_caption=[0, 1, 2], meta=meta)
+    make_cache(
+        "old",
+        images=3,
+        captions_per_image=1,
+        relevance=relevance,
+        image_of_caption=[0, 1, 2],
+        meta=meta,
+    )
     right = EmbeddingCache("old", "val").judgements["relevance"]
-    assert right == {"t2i": [[0, 1], [], [2]], "i2t": [[0], [], [2]]}  # by the captions that were looked into
+    assert right == {
+        "t2i": [[0, 1], [], [2]],
+        "i2t": [[0], [], [2]],
+    }  # by the captions that were looked into
 
 
 def test_captions_that_are_not_annotated_do_not_enter_the_figures():  # of results from before
-    answers = {"uncertainty": [3.0, 2.0, 9.0, 1.0], "relevant": [3, 2, 1, 1], "relevant_rank": [1, 1, 9, 2]}
+    answers = {
+        "uncertainty": [3.0, 2.0, 9.0, 1.0],
+        "relevant": [3, 2, 1, 1],
+        "relevant_rank": [1, 1, 9, 2],
+    }
     answers |= {"words": [2, 3, 5, 4], "rank": [1, 1, 9, 2], "query": [0, 1, 2, 3]}
     answers = {key: np.array(values) for key, values in answers.items()}
-    figures = measure({"t2i": answers | {"annotated": np.array([True, True, False, True])}}, 1)["ambiguity"]
+    figures = measure({"t2i": answers | {"annotated": np.array([True, True, False, True])}}, 1)[
+        "ambiguity"
+    ]
     assert figures["spearman"] == pytest.approx(1.0)
     assert figures["R@1_described"] == pytest.approx(2 / 3)
 
@@ -141,7 +178,9 @@ def test_the_real_package_names_cocos_captions_by_annotation_id(coco_root, tmp_p
             ("i2t", data.image_ids, data.caption_ids),
         ):
             row_of, right = {answer: row for row, answer in enumerate(answers)}, gts[direction]
-            expected = [sorted(row_of[a] for a in right.get(query, ()) if a in row_of) for query in queries]
+            expected = [
+                sorted(row_of[a] for a in right.get(query, ()) if a in row_of) for query in queries
+            ]
             assert data.relevance[name][direction] == expected
 
 
@@ -159,10 +198,16 @@ def judged():
     asked = {"t2i": gallery["i2t"], "i2t": gallery["t2i"]}
     for name in ("eccv_gts", "cxc_gts"):
         part = {
-            d: {q: [a for a in right if a in gallery[d]] for q, right in of.items() if q in asked[d]}
+            d: {
+                q: [a for a in right if a in gallery[d]] for q, right in of.items() if q in asked[d]
+            }
             for d, of in getattr(metrics, name).items()
         }
-        setattr(metrics, name, {d: {q: right for q, right in of.items() if right} for d, of in part.items()})
+        setattr(
+            metrics,
+            name,
+            {d: {q: right for q, right in of.items() if right} for d, of in part.items()},
+        )
     return metrics, image_ids, captions
 
 
@@ -172,9 +217,14 @@ def test_figures_are_those_of_the_package_on_random_rankings(judged, seed, monke
     package = types.ModuleType("eccv_caption")
     package.Metrics = lambda: metrics
     monkeypatch.setitem(sys.modules, "eccv_caption", package)
-    caption_ids, row_of = [c for c, _ in captions], {image: row for row, image in enumerate(image_ids)}
+    caption_ids, row_of = (
+        [c for c, _ in captions],
+        {image: row for row, image in enumerate(image_ids)},
+    )
     image_of_caption = [row_of[image] for _, image in captions]
-    similarity = torch.rand(len(image_ids), len(captions), generator=torch.Generator().manual_seed(seed))
+    similarity = torch.rand(
+        len(image_ids), len(captions), generator=torch.Generator().manual_seed(seed)
+    )
     found = eccv.judgements(image_ids, caption_ids, image_of_caption, "a file")
     cache = SimpleNamespace(
         image=image_ids,
@@ -191,14 +241,18 @@ def test_figures_are_those_of_the_package_on_random_rankings(judged, seed, monke
     ours = measure(answer(scorer, cache), 2)
     ranked = {
         "i2t": {
-            i: [caption_ids[c] for c in similarity[row].argsort(descending=True)] for row, i in enumerate(image_ids)
+            i: [caption_ids[c] for c in similarity[row].argsort(descending=True)]
+            for row, i in enumerate(image_ids)
         },
         "t2i": {
-            c: [image_ids[i] for i in similarity[:, row].argsort(descending=True)] for row, c in enumerate(caption_ids)
+            c: [image_ids[i] for i in similarity[:, row].argsort(descending=True)]
+            for row, c in enumerate(caption_ids)
         },
     }
     wanted = ("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_recalls")
-    theirs = metrics.compute_all_metrics(ranked["i2t"], ranked["t2i"], target_metrics=wanted, verbose=False)
+    theirs = metrics.compute_all_metrics(
+        ranked["i2t"], ranked["t2i"], target_metrics=wanted, verbose=False
+    )
     for d in ("t2i", "i2t"):
         relevance = ours[f"relevance_{d}"]
         assert relevance["R@1"] == pytest.approx(theirs["eccv_r1"][d], abs=1e-9)

@@ -10,7 +10,15 @@ from tqdm import tqdm
 from datasets.units import UnitStore
 from utils import embed
 from utils.cli import UserError
-from utils.embed import CHUNK, Samples, distinct_texts, embed_units, encode_tokens, in_chunks, to_dtype
+from utils.embed import (
+    CHUNK,
+    Samples,
+    distinct_texts,
+    embed_units,
+    encode_tokens,
+    in_chunks,
+    to_dtype,
+)
 
 
 @pytest.fixture
@@ -33,7 +41,9 @@ def clip(monkeypatch):
     monkeypatch.setattr(embed, "tokenize", tokenize)
     model = SimpleNamespace(encode_image=encode_image, encode_text=encode_text)
     info = {"context_length": 9}
-    return SimpleNamespace(model=model, transform=float, device="cpu", dtype=torch.float32, info=info, seen=seen)
+    return SimpleNamespace(
+        model=model, transform=float, device="cpu", dtype=torch.float32, info=info, seen=seen
+    )
 
 
 class Unit:
@@ -49,10 +59,21 @@ class Unit:
     def _stream(self, first, size):
         def stream(transform):
             rows = range(first, min(first + size, len(self.values)))
-            errors = [value if value.startswith("broken") else None for value in (self.values[row] for row in rows)]
-            whole = [0.0 if error else transform(self.values[row]) for row, error in zip(rows, errors, strict=True)]
+            errors = [
+                value if value.startswith("broken") else None
+                for value in (self.values[row] for row in rows)
+            ]
+            whole = [
+                0.0 if error else transform(self.values[row])
+                for row, error in zip(rows, errors, strict=True)
+            ]
             pictures = torch.tensor(whole)[:, None, None, None].expand(-1, 3, 2, 2)
-            yield Samples(list(rows), [f"of {row}" for row in rows] if self.texts == () else [], pictures, errors)
+            yield Samples(
+                list(rows),
+                [f"of {row}" for row in rows] if self.texts == () else [],
+                pictures,
+                errors,
+            )
 
         return stream
 
@@ -92,7 +113,10 @@ def test_every_picture_and_text_becomes_a_row_in_its_order(clip, store):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, CHUNK + 1, 1000])
 def test_rows_depend_on_neither_batch_size_nor_workers(clip, store, batch_size, workers):
-    units = [Unit(str(n), [str(1000 * n + m) for m in range(200)], texts=() if n else None) for n in range(2)]
+    units = [
+        Unit(str(n), [str(1000 * n + m) for m in range(200)], texts=() if n else None)
+        for n in range(2)
+    ]
     embed_units(units, clip, store(), batch_size, workers)
     for n, unit in enumerate(units):
         assert unit.kept.keys == list(range(200))
@@ -117,8 +141,14 @@ def test_broken_samples_within_the_limit_are_left_out_with_their_captions(clip, 
     assert len(unit.kept.text) == 2
 
 
-def test_broken_samples_beyond_the_limit_are_all_named_and_nothing_more_is_encoded(clip, store, caplog):
-    before, excess, after = Unit("a", ["0", "broken"]), Unit("b", ["1", "broken", "broken"]), Unit("c", ["2", "broken"])
+def test_broken_samples_beyond_the_limit_are_all_named_and_nothing_more_is_encoded(
+    clip, store, caplog
+):
+    before, excess, after = (
+        Unit("a", ["0", "broken"]),
+        Unit("b", ["1", "broken", "broken"]),
+        Unit("c", ["2", "broken"]),
+    )
     texts = Unit("d", texts=["text"])
     with pytest.raises(UserError) as caught:
         embed_units([before, excess, after, texts], clip, store(2))
@@ -133,7 +163,9 @@ def test_broken_samples_beyond_the_limit_are_all_named_and_nothing_more_is_encod
 
 
 @pytest.mark.parametrize(("allowed", "again"), [(0, True), (1, False)])
-def test_samples_that_were_left_out_are_looked_at_again_if_they_are_too_many_now(clip, store, allowed, again):
+def test_samples_that_were_left_out_are_looked_at_again_if_they_are_too_many_now(
+    clip, store, allowed, again
+):
     unit = Unit("a", ["0", "1"], kept=SimpleNamespace(left_out={1: "broken"}))
     embed_units([unit], clip, store(allowed))
     assert (clip.seen == [CHUNK]) == again
@@ -141,7 +173,10 @@ def test_samples_that_were_left_out_are_looked_at_again_if_they_are_too_many_now
 
 
 def test_those_left_out_of_kept_units_count(clip, store):
-    kept, new = Unit("a", ["0", "1"], kept=SimpleNamespace(left_out={1: "broken"})), Unit("b", ["broken"])
+    kept, new = (
+        Unit("a", ["0", "1"], kept=SimpleNamespace(left_out={1: "broken"})),
+        Unit("b", ["broken"]),
+    )
     with pytest.raises(UserError, match="2 broken samples in all"):
         embed_units([kept, new], clip, store(1))
 
@@ -155,7 +190,10 @@ def test_a_stream_that_cannot_be_read_to_its_end_stops_at_once(clip, store):
 
 
 def test_an_embedding_that_is_not_finite_is_refused_with_its_name(clip, store):
-    with pytest.raises(UserError, match=r"the embedding of '.*1' is not finite; try --precision fp32 --dtype float32"):
+    with pytest.raises(
+        UserError,
+        match=r"the embedding of '.*1' is not finite; try --precision fp32 --dtype float32",
+    ):
         embed_units([Unit("a", ["0", "inf"])], clip, store())
     assert to_dtype(torch.tensor([[65504.0]]), torch.float16, ["a"]).tolist() == [[65504.0]]
     with pytest.raises(UserError, match="the embedding of 'b' is not finite"):
@@ -191,7 +229,10 @@ def small_clip(**text):
 
 def random_tokens(count, most=20, end=299):
     """Rows of token ids of random length: some words, the end-of-text token, padding."""
-    generator, tokens = torch.Generator().manual_seed(1), torch.zeros(count, most, dtype=torch.int64)
+    generator, tokens = (
+        torch.Generator().manual_seed(1),
+        torch.zeros(count, most, dtype=torch.int64),
+    )
     for row in tokens:
         length = int(torch.randint(1, most, (), generator=generator))
         row[:length] = torch.randint(3, 299, (length,), generator=generator)
@@ -225,7 +266,11 @@ def test_texts_encoded_at_their_length_are_what_they_are_at_full_length(text):
 
 
 def test_the_last_bit_of_a_text_does_not_depend_on_the_texts_beside_it():
-    clip, tokens, bar = SimpleNamespace(model=small_clip(), device="cpu"), random_tokens(300), tqdm(disable=True)
+    clip, tokens, bar = (
+        SimpleNamespace(model=small_clip(), device="cpu"),
+        random_tokens(300),
+        tqdm(disable=True),
+    )
     z, order = encode_tokens(clip, tokens, bar), torch.randperm(300)
     assert torch.equal(encode_tokens(clip, tokens[order], bar), z[order])
     assert torch.equal(encode_tokens(clip, tokens[:7], bar), z[:7])

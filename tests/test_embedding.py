@@ -81,7 +81,9 @@ def test_the_three_files_of_the_papers_repository_are_enough(cache):
         if path.name not in ("image.pt", "text.pt", "cap_id_to_img_id.json"):
             path.unlink()
     found = read()
-    with pytest.raises(UserError, match=r"no cache with a meta\.json in embeddings/it to take the CLIP from"):
+    with pytest.raises(
+        UserError, match=r"no cache with a meta\.json in embeddings/it to take the CLIP from"
+    ):
         clip_id("it")
     assert torch.equal(found.text.read(), content()["text"])
     assert (found.captions, found.images, found.relevance, found.meta) == (None, None, None, {})
@@ -90,7 +92,14 @@ def test_the_three_files_of_the_papers_repository_are_enough(cache):
 def test_files_are_as_the_papers_repository_reads_them(cache):
     """It calls torch.load and json.load and looks rows up by the caption's row as a string."""
     assert torch.equal(torch.load(cache / "text.pt", weights_only=True), content()["text"])
-    assert json.loads((cache / "cap_id_to_img_id.json").read_text()) == {"0": 2, "1": 0, "2": 0, "3": 3, "4": 2, "5": 2}
+    assert json.loads((cache / "cap_id_to_img_id.json").read_text()) == {
+        "0": 2,
+        "1": 0,
+        "2": 0,
+        "3": 3,
+        "4": 2,
+        "5": 2,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -148,7 +157,10 @@ BROKEN_EMBEDDINGS = {
     "a list": (lambda z: z.tolist(), "list"),
     "a dict": (lambda z: {"image": z}, "dict"),
     "a number": (lambda z: 3.5, "float"),
-    "huge, with a stride of 0": (lambda z: torch.zeros(1).expand(10**6, 10**6), "not stored in full"),
+    "huge, with a stride of 0": (
+        lambda z: torch.zeros(1).expand(10**6, 10**6),
+        "not stored in full",
+    ),
     "transposed": (lambda z: z.T.contiguous().T, "not stored in full"),
     "sparse": (lambda z: z.to_sparse(), "not stored in full"),
     "sparse in rows": (lambda z: z.to_sparse_csr(), "not stored in full"),
@@ -240,7 +252,16 @@ MAP = {str(caption): row for caption, row in enumerate(content()["image_of_capti
 
 @pytest.mark.parametrize(
     "changes",
-    [{"3": 4}, {"3": -1}, {"3": True}, {"3": False}, {"3": 1.0}, {"3": "1"}, {"3": None}, {"3": [1]}],
+    [
+        {"3": 4},
+        {"3": -1},
+        {"3": True},
+        {"3": False},
+        {"3": 1.0},
+        {"3": "1"},
+        {"3": None},
+        {"3": [1]},
+    ],
     ids=["too large", "negative", "true", "false", "fraction", "text", "null", "list"],
 )
 def test_a_map_to_anything_but_image_rows_is_refused(cache, changes):
@@ -268,7 +289,12 @@ def test_a_map_of_other_captions_is_refused(cache, value):
 
 
 def test_a_map_is_read_alike_in_every_form_that_json_has(cache):
-    forms = [json.dumps(MAP), json.dumps(MAP) + "\n", json.dumps(MAP, indent=1), json.dumps(MAP, separators=",:")]
+    forms = [
+        json.dumps(MAP),
+        json.dumps(MAP) + "\n",
+        json.dumps(MAP, indent=1),
+        json.dumps(MAP, separators=",:"),
+    ]
     forms += [
         json.dumps(dict(reversed(MAP.items()))),
         '{"3": 0, ' + json.dumps(MAP)[1:],
@@ -276,7 +302,11 @@ def test_a_map_is_read_alike_in_every_form_that_json_has(cache):
     for form in forms:
         put("cap_id_to_img_id.json", form)
         assert read().image_of_caption.tolist() == content()["image_of_caption"], form
-    for form in (json.dumps(MAP).replace('"3"', '"03"'), json.dumps(MAP).replace("3,", "3 "), json.dumps(MAP) + "}"):
+    for form in (
+        json.dumps(MAP).replace('"3"', '"03"'),
+        json.dumps(MAP).replace("3,", "3 "),
+        json.dumps(MAP) + "}",
+    ):
         put("cap_id_to_img_id.json", form)
         assert "cap_id_to_img_id.json: " in refusal(), form
 
@@ -301,7 +331,16 @@ def test_the_first_row_that_is_not_finite_is_named(dtype, value):
 @pytest.mark.parametrize("file", ["captions.json", "images.json", "relevance.json"])
 def test_lists_of_other_lengths_or_kinds_are_refused(cache, file):
     right = json.loads((cache / file).read_text())
-    for wrong in (right[1:], [*right, right[0]], [*right[1:], 3], [*right[1:], None], {}, "", "[1", "null"):
+    for wrong in (
+        right[1:],
+        [*right, right[0]],
+        [*right[1:], 3],
+        [*right[1:], None],
+        {},
+        "",
+        "[1",
+        "null",
+    ):
         put(file, wrong)
         assert f"{FOLDER / file}: " in refusal()
     put(file, right)
@@ -347,8 +386,12 @@ def test_a_missing_cache_names_the_command_and_the_data_set_that_needs_no_downlo
     assert "python cache_embeddings.py --dataset shapes" in str(caught.value)
     with pytest.raises(UserError) as caught:
         EmbeddingCache("shapes", "train")
-    assert str(caught.value).count("--dataset shapes") == 2  # what was asked for and the command, without a hint
-    assert "--dataset DATA_SET --name shapes, where the data set has another name" in str(caught.value)
+    assert (
+        str(caught.value).count("--dataset shapes") == 2
+    )  # what was asked for and the command, without a hint
+    assert "--dataset DATA_SET --name shapes, where the data set has another name" in str(
+        caught.value
+    )
 
 
 def test_a_missing_cache_lists_those_that_are_there(cache):
@@ -358,7 +401,9 @@ def test_a_missing_cache_lists_those_that_are_there(cache):
 
 def test_a_missing_split_names_the_command_that_makes_it(cache):
     command = r"run python cache_embeddings.py --dataset it --split train, or --dataset DATA_SET --name it, where"
-    with pytest.raises(UserError, match=rf"no train split in embeddings/it \(found val\); {command}"):
+    with pytest.raises(
+        UserError, match=rf"no train split in embeddings/it \(found val\); {command}"
+    ):
         EmbeddingCache("it", "train")
 
 
@@ -382,7 +427,9 @@ def both(workdir):
 
 
 def test_a_cache_in_many_files_reads_as_one(both):
-    assert sorted(path.name for path in MANY.glob("text-*.pt")) == [f"text-{n:05d}.pt" for n in range(4)]
+    assert sorted(path.name for path in MANY.glob("text-*.pt")) == [
+        f"text-{n:05d}.pt" for n in range(4)
+    ]
     loaded, mapped = EmbeddingCache("many", "train"), EmbeddingCache("many", "train", mapped=True)
     assert (loaded.mapped, mapped.mapped) == (False, True)
     assert torch.equal(loaded.image.read(), both.image.read())
@@ -395,7 +442,9 @@ def test_a_cache_in_many_files_reads_as_one(both):
         assert (len(cache.text), cache.embed_dim, cache.text.dtype) == (120, 16, torch.float16)
         for found, expected in zip(cache.pairs(rows), both.pairs(rows), strict=True):
             assert torch.equal(found, expected)
-        assert sorted(torch.cat(list(cache.batches(50, torch.Generator()))).tolist()) == list(range(120))
+        assert sorted(torch.cat(list(cache.batches(50, torch.Generator()))).tolist()) == list(
+            range(120)
+        )
     assert loaded.digest == mapped.digest
 
 
@@ -422,8 +471,13 @@ def test_evaluation_reads_a_cache_in_many_files(script, workdir):
         assert script(train_script.main, "--dataset", name, *training)[0] == 0
         evaluation = "--resamples 0 --no-plots --uncer_levels 4".split()
         assert script(eval_script.main, "--dataset", name, *evaluation)[0] == 0
-    one, many = (json.loads(Path(f"results/{name}/0/asymvlm-psd.json").read_text()) for name in ("one", "many"))
-    assert one["t2i"] == pytest.approx(many["t2i"], abs=0.1)  # a batch of all captions: only their order is another
+    one, many = (
+        json.loads(Path(f"results/{name}/0/asymvlm-psd.json").read_text())
+        for name in ("one", "many")
+    )
+    assert one["t2i"] == pytest.approx(
+        many["t2i"], abs=0.1
+    )  # a batch of all captions: only their order is another
 
 
 def corrupt(file):
@@ -472,9 +526,21 @@ BROKEN_FILES = [
     ("image-00001.pt", Path.unlink, "image-00001.pt: no such file"),
     ("text-00002.pt", corrupt, f"text-00002.pt: {OTHER_FILE}"),
     ("text-00001.pt", swap, f"pt: {OTHER_FILE}"),
-    ("image_of_caption.pt", replace(torch.zeros(120).long(), with_sum=False), f"image_of_caption.pt: {OTHER_FILE}"),
-    ("text-00002.pt", replace(torch.ones(31, 16).half()), "text-00002.pt: not the tensor of shape (32, 16)"),
-    ("text-00002.pt", replace(torch.ones(32, 16)), "text-00002.pt: not the tensor of shape (32, 16), torch.float16"),
+    (
+        "image_of_caption.pt",
+        replace(torch.zeros(120).long(), with_sum=False),
+        f"image_of_caption.pt: {OTHER_FILE}",
+    ),
+    (
+        "text-00002.pt",
+        replace(torch.ones(31, 16).half()),
+        "text-00002.pt: not the tensor of shape (32, 16)",
+    ),
+    (
+        "text-00002.pt",
+        replace(torch.ones(32, 16)),
+        "text-00002.pt: not the tensor of shape (32, 16), torch.float16",
+    ),
     ("text-00000.pt", replace(torch.full((32, 16), float("nan")).half()), "text-00000.pt: row"),
     ("image_of_caption.pt", Path.unlink, "image_of_caption.pt: no such file"),
     ("image_of_caption.pt", replace(torch.full((120,), 40)), f"{NO_MAP} from 0 to 39"),
@@ -500,7 +566,9 @@ def test_a_file_that_cannot_be_right_is_one_line(both, script, file, change, exp
 
 
 def test_a_row_that_is_not_finite_is_refused_by_evaluation_too(both, script):
-    replace(torch.ones(32, 16).half().index_fill(0, torch.tensor([7]), float("nan")))(MANY / "text-00001.pt")
+    replace(torch.ones(32, 16).half().index_fill(0, torch.tensor([7]), float("nan")))(
+        MANY / "text-00001.pt"
+    )
     status, _, line = script(eval_script.main, "--dataset", "many", "--split", "train")
     assert status == 2
     assert "text-00001.pt: row 7 is not finite" in line

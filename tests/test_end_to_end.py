@@ -33,7 +33,12 @@ def test_the_built_in_clip_is_small_enough_to_ship():
 
 def test_shapes_go_from_drawing_to_tables(script):
     world.make("small", train=600, val=100)
-    assert script(cache_embeddings.main, "--dataset", "shapes", "--data-root", "small", "--workers", 0)[0] == 0
+    assert (
+        script(
+            cache_embeddings.main, "--dataset", "shapes", "--data-root", "small", "--workers", 0
+        )[0]
+        == 0
+    )
     training = "--dataset shapes --recipe small --epochs 15 --batch-size 512".split()
     assert script(train_script.main, *training)[0] == 0
     status, printed, _ = script(eval_script.main, "--dataset", "shapes")
@@ -47,17 +52,23 @@ def test_shapes_go_from_drawing_to_tables(script):
     assert ladder[0] > ladder[-1]
     assert all(rung["prompt"] in printed for rung in result["ladder"])
     rows = EmbeddingCache("shapes", "val").relevance
-    assert [len(images) for images in rows] == [len(relevance[key]) for key in sorted(relevance, key=int)]
+    assert [len(images) for images in rows] == [
+        len(relevance[key]) for key in sorted(relevance, key=int)
+    ]
 
 
 def test_real_coco_goes_from_pictures_to_tables(coco_root, script, tmp_path):
     config, weights, _ = write_tiny_clip(tmp_path)
     clip = ("--model", config, "--pretrained", weights, "--workers", 2)
-    assert script(cache_embeddings.main, "--dataset", "coco", "--data-root", coco_root, *clip)[0] == 0
+    assert (
+        script(cache_embeddings.main, "--dataset", "coco", "--data-root", coco_root, *clip)[0] == 0
+    )
     for split, images, captions in (("train", 700, 3502), ("val", 300, 1501)):
         cache = EmbeddingCache("coco", split)
         assert (len(cache.image), len(cache.text)) == (images, captions)
-        document = json.loads((coco_root / "annotations" / f"captions_{split}2017.json").read_text())
+        document = json.loads(
+            (coco_root / "annotations" / f"captions_{split}2017.json").read_text()
+        )
         file_of = {image["id"]: image["file_name"] for image in document["images"]}
         annotations = sorted(document["annotations"], key=lambda annotation: annotation["id"])
         for row, annotation in enumerate(annotations):

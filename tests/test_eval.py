@@ -25,15 +25,22 @@ QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size"
 @pytest.mark.parametrize("method", METHODS)
 def test_results_equal_a_plain_evaluation_with_the_full_matrix(method, script):
     make_cache("tiny", images=30, captions_per_image=4)
-    assert script(train_script.main, *QUICK, "--method", method, "--recipe", recipe_of(method))[0] == 0
-    status, printed, _ = script(eval_script.main, "--dataset", "tiny", *PLAIN, "--method", method, "--uncer_levels", 10)
+    assert (
+        script(train_script.main, *QUICK, "--method", method, "--recipe", recipe_of(method))[0] == 0
+    )
+    status, printed, _ = script(
+        eval_script.main, "--dataset", "tiny", *PLAIN, "--method", method, "--uncer_levels", 10
+    )
     assert status == 0
     assert method in printed
     result, queries = load_result("tiny", 0, method)
     cache, adaptor = EmbeddingCache("tiny", "val"), load_adaptor(f"checkpoints/tiny/0/{method}.pt")
     with torch.no_grad():
         similarity = adaptor.similarity(cache.image.read(), cache.text.read()).numpy()
-        of_image, of_text = adaptor.adapt_image(cache.image.read())[1], adaptor.adapt_text(cache.text.read())[1]
+        of_image, of_text = (
+            adaptor.adapt_image(cache.image.read())[1],
+            adaptor.adapt_text(cache.text.read())[1],
+        )
     image_of_caption = cache.image_of_caption.numpy()
     t2i = similarity.argmax(0) == image_of_caption
     retrieved = similarity.argmax(1)
@@ -49,7 +56,17 @@ def test_results_equal_a_plain_evaluation_with_the_full_matrix(method, script):
         [part.mean() for part in np.split(i2t[np.argsort(by_image, kind="stable")], 10)]
     )
     assert result["metrics"]["t2i"]["R@1"] == pytest.approx(t2i.mean())
-    assert set(result["metrics"]["i2t"]) == {"R@1", "R@5", "R@10", "S", "R2", "-S*R2", "AURC", "E-AURC", "ties"}
+    assert set(result["metrics"]["i2t"]) == {
+        "R@1",
+        "R@5",
+        "R@10",
+        "S",
+        "R2",
+        "-S*R2",
+        "AURC",
+        "E-AURC",
+        "ties",
+    }
     assert (queries["t2i_top1"] == similarity.argmax(0)).all()
     assert (queries["i2t_top1"] == retrieved).all()
     whose = "uncertainty" if of_text is not None else "image_uncertainty"
@@ -65,31 +82,56 @@ def test_relevance_gives_the_figures_against_exact_ambiguity(script):
     result, queries = load_result("tiny", 0, "asymvlm-psd")
     own = EmbeddingCache("tiny", "val").image_of_caption.tolist()  # always right, listed or not
     described = np.mean(
-        [top in (*rows, image) for top, rows, image in zip(queries["t2i_top1"], relevance, own, strict=True)]
+        [
+            top in (*rows, image)
+            for top, rows, image in zip(queries["t2i_top1"], relevance, own, strict=True)
+        ]
     )
-    assert set(result["metrics"]["ambiguity"]) == {"spearman", "partial_spearman_given_length", "R@1_described"}
+    assert set(result["metrics"]["ambiguity"]) == {
+        "spearman",
+        "partial_spearman_given_length",
+        "R@1_described",
+    }
     assert result["metrics"]["ambiguity"]["R@1_described"] == pytest.approx(described)
 
 
 def test_several_methods_and_seeds_give_one_table(script):
     make_cache("tiny")
-    assert script(train_script.main, *QUICK, "--method", "asymvlm-psd", "asymvlm-vmf", "--seed", 0, 1)[0] == 0
+    assert (
+        script(train_script.main, *QUICK, "--method", "asymvlm-psd", "asymvlm-vmf", "--seed", 0, 1)[
+            0
+        ]
+        == 0
+    )
     status, printed, _ = script(
-        eval_script.main, "--dataset", "tiny", *PLAIN, "--method", "asymvlm-psd", "asymvlm-vmf", "--seed", 0, 1
+        eval_script.main,
+        "--dataset",
+        "tiny",
+        *PLAIN,
+        "--method",
+        "asymvlm-psd",
+        "asymvlm-vmf",
+        "--seed",
+        0,
+        1,
     )
     assert status == 0
     table = Path("results/tiny/comparison.md").read_text()
     for row in ("frozen cosine", "softmax-entropy", "caption-length", "asymvlm-psd", "asymvlm-vmf"):
         assert table.count(f"| {row} |") == 2
         assert row in printed
-    runs = [load_result("tiny", seed, "asymvlm-vmf")[0]["metrics"]["t2i"]["AURC"] for seed in (0, 1)]
+    runs = [
+        load_result("tiny", seed, "asymvlm-vmf")[0]["metrics"]["t2i"]["AURC"] for seed in (0, 1)
+    ]
     assert f"{np.mean(runs):.3f} ± {np.std(runs, ddof=1):.3f}" in table
     line = next(
         line
         for line in Path("results/tiny/comparison.csv").read_text().splitlines()
         if line.startswith("text-to-image,asymvlm-vmf,AURC,")
     )
-    assert [float(value) for value in line.split(",")[3:]] == pytest.approx([np.mean(runs), np.std(runs, ddof=1)])
+    assert [float(value) for value in line.split(",")[3:]] == pytest.approx(
+        [np.mean(runs), np.std(runs, ddof=1)]
+    )
 
 
 def test_softmax_entropy_baseline_equals_scipys(script):
@@ -115,7 +157,10 @@ def test_softmax_entropy_baseline_equals_scipys(script):
         (("--dataset", "tiny", "--compare", "pfe", "prolip", "--resamples", 0), ["--resamples 0"]),
         (
             ("--dataset", "tiny"),
-            ["checkpoints/tiny/0/asymvlm-psd.pt", "train.py --dataset tiny --method asymvlm-psd --seed 0"],
+            [
+                "checkpoints/tiny/0/asymvlm-psd.pt",
+                "train.py --dataset tiny --method asymvlm-psd --seed 0",
+            ],
         ),
         (("--dataset", "tiny", "--uncer_levels", 0), ["--uncer_levels", "at least 1"]),
         (("--dataset", "tiny", "--uncer_levels", 41), ["--uncer_levels 41", "40"]),
@@ -156,7 +201,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(script):
     written = []
     for seed in (0, 0, 1):
         assert script(train_script.main, *QUICK, "--seed", seed)[0] == 0
-        assert script(eval_script.main, "--dataset", "tiny", *PLAIN, "--uncer_levels", 5, "--seed", seed)[0] == 0
+        assert (
+            script(
+                eval_script.main, "--dataset", "tiny", *PLAIN, "--uncer_levels", 5, "--seed", seed
+            )[0]
+            == 0
+        )
         files = (f"results/tiny/{seed}/asymvlm-psd.json", f"results/tiny/{seed}/asymvlm-psd.npz")
         written.append([Path(file).read_bytes() for file in files])
     assert written[0] == written[1]

@@ -39,7 +39,9 @@ def tiny_cache(workdir):
 
 def make_checkpoint(method, name, start, seed=0):
     torch.manual_seed(start)
-    save_adaptor(METHODS[method](64), method, SMALL, {}, Path(f"checkpoints/{name}/{seed}/{method}.pt"))
+    save_adaptor(
+        METHODS[method](64), method, SMALL, {}, Path(f"checkpoints/{name}/{seed}/{method}.pt")
+    )
 
 
 def read_csv(path):
@@ -58,16 +60,26 @@ def plain(method, cache):
     with torch.no_grad():
         return [
             None if value is None else value.double().numpy()
-            for value in (adaptor.similarity(image, text), adaptor.adapt_text(text)[1], adaptor.adapt_image(image)[1])
+            for value in (
+                adaptor.similarity(image, text),
+                adaptor.adapt_text(text)[1],
+                adaptor.adapt_image(image)[1],
+            )
         ]
 
 
 def sklearns(uncertainty, is_right, asked):
-    return IsotonicRegression(increasing=False, out_of_bounds="clip").fit(uncertainty, is_right).predict(asked)
+    return (
+        IsotonicRegression(increasing=False, out_of_bounds="clip")
+        .fit(uncertainty, is_right)
+        .predict(asked)
+    )
 
 
 def test_captions_and_images_are_those_of_a_plain_computation(tiny_cache, script):
-    status, printed, _ = script(eval_script.main, *FLAGS, "--method", "prolip", "--export", "out/scores.jsonl")
+    status, printed, _ = script(
+        eval_script.main, *FLAGS, "--method", "prolip", "--export", "out/scores.jsonl"
+    )
     assert (status, printed) == (0, "")
     rows = read_jsonl("out/scores.jsonl")
     assert {tuple(row) for row in rows} == {tuple(COLUMNS)}
@@ -82,24 +94,32 @@ def test_captions_and_images_are_those_of_a_plain_computation(tiny_cache, script
     assert column(images, "image") == tiny_cache.images
     assert column(images, "text") == [None] * IMAGES
     assert column(captions, "first") == [tiny_cache.images[image] for image in similarity.argmax(0)]
-    assert column(images, "first") == [tiny_cache.captions[caption] for caption in similarity.argmax(1)]
+    assert column(images, "first") == [
+        tiny_cache.captions[caption] for caption in similarity.argmax(1)
+    ]
     ranks = [(similarity[:, c] > similarity[owner[c], c]).sum() + 1 for c in range(CAPTIONS)]
     assert column(captions, "rank") == ranks
-    image_ranks = [(similarity[i] > similarity[i, owner == i].max()).sum() + 1 for i in range(IMAGES)]
+    image_ranks = [
+        (similarity[i] > similarity[i, owner == i].max()).sum() + 1 for i in range(IMAGES)
+    ]
     assert column(images, "rank") == image_ranks
     for part, uncertainty, rank in ((captions, of_text, ranks), (images, of_image, image_ranks)):
         np.testing.assert_allclose(column(part, "uncertainty"), uncertainty, rtol=1e-5)
         given = np.array(column(part, "uncertainty"))
         percentiles = [stats.percentileofscore(given, value, kind="strict") for value in given]
         np.testing.assert_allclose(column(part, "percentile"), percentiles)
-        np.testing.assert_allclose(column(part, "p_right"), sklearns(given, np.array(rank) == 1, given), atol=1e-12)
+        np.testing.assert_allclose(
+            column(part, "p_right"), sklearns(given, np.array(rank) == 1, given), atol=1e-12
+        )
     assert len(set(column(captions, "p_right"))) > 1
 
 
 def test_an_image_that_has_no_caption_has_no_rank(workdir, script):
     make_cache("tiny", IMAGES, 1, image_of_caption=[0] * 10 + [*range(9, 29)])
     make_checkpoint("prolip", "tiny", 0)
-    assert script(eval_script.main, *FLAGS, "--method", "prolip", "--export", "scores.jsonl")[0] == 0
+    assert (
+        script(eval_script.main, *FLAGS, "--method", "prolip", "--export", "scores.jsonl")[0] == 0
+    )
     images = read_jsonl("scores.jsonl")[IMAGES:]
     bare = [row["row"] for row in images if row["rank"] is None]
     assert bare == [row["row"] for row in images if row["first"] is None] == [*range(1, 9), 29]
@@ -113,7 +133,10 @@ def test_csv_says_what_jsonl_says_of_several_methods_and_seeds(tiny_cache, scrip
     table, expected = read_csv("scores.csv"), read_jsonl("scores.jsonl")
     assert table == [{k: "" if v is None else str(v) for k, v in row.items()} for row in expected]
     assert table[0]["text"] == AWKWARD
-    assert [(row["method"], row["seed"]) for row in table[:: CAPTIONS + IMAGES]] == [("prolip", "0"), ("prolip", "1")]
+    assert [(row["method"], row["seed"]) for row in table[:: CAPTIONS + IMAGES]] == [
+        ("prolip", "0"),
+        ("prolip", "1"),
+    ]
     both = (*FLAGS, "--method", "asymvlm-psd", "asymvlm-psd-image", "--export")
     assert script(eval_script.main, *both, "scores.csv")[0] == 0  # the file is replaced
     kinds = [("asymvlm-psd", "caption")] * CAPTIONS + [("asymvlm-psd-image", "image")] * IMAGES
@@ -121,11 +144,18 @@ def test_csv_says_what_jsonl_says_of_several_methods_and_seeds(tiny_cache, scrip
 
 
 def test_the_frozen_clip_finds_the_first_answers_where_it_ranks(tiny_cache, script):
-    frozen = torch.cosine_similarity(tiny_cache.image.read()[:, None].float(), tiny_cache.text.read().float(), dim=2)
+    frozen = torch.cosine_similarity(
+        tiny_cache.image.read()[:, None].float(), tiny_cache.text.read().float(), dim=2
+    )
     first = [tiny_cache.images[image] for image in frozen.argmax(0)]
     write_texts("tiny", "same", tiny_cache.text.read(), tiny_cache.captions, {})
     for more in ((), ("--texts", "same")):
-        assert script(eval_script.main, *FLAGS, "--score", "frozen", "--export", "scores.jsonl", *more)[0] == 0
+        assert (
+            script(
+                eval_script.main, *FLAGS, "--score", "frozen", "--export", "scores.jsonl", *more
+            )[0]
+            == 0
+        )
         rows = read_jsonl("scores.jsonl")
         assert [row["first"] for row in rows] == first
     assert script(eval_script.main, *FLAGS, "--export", "scores.jsonl")[0] == 0
@@ -133,7 +163,12 @@ def test_the_frozen_clip_finds_the_first_answers_where_it_ranks(tiny_cache, scri
 
 
 def test_further_texts_are_placed_among_the_captions_of_the_split(tiny_cache, script):
-    z = torch.cat([tiny_cache.text.read()[:2], torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).half()])
+    z = torch.cat(
+        [
+            tiny_cache.text.read()[:2],
+            torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).half(),
+        ]
+    )
     texts = ["of caption 0", "of caption 1", "c", "d", "e"]
     write_texts("tiny", "more", z, texts, {})
     assert script(eval_script.main, *FLAGS, "--export", "captions.jsonl")[0] == 0
@@ -148,14 +183,22 @@ def test_further_texts_are_placed_among_the_captions_of_the_split(tiny_cache, sc
             [caption[key] for key in ("uncertainty", "percentile", "p_right")], rel=1e-5
         )
     known = [caption["uncertainty"] for caption in captions]
-    p = sklearns(known, [caption["rank"] == 1 for caption in captions], [row["uncertainty"] for row in rows])
+    p = sklearns(
+        known, [caption["rank"] == 1 for caption in captions], [row["uncertainty"] for row in rows]
+    )
     np.testing.assert_allclose([row["p_right"] for row in rows], p, atol=1e-12)
     with torch.no_grad():
-        similarity = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").similarity(tiny_cache.image.read(), z)
-    assert [row["first"] for row in rows] == [tiny_cache.images[image] for image in similarity.argmax(0)]
+        similarity = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt").similarity(
+            tiny_cache.image.read(), z
+        )
+    assert [row["first"] for row in rows] == [
+        tiny_cache.images[image] for image in similarity.argmax(0)
+    ]
 
 
-def test_a_split_in_shards_stays_on_the_disk_and_readmes_lines_filter_its_tars(workdir, script, monkeypatch):
+def test_a_split_in_shards_stays_on_the_disk_and_readmes_lines_filter_its_tars(
+    workdir, script, monkeypatch
+):
     keys, captions = [f"{i:04d}" for i in range(IMAGES)], [f"caption {i}" for i in range(IMAGES)]
     changes = {"captions": captions, "splits": ("train",), "captions_per_image": 1}
     make_cache("cc3m", IMAGES, **changes)
@@ -170,16 +213,25 @@ def test_a_split_in_shards_stays_on_the_disk_and_readmes_lines_filter_its_tars(w
     status, _, error = script(eval_script.main, *command, "captions.csv")
     assert status == 0, error
     absent = {"first": "", "rank": "", "p_right": ""}
-    expected = [row | absent | {"image": row["image"].removesuffix(".png")} for row in read_csv("whole.csv")]
+    expected = [
+        row | absent | {"image": row["image"].removesuffix(".png")} for row in read_csv("whole.csv")
+    ]
     rows = read_csv("captions.csv")
-    assert [{**row, "uncertainty": None} for row in rows] == [{**row, "uncertainty": None} for row in expected]
+    assert [{**row, "uncertainty": None} for row in rows] == [
+        {**row, "uncertainty": None} for row in expected
+    ]
     near = [[float(row["uncertainty"]) for row in part] for part in (rows, expected)]
     np.testing.assert_allclose(*near, rtol=1e-5)
 
     Path("cc3m").mkdir()
-    write_tar("cc3m/00000.tar", {f"{key}.txt": caption.encode() for key, caption in zip(keys, captions, strict=True)})
+    write_tar(
+        "cc3m/00000.tar",
+        {f"{key}.txt": caption.encode() for key, caption in zip(keys, captions, strict=True)},
+    )
     readme = (REPOSITORY / "datasets/README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n((?:(?!```).)*captions\.csv.*?)```", readme, re.DOTALL)[1].replace("00329", "00000")
+    code = re.search(r"```python\n((?:(?!```).)*captions\.csv.*?)```", readme, re.DOTALL)[
+        1
+    ].replace("00329", "00000")
     names = {}
     exec(code, names)
     certain = {row["image"] for row in rows if float(row["percentile"]) < 90}
@@ -202,8 +254,14 @@ WRONG = [
     (("--export", "scores.xlsx"), ["--export", "scores.xlsx", ".csv, .jsonl, .parquet"]),
     (("--export", "embeddings.csv/"), ["embeddings.csv", "folder"]),
     (("--export", "scores.parquet"), ["--export", "pip install pyarrow"]),
-    (("--export", "scores.csv", "--texts", "absent"), ["--texts absent", "cache_embeddings.py --texts"]),
-    (("--export", "scores.csv", "--texts", "ladder", "--method", "asymvlm-psd-image"), ["asymvlm-psd-image"]),
+    (
+        ("--export", "scores.csv", "--texts", "absent"),
+        ["--texts absent", "cache_embeddings.py --texts"],
+    ),
+    (
+        ("--export", "scores.csv", "--texts", "ladder", "--method", "asymvlm-psd-image"),
+        ["asymvlm-psd-image"],
+    ),
     (("--export", "scores.csv", "--prompts", "a"), ["--export", "--prompts"]),
     (("--export", "scores.csv", "--seed", 5), ["checkpoints/tiny/5", "train.py"]),
     (("--texts", "ladder"), ["--texts", "--export"]),
@@ -212,7 +270,9 @@ WRONG = [
 
 def test_what_cannot_be_exported_is_one_line_and_no_file(tiny_cache, script, workdir, monkeypatch):
     Path("embeddings.csv").mkdir()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where pyarrow is not installed
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None
+    )  # as where pyarrow is not installed
     before = sorted(workdir.rglob("*"))
     for more, words in WRONG:
         status, printed, error = script(eval_script.main, *FLAGS, *more)
@@ -222,12 +282,17 @@ def test_what_cannot_be_exported_is_one_line_and_no_file(tiny_cache, script, wor
 
 
 @pytest.mark.parametrize("suffix", exporting.WRITERS)
-def test_an_export_that_fails_half_way_leaves_the_file_that_was_there(suffix, tiny_cache, script, workdir, monkeypatch):
+def test_an_export_that_fails_half_way_leaves_the_file_that_was_there(
+    suffix, tiny_cache, script, workdir, monkeypatch
+):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     file = workdir / f"scores{suffix}"
     file.write_text("as it was")
-    before, several = sorted(workdir.rglob("*")), ("--method", "asymvlm-psd", "prolip", "--export", file)
+    before, several = (
+        sorted(workdir.rglob("*")),
+        ("--method", "asymvlm-psd", "prolip", "--export", file),
+    )
     real, calls = exporting.rank_queries, []
 
     def full_disk(*arguments):

@@ -54,7 +54,9 @@ def test_broken_files_end_in_one_line_or_in_what_they_say(tmp_path):
 def test_a_small_safetensors_file_that_declares_a_huge_tensor_is_refused(tmp_path, shape):
     config, weights, _ = write_tiny_clip(tmp_path, "tiny-huge")
     for end in (8, 4 * 10**12):
-        header = json.dumps({"logit_scale": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+        header = json.dumps(
+            {"logit_scale": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}
+        ).encode()
         weights.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
         with pytest.raises(UserError, match="not weights of"):
             load_clip(str(config), str(weights))
@@ -65,7 +67,9 @@ def test_a_small_safetensors_file_that_declares_a_huge_tensor_is_refused(tmp_pat
 
 def test_a_small_pt_file_that_declares_a_huge_tensor_is_refused_as_weights(tmp_path):
     config, _, model = write_tiny_clip(tmp_path, "tiny-huge")
-    torch.save(model.state_dict() | {"visual.proj": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "w.pt")
+    torch.save(
+        model.state_dict() | {"visual.proj": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "w.pt"
+    )
     with pytest.raises(UserError, match="not weights of"):
         load_clip(str(config), str(tmp_path / "w.pt"))
 
@@ -82,7 +86,10 @@ def test_a_configuration_of_a_huge_model_is_refused_at_once(tmp_path, key):
 
 @pytest.mark.parametrize(
     ("main", "flags", "folder"),
-    [(cache_embeddings.main, faults.CACHE, "embeddings"), (train_script.main, faults.TRAIN, "checkpoints")],
+    [
+        (cache_embeddings.main, faults.CACHE, "embeddings"),
+        (train_script.main, faults.TRAIN, "checkpoints"),
+    ],
 )
 def test_a_file_where_a_folder_must_be_is_one_line(shop, script, main, flags, folder):
     os.chdir(Path("data").parent)
@@ -107,7 +114,9 @@ def test_a_folder_that_may_not_be_written_is_one_line(workdir):
     }
     for folder, mode in before.items():
         folder.chmod(mode | 0o011)  # so that somebody else finds the way here
-    assert faults.finish(faults.start(train_script.main, faults.TRAIN, lambda: os.setuid(65534))) == 2
+    assert (
+        faults.finish(faults.start(train_script.main, faults.TRAIN, lambda: os.setuid(65534))) == 2
+    )
     last = Path("output.txt").read_text().splitlines()[-1]
     assert "Permission denied; change its permissions" in last
     for folder, mode in before.items():

@@ -56,7 +56,10 @@ def test_hierarchy_metrics_equal_counted_pairs():
 
 
 def test_a_chain_of_constant_uncertainty_neither_falls_nor_counts_for_tau():
-    for uncertainty, chain, value in ((np.array([0.5, 0.5, 0.5]), [0, 1, 2], 0.0), (np.array([0.5]), [0], None)):
+    for uncertainty, chain, value in (
+        (np.array([0.5, 0.5, 0.5]), [0, 1, 2], 0.0),
+        (np.array([0.5]), [0], None),
+    ):
         found = hierarchy("steps").measure({"uncertainty": uncertainty, "chains": [chain]})
         assert found == {"falling": value, "tau": value}
 

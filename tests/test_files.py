@@ -23,7 +23,9 @@ def test_a_file_that_could_not_be_finished_leaves_what_was_there(tmp_path):
         with written_aside(tmp_path / "deeper" / "a.txt") as file:
             file.write(b"half")
             raise ValueError
-    assert [(path.name, path.read_bytes()) for path in (tmp_path / "deeper").iterdir()] == [("a.txt", b"before")]
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "deeper").iterdir()] == [
+        ("a.txt", b"before")
+    ]
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -71,7 +73,11 @@ def test_what_dead_processes_began_is_removed_and_what_live_ones_do_is_not(workd
     os.waitpid(process, 0)
     dead, alive, other = (
         workdir / name
-        for name in (f".a.json.{process}.partial", f".a.json.{os.getppid()}.partial", f".b.json.{process}.partial")
+        for name in (
+            f".a.json.{process}.partial",
+            f".a.json.{os.getppid()}.partial",
+            f".b.json.{process}.partial",
+        )
     )
     for path in (dead, alive, other):
         path.write_text("half")

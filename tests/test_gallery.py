@@ -34,9 +34,14 @@ def test_top1_and_margin_equal_their_definitions(workdir, monkeypatch, rows):
     make_cache("tiny")
     cache = EmbeddingCache("tiny", "val")
     image, text = cache.image.read(), cache.text.read().clone()
-    text *= torch.linspace(0.1, 20, len(text))[:, None].to(text.dtype)  # the margin knows how long a text's vector is
+    text *= torch.linspace(0.1, 20, len(text))[:, None].to(
+        text.dtype
+    )  # the margin knows how long a text's vector is
     found = Gallery(FrozenScorer(cache)).compare(text)
-    unit = [z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1)[:, None] for z in (image, text)]
+    unit = [
+        z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1)[:, None]
+        for z in (image, text)
+    ]
     np.testing.assert_allclose(-found["top1-cosine"], (unit[0] @ unit[1].T).max(axis=0), atol=1e-5)
     expected = [differentiated(image, z) for z in text]
     np.testing.assert_allclose(-found["margin"], expected, atol=1e-4)
@@ -68,11 +73,21 @@ def test_a_gallery_of_one_image_has_no_margin(workdir):
 
 def test_both_are_evaluated_and_compared_like_any_baseline(script):
     make_cache("tiny")
-    save_adaptor(METHODS["asymvlm-psd"](64), "asymvlm-psd", SMALL, {}, Path("checkpoints/tiny/0/asymvlm-psd.pt"))
+    save_adaptor(
+        METHODS["asymvlm-psd"](64),
+        "asymvlm-psd",
+        SMALL,
+        {},
+        Path("checkpoints/tiny/0/asymvlm-psd.pt"),
+    )
     assert script(eval_script.main, *EVAL)[0] == 0
     for name in ("top1-cosine", "margin"):
         arrays = load_result("tiny", "baselines", name)[1]
         assert (arrays["i2t_uncertainty"] == arrays["t2i_uncertainty"][arrays["i2t_top1"]]).all()
-        assert (arrays["t2i_rank"] == load_result("tiny", "baselines", "softmax-entropy")[1]["t2i_rank"]).all()
-    assert "| gallery |" in Path("results/tiny/t2i.md").read_text().split("margin")[1].splitlines()[0]
+        assert (
+            arrays["t2i_rank"] == load_result("tiny", "baselines", "softmax-entropy")[1]["t2i_rank"]
+        ).all()
+    assert (
+        "| gallery |" in Path("results/tiny/t2i.md").read_text().split("margin")[1].splitlines()[0]
+    )
     assert script(eval_script.main, *EVAL, "--compare", "margin", "top1-cosine")[0] == 0

@@ -45,7 +45,11 @@ def refusal(root, split="test", layout=karpathy.COCO):
 
 def test_images_come_in_order_of_imgid_and_captions_in_order_of_sentid(tmp_path):
     data = load(write_karpathy_coco(tmp_path))
-    assert data.image_ids == [70, 60, 40]  # cocoids in order of imgid 1, 2, 4; 60 has no caption and stays
+    assert data.image_ids == [
+        70,
+        60,
+        40,
+    ]  # cocoids in order of imgid 1, 2, 4; 60 has no caption and stays
     assert data.image_names == ["val2014/70.png", "val2014/60.png", "val2014/40.png"]
     assert data.image_files == [tmp_path / name for name in data.image_names]
     assert data.caption_ids == [2, 9, 11]
@@ -58,7 +62,11 @@ def test_restval_belongs_to_cocos_train(tmp_path):
     data = load(write_karpathy_coco(tmp_path), "train")
     assert data.image_ids == [30, 10]
     assert data.image_files == [tmp_path / "val2014" / "30.png", tmp_path / "train2014" / "10.png"]
-    assert list(zip(data.caption_ids, data.image_of_caption, strict=True)) == [(1, 1), (8, 1), (12, 0)]
+    assert list(zip(data.caption_ids, data.image_of_caption, strict=True)) == [
+        (1, 1),
+        (8, 1),
+        (12, 0),
+    ]
 
 
 def test_flickr30k_has_imgids_and_no_restval(tmp_path):
@@ -106,7 +114,9 @@ def test_a_missing_folder_of_pictures_is_named(tmp_path):
     assert expected in refusal(tmp_path, "train")
     assert load(tmp_path, "test").image_ids == [70, 60, 40]  # which has no picture there
     shutil.rmtree(write_flickr30k(tmp_path / "flickr") / "flickr30k-images")
-    assert "expected flickr30k-images/ or images/ with" in refusal(tmp_path / "flickr", layout=karpathy.FLICKR30K)
+    assert "expected flickr30k-images/ or images/ with" in refusal(
+        tmp_path / "flickr", layout=karpathy.FLICKR30K
+    )
 
 
 def test_an_unknown_split_lists_those_that_are_there(tmp_path):
@@ -118,18 +128,23 @@ def test_an_unknown_split_lists_those_that_are_there(tmp_path):
 def test_a_split_without_captions_is_refused(tmp_path):
     content = karpathy_document()
     content["images"][4]["sentences"] = []
-    assert "the images of the split val have no captions" in refusal(write_karpathy_coco(tmp_path, content), "val")
+    assert "the images of the split val have no captions" in refusal(
+        write_karpathy_coco(tmp_path, content), "val"
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "3", "{}", '{"images": []}', '{"images": {"imgid": 1}}', "[" * 100_000]
+    "text",
+    ["", "{", "[]", "null", "3", "{}", '{"images": []}', '{"images": {"imgid": 1}}', "[" * 100_000],
 )
 def test_what_is_not_of_the_format_is_refused(tmp_path, text):
     assert "dataset_coco.json: not " in refusal(write_karpathy_coco(tmp_path, text or " "))
 
 
 def set_image(row, field, value):
-    return lambda images: images[row].update({field: value}) if value is not ... else images[row].pop(field)
+    return lambda images: (
+        images[row].update({field: value}) if value is not ... else images[row].pop(field)
+    )
 
 
 def set_sentence(row, k, field, value):
@@ -143,10 +158,22 @@ def set_sentence(row, k, field, value):
 BROKEN = {
     "an imgid comes twice": (set_image(1, "imgid", 4), ["images[1]", "imgid 4 comes twice"]),
     "a cocoid comes twice": (set_image(1, "cocoid", 40), ["images[1]", "cocoid 40 comes twice"]),
-    "a sentid comes twice": (set_sentence(1, 0, "sentid", 9), ["images[1].sentences[0]", "sentid 9 comes twice"]),
-    "a text for an imgid": (set_image(0, "imgid", "4"), ["images[0]", "'imgid'", '"4"', "whole number"]),
-    "a fraction for a cocoid": (set_image(0, "cocoid", 40.0), ["images[0] (imgid 4)", "'cocoid'", "40.0"]),
-    "true for a sentid": (set_sentence(0, 1, "sentid", True), ["images[0].sentences[1]", "'sentid'", "true"]),
+    "a sentid comes twice": (
+        set_sentence(1, 0, "sentid", 9),
+        ["images[1].sentences[0]", "sentid 9 comes twice"],
+    ),
+    "a text for an imgid": (
+        set_image(0, "imgid", "4"),
+        ["images[0]", "'imgid'", '"4"', "whole number"],
+    ),
+    "a fraction for a cocoid": (
+        set_image(0, "cocoid", 40.0),
+        ["images[0] (imgid 4)", "'cocoid'", "40.0"],
+    ),
+    "true for a sentid": (
+        set_sentence(0, 1, "sentid", True),
+        ["images[0].sentences[1]", "'sentid'", "true"],
+    ),
     "no cocoid": (set_image(0, "cocoid", ...), ["images[0] (imgid 4)", "'cocoid'", "null"]),
     "no split": (set_image(2, "split", ...), ["images[2] (imgid 3)", "'split'"]),
     "no file name": (set_image(2, "filename", ...), ["images[2] (imgid 3)", "'filename'"]),
@@ -155,15 +182,24 @@ BROKEN = {
         set_image(2, "filepath", ".."),
         ["images[2] (imgid 3)", "'filepath' is '..'", "train2014 or val2014"],
     ),
-    "a blank caption": (set_sentence(0, 1, "raw", " \n"), ["images[0].sentences[1] (sentid 2)", "'raw'", "not blank"]),
-    "null for a caption": (set_sentence(0, 1, "raw", None), ["images[0].sentences[1] (sentid 2)", "'raw'", "null"]),
+    "a blank caption": (
+        set_sentence(0, 1, "raw", " \n"),
+        ["images[0].sentences[1] (sentid 2)", "'raw'", "not blank"],
+    ),
+    "null for a caption": (
+        set_sentence(0, 1, "raw", None),
+        ["images[0].sentences[1] (sentid 2)", "'raw'", "null"],
+    ),
     "no caption": (set_sentence(0, 1, "raw", ...), ["images[0].sentences[1] (sentid 2)", "'raw'"]),
     "another image's caption": (
         set_sentence(0, 0, "imgid", 1),
         ["images[0].sentences[0] (sentid 9)", "imgid 1", "imgid 4"],
     ),
     "no captions": (set_image(0, "sentences", ...), ["images[0] (imgid 4)", "'sentences'"]),
-    "an object for captions": (set_image(0, "sentences", {}), ["images[0] (imgid 4)", "'sentences'"]),
+    "an object for captions": (
+        set_image(0, "sentences", {}),
+        ["images[0] (imgid 4)", "'sentences'"],
+    ),
     "a text for a caption's object": (
         lambda images: images[0]["sentences"].insert(1, "a star"),
         ["images[0].sentences[1]", "no", "object"],
@@ -177,7 +213,10 @@ BROKEN = {
         set_image(0, "filename", "../train2014/10.png"),
         ["images[0]", "'../train2014/10.png' lies outside"],
     ),
-    "an absolute name": (set_image(0, "filename", "/etc/hostname"), ["images[0]", "'/etc/hostname' lies outside"]),
+    "an absolute name": (
+        set_image(0, "filename", "/etc/hostname"),
+        ["images[0]", "'/etc/hostname' lies outside"],
+    ),
     "a null character": (set_image(0, "filename", "a\0.png"), ["images[0]", "a\\x00.png"]),
 }
 
@@ -211,13 +250,33 @@ def test_a_linked_folder_is_followed(tmp_path):
 
 @pytest.mark.parametrize("dataset", ["coco-karpathy", "flickr30k"])
 def test_small_files_go_through_all_scripts(script, workdir, dataset):
-    root = (write_karpathy_coco if dataset == "coco-karpathy" else write_flickr30k)(workdir / "data" / dataset)
-    assert script(cache_embeddings.main, "--dataset", dataset, "--split", "train", "val", "test", *SHAPES_CLIP)[0] == 0
+    root = (write_karpathy_coco if dataset == "coco-karpathy" else write_flickr30k)(
+        workdir / "data" / dataset
+    )
+    assert (
+        script(
+            cache_embeddings.main,
+            "--dataset",
+            dataset,
+            "--split",
+            "train",
+            "val",
+            "test",
+            *SHAPES_CLIP,
+        )[0]
+        == 0
+    )
     both = ("train", "restval") if dataset == "coco-karpathy" else ("train",)
     for split, parts in (("train", both), ("val", ("val",)), ("test", ("test",))):
         cache = EmbeddingCache(dataset, split)
         plain = sorted(
-            (sentid, raw, root / (folder if dataset == "coco-karpathy" else "flickr30k-images") / f"{cocoid}.png")
+            (
+                sentid,
+                raw,
+                root
+                / (folder if dataset == "coco-karpathy" else "flickr30k-images")
+                / f"{cocoid}.png",
+            )
             for _, cocoid, folder, part, sentences in ENTRIES
             if part in parts
             for sentid, raw in sentences
@@ -254,16 +313,28 @@ def test_each_coco_caption_has_the_embedding_of_its_own_picture(coco_root, scrip
         folder = ("train2014", "val2014")[row % 2]
         (workdir / "mine" / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, workdir / "mine" / folder / file.name)
-        sentences = [{"raw": text, "sentid": sentid, "imgid": imgids[row]} for sentid, text in captions[::-1]]
-        entry = {"filename": file.name, "filepath": folder, "cocoid": image_id, "imgid": imgids[row]}
+        sentences = [
+            {"raw": text, "sentid": sentid, "imgid": imgids[row]} for sentid, text in captions[::-1]
+        ]
+        entry = {
+            "filename": file.name,
+            "filepath": folder,
+            "cocoid": image_id,
+            "imgid": imgids[row],
+        }
         entry |= {"sentences": sentences}
         images.append(entry | {"split": ("train", "restval", "val", "test")[row % 4]})
     (workdir / "mine" / "dataset_coco.json").write_text(json.dumps({"images": images}))
-    call = (*"--dataset coco-karpathy --data-root mine --split train val test --name mine".split(), *SHAPES_CLIP)
+    call = (
+        *"--dataset coco-karpathy --data-root mine --split train val test --name mine".split(),
+        *SHAPES_CLIP,
+    )
     assert script(cache_embeddings.main, *call)[0] == 0
     for split, rows in (("train", (0, 1)), ("val", (2,)), ("test", (3,))):
         cache = EmbeddingCache("mine", split)
         members = [part for row, part in enumerate(sample) if row % 4 in rows]
         assert len(cache.image) == len(members) == 5 * len(rows)
-        captions = sorted((sentid, text, file) for _, file, texts in members for sentid, text in texts)
+        captions = sorted(
+            (sentid, text, file) for _, file, texts in members for sentid, text in texts
+        )
         check_rows(cache, [(text, file) for _, text, file in captions])

@@ -13,8 +13,27 @@ from utils.checkpoint import save_adaptor
 from utils.lazy import Lazy
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"matplotlib", "open_clip", "PIL", "pyarrow", "pycocotools", "scipy", "torchvision", "webdataset"}
-TRAIN = ("train.py", "--dataset", "tiny", "--recipe", "small", "--epochs", "1", "--validation", "0.2")
+HEAVY = {
+    "matplotlib",
+    "open_clip",
+    "PIL",
+    "pyarrow",
+    "pycocotools",
+    "scipy",
+    "torchvision",
+    "webdataset",
+}
+TRAIN = (
+    "train.py",
+    "--dataset",
+    "tiny",
+    "--recipe",
+    "small",
+    "--epochs",
+    "1",
+    "--validation",
+    "0.2",
+)
 EVAL = ("eval.py", "--dataset", "tiny", "--resamples", "10", "--uncer_levels", "4")
 
 
@@ -41,7 +60,13 @@ def loaded(script, *flags):
 )
 def test_a_script_loads_what_its_run_needs(workdir, command, expected):
     make_cache("tiny")
-    save_adaptor(METHODS["asymvlm-psd"](64), "asymvlm-psd", SMALL, {}, Path("checkpoints/tiny/0/asymvlm-psd.pt"))
+    save_adaptor(
+        METHODS["asymvlm-psd"](64),
+        "asymvlm-psd",
+        SMALL,
+        {},
+        Path("checkpoints/tiny/0/asymvlm-psd.pt"),
+    )
     assert loaded(*command) == expected
 
 

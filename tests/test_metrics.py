@@ -61,7 +61,9 @@ def test_ranks_equal_those_of_a_full_sort(tile, ties, monkeypatch):
     image_of_caption = rng.integers(0, 20, size=61)
     image_of_caption[image_of_caption == 4] = 5  # an image without captions stays in the gallery
     similarity = (
-        rng.integers(0, 4, size=(20, 61)).astype(np.float32) if ties else rng.normal(size=(20, 61)).astype(np.float32)
+        rng.integers(0, 4, size=(20, 61)).astype(np.float32)
+        if ties
+        else rng.normal(size=(20, 61)).astype(np.float32)
     )
     answers = rank_queries(lambda i, j: torch.from_numpy(similarity)[i][:, j], image_of_caption, 20)
     t2i_rank, t2i_top, i2t_rank, i2t_top = slow_answers(similarity, image_of_caption)
@@ -71,8 +73,16 @@ def test_ranks_equal_those_of_a_full_sort(tile, ties, monkeypatch):
     assert answers["i2t"]["top1"].tolist() == i2t_top
     assert 4 not in answers["i2t"]["query"]
     for direction in answers.values():  # the first answer is right exactly where its rank is 1
-        right = image_of_caption[direction["query"]] if direction is answers["t2i"] else direction["query"]
-        top = direction["top1"] if direction is answers["t2i"] else image_of_caption[direction["top1"]]
+        right = (
+            image_of_caption[direction["query"]]
+            if direction is answers["t2i"]
+            else direction["query"]
+        )
+        top = (
+            direction["top1"]
+            if direction is answers["t2i"]
+            else image_of_caption[direction["top1"]]
+        )
         assert ((top == right) == (direction["rank"] == 1)).all()
 
 
@@ -85,9 +95,14 @@ def test_permuting_captions_permutes_their_answers():
     )
     order = rng.permutation(30)
     one = rank_queries(lambda i, j: torch.from_numpy(similarity)[i][:, j], image_of_caption, 10)
-    two = rank_queries(lambda i, j: torch.from_numpy(similarity[:, order])[i][:, j], image_of_caption[order], 10)
+    two = rank_queries(
+        lambda i, j: torch.from_numpy(similarity[:, order])[i][:, j], image_of_caption[order], 10
+    )
     for answers, known in ((one, uncertainty), (two, uncertainty[order])):
-        answers["t2i"]["uncertainty"], answers["i2t"]["uncertainty"] = known, known[answers["i2t"]["top1"]]
+        answers["t2i"]["uncertainty"], answers["i2t"]["uncertainty"] = (
+            known,
+            known[answers["i2t"]["top1"]],
+        )
     assert (one["t2i"]["rank"][order] == two["t2i"]["rank"]).all()
     assert (one["i2t"]["top1"] == order[two["i2t"]["top1"]]).all()
     first, second = (Results.of(answers, 5).content for answers in (one, two))
@@ -138,7 +153,9 @@ def test_aurc_of_ties_is_the_mean_over_their_orders():
         order = np.lexsort((rng.random(30), uncertainty))
         error = 1.0 - correct[order]
         areas.append(np.mean([error[: n + 1].mean() for n in range(30)]))
-    assert aurc(correct, uncertainty) == pytest.approx(np.mean(areas), abs=4 * np.std(areas) / np.sqrt(4000))
+    assert aurc(correct, uncertainty) == pytest.approx(
+        np.mean(areas), abs=4 * np.std(areas) / np.sqrt(4000)
+    )
 
 
 def test_perfect_order_has_no_excess_area():
@@ -225,7 +242,10 @@ def test_what_is_undefined_in_one_weight_is_nan_there_alone():
 @pytest.mark.parametrize("ties", [False, True])
 def test_auroc_equals_scikit_learns(ties):
     rng = np.random.default_rng(0)
-    wrong, uncertainty = rng.random(60) < 0.8, rng.integers(0, 12, 60) / 10 if ties else rng.random(60)
+    wrong, uncertainty = (
+        rng.random(60) < 0.8,
+        rng.integers(0, 12, 60) / 10 if ties else rng.random(60),
+    )
     assert auroc(~wrong, uncertainty) == pytest.approx(roc_auc_score(wrong, uncertainty))
 
 
@@ -235,7 +255,9 @@ def test_auroc_without_errors_is_undefined():
 
 def test_ties_are_the_queries_that_share_their_uncertainty():
     values = [3, 1, 3, 2, 3, 1, 5]
-    assert share_of_ties(np.array(values)) == pytest.approx(sum(values.count(v) > 1 for v in values) / len(values))
+    assert share_of_ties(np.array(values)) == pytest.approx(
+        sum(values.count(v) > 1 for v in values) / len(values)
+    )
 
 
 def test_depth_is_averaged_over_the_chains_that_reach_it():
@@ -251,7 +273,9 @@ def slow_relevant(similarity, relevance):
         hits = [answer in right for answer in order]
         ranks.append(hits.index(True) + 1)
         top = hits[: len(right)]
-        precisions.append(sum(sum(top[: k + 1]) / (k + 1) for k in range(len(top)) if top[k]) / len(right))
+        precisions.append(
+            sum(sum(top[: k + 1]) / (k + 1) for k in range(len(top)) if top[k]) / len(right)
+        )
     return ranks, precisions
 
 
@@ -261,9 +285,13 @@ def test_right_answers_equal_a_plain_loop(tile, ties, monkeypatch):
     monkeypatch.setattr(ranking, "TILE", tile)
     rng = np.random.default_rng(tile)
     similarity = (
-        rng.integers(0, 5, (23, 17)).astype(np.float32) if ties else rng.normal(size=(23, 17)).astype(np.float32)
+        rng.integers(0, 5, (23, 17)).astype(np.float32)
+        if ties
+        else rng.normal(size=(23, 17)).astype(np.float32)
     )
-    relevance = [sorted(rng.choice(17, size=rng.integers(1, 17), replace=False).tolist()) for _ in range(23)]
+    relevance = [
+        sorted(rng.choice(17, size=rng.integers(1, 17), replace=False).tolist()) for _ in range(23)
+    ]
     found = rank_relevant(lambda q, a: torch.from_numpy(similarity)[q][:, a], relevance, 17)
     ranks, precisions = slow_relevant(similarity, relevance)
     assert found["relevant"].tolist() == [len(rows) for rows in relevance]

@@ -44,14 +44,26 @@ MODES = {
         [(10, 20, 30), (200, 100, 50)],
     ),
     "CMYK": (pixels("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), "tiff", [(0, 255, 255), (0, 0, 0)]),
-    "CMYK, white": (pixels("CMYK", (0, 0, 0, 0), (0, 255, 255, 0)), "tiff", [(255, 255, 255), (255, 0, 0)]),
+    "CMYK, white": (
+        pixels("CMYK", (0, 0, 0, 0), (0, 255, 255, 0)),
+        "tiff",
+        [(255, 255, 255), (255, 0, 0)],
+    ),
     "16 bits, PNG": (array_image([257 * 3, 65535], np.uint16), "png", [(3,) * 3, (255,) * 3]),
     "16 bits, TIFF": (array_image([257 * 130, 0], np.uint16), "tiff", [(130,) * 3, (0,) * 3]),
     "32 bits, small numbers": (array_image([100, 255], np.int32), "tiff", [(100,) * 3, (255,) * 3]),
-    "32 bits, large numbers": (array_image([257 * 100, 65535], np.int32), "tiff", [(100,) * 3, (255,) * 3]),
+    "32 bits, large numbers": (
+        array_image([257 * 100, 65535], np.int32),
+        "tiff",
+        [(100,) * 3, (255,) * 3],
+    ),
     "float, 0 to 1": (array_image([0.2, 1.0], np.float32), "tiff", [(51,) * 3, (255,) * 3]),
     "float, 0 to 255": (array_image([51.0, 254.0], np.float32), "tiff", [(51,) * 3, (254,) * 3]),
-    "float, 0 to 65535": (array_image([257 * 9.0, 65535.0], np.float32), "tiff", [(9,) * 3, (255,) * 3]),
+    "float, 0 to 65535": (
+        array_image([257 * 9.0, 65535.0], np.float32),
+        "tiff",
+        [(9,) * 3, (255,) * 3],
+    ),
 }
 
 
@@ -87,21 +99,37 @@ def huge_png(side):
     """A PNG that declares side x side pixels in a few bytes."""
 
     def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
 
     header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
     )
 
 
 def noise_jpeg(path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(64, 64, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, size=(64, 64, 3), dtype=np.uint8)
+    ).save(path)
     return path.read_bytes()
 
 
 @pytest.mark.parametrize(
-    "case", ["zero bytes", "truncated", "random", "text", "bomb of 100 megapixels", "bomb of 400 megapixels", "nan"]
+    "case",
+    [
+        "zero bytes",
+        "truncated",
+        "random",
+        "text",
+        "bomb of 100 megapixels",
+        "bomb of 400 megapixels",
+        "nan",
+    ],
 )
 def test_a_broken_file_gives_a_reason_that_names_it(tmp_path, case):
     path = tmp_path / "it is me.jpg"

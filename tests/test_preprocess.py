@@ -18,7 +18,11 @@ from utils import preprocess
 from utils.cli import UserError
 from utils.preprocess import ClipId, load_clip, tokenize
 
-EXTRAS = {"input_resolution": 32, "context_length": 16, "vocab_size": 49408}  # in OpenAI's archives beside the weights
+EXTRAS = {
+    "input_resolution": 32,
+    "context_length": 16,
+    "vocab_size": 49408,
+}  # in OpenAI's archives beside the weights
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +69,9 @@ def assert_same_weights(found, expected):
 def torchscript_archive(weights, path):
     """An archive as OpenAI's: a scripted module whose state_dict is the weights in float16 and three whole numbers."""
     root = nn.Module()
-    for key, value in (weights | {key: torch.tensor(value) for key, value in EXTRAS.items()}).items():
+    for key, value in (
+        weights | {key: torch.tensor(value) for key, value in EXTRAS.items()}
+    ).items():
         module, (*folders, name) = root, key.split(".")
         for folder in folders:
             if folder not in dict(module.named_children()):
@@ -103,7 +109,9 @@ def test_a_torchscript_archive_is_loaded(tiny_quick, tmp_path):
         warnings.simplefilter("ignore")
         assert EXTRAS.keys() <= torch.jit.load(str(archive)).state_dict().keys()
     found = load_clip(str(config), str(archive))
-    assert_same_weights(found.model, {key: value.half() for key, value in model.state_dict().items()})
+    assert_same_weights(
+        found.model, {key: value.half() for key, value in model.state_dict().items()}
+    )
     assert {parameter.dtype for parameter in found.model.parameters()} == {torch.float32}
 
 
@@ -117,14 +125,18 @@ def test_a_torchscript_archive_is_refused_for_a_model_without_quick_gelu(tiny, t
 def test_a_torchscript_archive_of_other_weights_is_refused(tiny_quick, tmp_path):
     weights = tiny_quick[2].state_dict()
     del weights["text_projection"]
-    assert "text_projection" in refusal(tiny_quick[0], torchscript_archive(weights, tmp_path / "a.pt"))
+    assert "text_projection" in refusal(
+        tiny_quick[0], torchscript_archive(weights, tmp_path / "a.pt")
+    )
 
 
 def test_the_activation_is_that_of_the_configuration(tiny, tiny_quick):
     x = torch.randn(5, 3, 32, 32)
     for config, weights, model in (tiny, tiny_quick):
         found = load_clip(str(config), str(weights)).model
-        torch.testing.assert_close(found.encode_image(x), model.encode_image(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            found.encode_image(x), model.encode_image(x), atol=1e-5, rtol=1e-5
+        )
     difference = tiny[2].encode_image(x) - tiny_quick[2].encode_image(x)
     assert difference.abs().max() > 1e-3  # same weights, other activation
 
@@ -176,7 +188,9 @@ def test_a_link_to_a_file_without_a_suffix_is_loaded(tiny, tmp_path):
     """As in the cache of the Hugging Face hub."""
     (tmp_path / "0123abcd").write_bytes(tiny[1].read_bytes())
     (tmp_path / "w.safetensors").symlink_to(tmp_path / "0123abcd")
-    assert_same_weights(load_clip(str(tiny[0]), str(tmp_path / "w.safetensors")).model, tiny[2].state_dict())
+    assert_same_weights(
+        load_clip(str(tiny[0]), str(tmp_path / "w.safetensors")).model, tiny[2].state_dict()
+    )
 
 
 def test_two_configurations_of_one_name_do_not_mix(tiny, tmp_path):
@@ -190,11 +204,14 @@ def test_two_configurations_of_one_name_do_not_mix(tiny, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin"])
 @pytest.mark.parametrize(
-    "content", [b"", b"\x00" * 8, b"hello, world", bytes(range(256)) * 40, b"PK\x03\x04" + bytes(100)]
+    "content",
+    [b"", b"\x00" * 8, b"hello, world", bytes(range(256)) * 40, b"PK\x03\x04" + bytes(100)],
 )
 def test_a_file_that_holds_no_weights_is_refused(tiny, tmp_path, suffix, content):
     (tmp_path / f"w{suffix}").write_bytes(content)
-    assert f"--pretrained {tmp_path / f'w{suffix}'}: not " in refusal(tiny[0], tmp_path / f"w{suffix}")
+    assert f"--pretrained {tmp_path / f'w{suffix}'}: not " in refusal(
+        tiny[0], tmp_path / f"w{suffix}"
+    )
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt", "archive"])
@@ -232,7 +249,9 @@ def test_code_in_a_weights_file_is_not_run(tiny, tmp_path, saved_by):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("name", ["absent.pt", "folder/absent", "~nosuchuser/w.pt", "~/absent-from-home.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["absent.pt", "folder/absent", "~nosuchuser/w.pt", "~/absent-from-home.safetensors"]
+)
 def test_a_missing_weights_file_is_said_to_be_missing(tiny, workdir, name):
     assert refusal(tiny[0], name) == f"--pretrained {name}: no such file"
 
@@ -313,9 +332,13 @@ def test_a_missing_configuration_is_said_to_be_missing(tiny, workdir):
 
 
 def test_a_tokenizer_that_cannot_be_had_is_one_line(tiny, tmp_path):
-    config = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"hf_tokenizer_name": str(tmp_path / "absent")}}
+    config = CONFIG | {
+        "text_cfg": CONFIG["text_cfg"] | {"hf_tokenizer_name": str(tmp_path / "absent")}
+    }
     (tmp_path / "other-words.json").write_text(json.dumps(config))
-    assert "--model other-words: its tokenizer cannot be loaded" in refusal(tmp_path / "other-words.json", tiny[1])
+    assert "--model other-words: its tokenizer cannot be loaded" in refusal(
+        tmp_path / "other-words.json", tiny[1]
+    )
 
 
 def test_weights_trained_with_quick_gelu_are_refused_for_a_model_without_it():
@@ -359,7 +382,14 @@ def test_a_tag_without_a_network_says_in_one_line_that_a_local_file_will_do(monk
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_without_a_network_the_hub_is_told_so(monkeypatch, connected):
-    for key in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+    for key in (
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+        "HTTPS_PROXY",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.delenv(key, raising=False)
     asked = []
 
@@ -387,7 +417,12 @@ def test_a_local_file_needs_no_network(tiny):
 @pytest.fixture
 def clip_files(tmp_path):
     """A configuration and weights whose content does not matter."""
-    for name, content in (("a.json", "{}"), ("a.pt", "weights"), ("b.pt", "weights"), ("c.pt", "others")):
+    for name, content in (
+        ("a.json", "{}"),
+        ("a.pt", "weights"),
+        ("b.pt", "weights"),
+        ("c.pt", "others"),
+    ):
         (tmp_path / name).write_text(content)
     return tmp_path
 
@@ -409,19 +444,31 @@ def test_what_changes_from_one_clip_to_another_is_told(clip_files):
     def clip_id(model, weights):
         return ClipId.of(str(clip_files / model), str(clip_files / weights))
 
-    sums = [hashlib.sha256((clip_files / name).read_bytes()).hexdigest()[:16] for name in ("a.pt", "c.pt")]
+    sums = [
+        hashlib.sha256((clip_files / name).read_bytes()).hexdigest()[:16]
+        for name in ("a.pt", "c.pt")
+    ]
     weights = f"pretrained was a.pt (SHA-256 {sums[0]}), now c.pt (SHA-256 {sums[1]})"
     assert clip_id("a.json", "a.pt").difference(clip_id("a.json", "c.pt")) == weights
-    assert "pretrained was a.pt" in clip_id("a.json", "a.pt").difference(clip_id("a.json", "b.pt"))  # of another name
+    assert "pretrained was a.pt" in clip_id("a.json", "a.pt").difference(
+        clip_id("a.json", "b.pt")
+    )  # of another name
     by_tag = ClipId.of("ViT-B-32", "openai")
-    assert by_tag.difference(ClipId.of("ViT-B-32-quickgelu", "openai")) == "model was ViT-B-32, now ViT-B-32-quickgelu"
+    assert (
+        by_tag.difference(ClipId.of("ViT-B-32-quickgelu", "openai"))
+        == "model was ViT-B-32, now ViT-B-32-quickgelu"
+    )
     both = by_tag.difference(clip_id("a.json", "a.pt"))
     assert both.startswith("model was ViT-B-32, now a.json (SHA-256 ")
     assert "; pretrained was openai, now a.pt (SHA-256 " in both
-    assert by_tag.difference(ClipId.of("ViT-B-32", "openai", "bf16")) == ""  # in another precision it is the same
+    assert (
+        by_tag.difference(ClipId.of("ViT-B-32", "openai", "bf16")) == ""
+    )  # in another precision it is the same
 
 
-@pytest.mark.parametrize("meta", [None, 3, [], {}, {"model": "ViT-B-32", "pretrained": 7, "precision": "fp8"}])
+@pytest.mark.parametrize(
+    "meta", [None, 3, [], {}, {"model": "ViT-B-32", "pretrained": 7, "precision": "fp8"}]
+)
 def test_a_meta_that_does_not_tell_the_clip_is_not_complete(meta):
     found = ClipId.of_meta(meta)
     assert not found.is_complete()
@@ -436,7 +483,9 @@ def test_a_cache_gives_back_the_clip_that_made_it_and_no_other(tiny, clip, tmp_p
     assert ClipId.of_meta(meta).load("cpu", precision="bf16").dtype == torch.bfloat16
     _, other, _ = write_tiny_clip(tmp_path, "other")
     save_file(tiny[2].state_dict() | {"logit_scale": torch.tensor(1.0)}, other)
-    with pytest.raises(UserError, match=r"embeddings/it/val: was made with another CLIP: pretrained was tiny\.safe"):
+    with pytest.raises(
+        UserError, match=r"embeddings/it/val: was made with another CLIP: pretrained was tiny\.safe"
+    ):
         ClipId.of_meta(meta, origin="embeddings/it/val").load("cpu", pretrained=str(other))
 
 
@@ -445,7 +494,9 @@ def test_a_cache_gives_back_the_clip_that_made_it_and_no_other(tiny, clip, tmp_p
 
 def test_tokens_are_those_of_clips_vocabulary(clip):
     tokens, cut, unknown = tokenize(clip, ["a photo of a cat", "A  photo of\na CAT"])
-    assert tokens[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407] + [0] * 9  # from OpenAI's own tokenizer
+    assert (
+        tokens[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407] + [0] * 9
+    )  # from OpenAI's own tokenizer
     assert tokens[1].tolist() == tokens[0].tolist()
     assert cut == unknown == [False, False]
 
@@ -455,7 +506,12 @@ def test_texts_longer_than_the_context_are_cut_and_told(clip):
     tokens, cut, _ = tokenize(clip, texts)
     assert tokens.shape == (7, 16)
     assert cut == [False, False, False, False, True, True, True]  # 16 places less start and end
-    assert tokens[3].tolist() == tokens[4].tolist() == tokens[6].tolist() == [49406] + [320] * 14 + [49407]
+    assert (
+        tokens[3].tolist()
+        == tokens[4].tolist()
+        == tokens[6].tolist()
+        == [49406] + [320] * 14 + [49407]
+    )
     for text, expected in zip(texts, cut, strict=True):  # whatever stands beside it
         assert tokenize(clip, [text])[1] == [expected]
 
@@ -483,15 +539,24 @@ def test_any_text_is_taken(clip, text):
 
 def test_words_whose_embedding_is_zero_are_unknown(tiny, tmp_path):
     config, _, model = tiny
-    weights = model.state_dict() | {"token_embedding.weight": model.token_embedding.weight.detach().clone()}
+    weights = model.state_dict() | {
+        "token_embedding.weight": model.token_embedding.weight.detach().clone()
+    }
     weights["token_embedding.weight"][2368] = 0  # cat
     weights["token_embedding.weight"][0] = 0  # padding: says nothing about a word
     save_file(weights, tmp_path / "w.safetensors")
     clip = load_clip(str(config), str(tmp_path / "w.safetensors"))
-    assert tokenize(clip, ["a dog", "a cat", "a photo of a CAT.", "cats"])[2] == [False, True, True, False]
+    assert tokenize(clip, ["a dog", "a cat", "a photo of a CAT.", "cats"])[2] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path):
-    config, weights, _ = write_tiny_clip(tmp_path, "few-words", text_cfg=CONFIG["text_cfg"] | {"vocab_size": 1000})
+    config, weights, _ = write_tiny_clip(
+        tmp_path, "few-words", text_cfg=CONFIG["text_cfg"] | {"vocab_size": 1000}
+    )
     with pytest.raises(UserError, match="vocab"):
         tokenize(load_clip(str(config), str(weights)), ["a photo of a cat"])

@@ -33,7 +33,13 @@ def some(of):
     return lambda z: SomeRows(of(z.repeat_interleave(2, dim=0)), torch.arange(0, 2 * len(z), 2))
 
 
-MAKERS = [RowsInMemory, on_disk, some(RowsInMemory), some(lambda z: on_disk(z, (5, 0, 7))), some(some(RowsInMemory))]
+MAKERS = [
+    RowsInMemory,
+    on_disk,
+    some(RowsInMemory),
+    some(lambda z: on_disk(z, (5, 0, 7))),
+    some(some(RowsInMemory)),
+]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -149,12 +155,18 @@ def write_large(name, files, rows=2048, width=1024):
             save_tensors(z, folder / f"{kind}-{number:05d}.pt")
         index.append([rows, sha256(folder / f"image-{number:05d}.pt")])
     save_tensors(torch.arange(rows * files), folder / "image_of_caption.pt")
-    shards = {"image": index, "text": index, "image_of_caption": sha256(folder / "image_of_caption.pt")}
+    shards = {
+        "image": index,
+        "text": index,
+        "image_of_caption": sha256(folder / "image_of_caption.pt"),
+    }
     save_json({"embed_dim": width, "dtype": "float32", "shards": shards}, folder / "meta.json")
     return sum(file.stat().st_size for file in folder.glob("*.pt"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: anonymous memory cannot be read")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="no /proc: anonymous memory cannot be read"
+)
 @pytest.mark.parametrize("share", [0, 0.05])
 def test_training_on_a_cache_of_300_mb_takes_no_100_mb_more_than_on_a_small_one(workdir, share):
     sizes = {"small": write_large("small", 2), "large": write_large("large", 20)}
@@ -171,7 +183,9 @@ def test_training_on_a_cache_of_300_mb_takes_no_100_mb_more_than_on_a_small_one(
     assert done.returncode == 0, done.stderr
     assert sizes["large"] - sizes["small"] > 3e8 - 1e7
     more = int(done.stdout.split("more:")[1])
-    print(f"{(sizes['large'] - sizes['small']) / 1e6:.0f} MB more of cache, {more / 1e6:.0f} MB of anonymous memory")
+    print(
+        f"{(sizes['large'] - sizes['small']) / 1e6:.0f} MB more of cache, {more / 1e6:.0f} MB of anonymous memory"
+    )
     assert more < 1e8
     for name in sizes:
         assert json.loads(Path(f"checkpoints/{name}/0/asymvlm-psd.jsonl").read_text())["epoch"] == 1

@@ -21,7 +21,11 @@ from utils.evaluation.scorers import OWN, rank
 from utils.evaluation.training_free import every_scorer
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 100)
-OWN_SCORE = ["asymvlm-psd", "asymvlm-vmf", "probvlm"]  # of the six, those that do not rank by the frozen cosine
+OWN_SCORE = [
+    "asymvlm-psd",
+    "asymvlm-vmf",
+    "probvlm",
+]  # of the six, those that do not rank by the frozen cosine
 
 
 def save_methods(*methods, seeds=(0,)):
@@ -31,7 +35,9 @@ def save_methods(*methods, seeds=(0,)):
     for method in methods:
         for seed in seeds:
             torch.manual_seed(seed)
-            save_adaptor(METHODS[method](64), method, SMALL, {}, Path(f"checkpoints/tiny/{seed}/{method}.pt"))
+            save_adaptor(
+                METHODS[method](64), method, SMALL, {}, Path(f"checkpoints/tiny/{seed}/{method}.pt")
+            )
     return (*EVAL, "--method", *methods, "--seed", *seeds)
 
 
@@ -44,11 +50,16 @@ def figures(folder):
 
 
 @pytest.mark.parametrize("folds", [1, 4])
-def test_under_the_frozen_score_recall_is_the_frozen_cosines_and_uncertainty_the_methods(script, folds):
+def test_under_the_frozen_score_recall_is_the_frozen_cosines_and_uncertainty_the_methods(
+    script, folds
+):
     flags = (*save_methods(*GROUPS["all"]), "--folds", folds)
     assert script(eval_script.main, *flags)[0] == 0
     assert script(eval_script.main, *flags, "--score", "frozen")[0] == 0
-    found, cosine = figures("results/tiny/frozen"), load_result("tiny", "baselines", "softmax-entropy")[1]
+    found, cosine = (
+        figures("results/tiny/frozen"),
+        load_result("tiny", "baselines", "softmax-entropy")[1],
+    )
     tables = {table for table, method in found if method == "frozen cosine"}
     assert {"text-to-image", "image-to-text", "exact ambiguity", "recall"} <= tables
     for method in GROUPS["all"]:
@@ -56,8 +67,17 @@ def test_under_the_frozen_score_recall_is_the_frozen_cosines_and_uncertainty_the
             for figure, mean in found[table, "frozen cosine"].items():
                 if mean and ("R@" in figure or "RSUM" in figure or "Precision" in figure):
                     assert found[table, method][figure] == mean, (table, figure)
-        published, frozen = (load_result("tiny", 0, method + suffix)[1] for suffix in ("", ".frozen"))
-        for field in ("t2i_rank", "t2i_top1", "i2t_rank", "i2t_top1", "t2i_relevant_rank", "i2t_ap_at_r"):
+        published, frozen = (
+            load_result("tiny", 0, method + suffix)[1] for suffix in ("", ".frozen")
+        )
+        for field in (
+            "t2i_rank",
+            "t2i_top1",
+            "i2t_rank",
+            "i2t_top1",
+            "t2i_relevant_rank",
+            "i2t_ap_at_r",
+        ):
             assert (frozen[field] == cosine[field]).all()
         assert (frozen["t2i_uncertainty"] == published["t2i_uncertainty"]).all()
         assert (frozen["i2t_uncertainty"] == published["t2i_uncertainty"][frozen["i2t_top1"]]).all()
@@ -75,11 +95,16 @@ def test_published_results_stay_and_hold_both_rows_of_methods_with_a_score_of_th
     }
     for method in OWN_SCORE:
         for table in ("text-to-image", "image-to-text"):
-            assert found[table, f"{method}, frozen score"]["R@1"] == found[table, "frozen cosine"]["R@1"]
+            assert (
+                found[table, f"{method}, frozen score"]["R@1"]
+                == found[table, "frozen cosine"]["R@1"]
+            )
             assert found[table, method]["R@1"] != found[table, "frozen cosine"]["R@1"]
         assert "score" not in load_result("tiny", 0, method)[0]["config"]
         assert load_result("tiny", 0, f"{method}.frozen")[0]["config"]["score"] == "frozen"
-    assert {path.name for path in Path("results/tiny/0").glob("*.frozen.npz")} == {f"{m}.frozen.npz" for m in OWN_SCORE}
+    assert {path.name for path in Path("results/tiny/0").glob("*.frozen.npz")} == {
+        f"{m}.frozen.npz" for m in OWN_SCORE
+    }
     assert "asymvlm-psd, frozen score" in printed
     status, printed, _ = script(eval_script.main, *flags, "--score", "frozen")
     assert status == 0
@@ -141,11 +166,16 @@ def test_either_score_can_be_compared(script):
     ]
     status, _, error = script(eval_script.main, *compare, "pfe.frozen", "asymvlm-psd.frozen")
     assert status == 2
-    assert "results/tiny/0/pfe.frozen.npz" in error and "--method pfe --seed 0 1 --score frozen" in error
+    assert (
+        "results/tiny/0/pfe.frozen.npz" in error
+        and "--method pfe --seed 0 1 --score frozen" in error
+    )
     assert script(eval_script.main, *flags, "--score", "frozen")[0] == 0
     named = script(eval_script.main, *compare, "pfe.frozen", "softmax-entropy")
     assert named[0] == 0
-    assert script(eval_script.main, *compare, "pfe", "softmax-entropy", "--score", "frozen") == named
+    assert (
+        script(eval_script.main, *compare, "pfe", "softmax-entropy", "--score", "frozen") == named
+    )
     error = script(eval_script.main, *compare, "pfe", "pfe.frozen", "--score", "frozen")[2]
     assert "two different methods" in error
     assert "choose from" in script(eval_script.main, *compare, "pfe.other", "pfe")[2]
@@ -169,7 +199,9 @@ def test_under_the_own_score_the_authors_rank_and_uncertainty_stays(script, monk
     assert status == 0
     assert printed.splitlines()[0].endswith("; each ranked by its authors' own score")
     assert "frozen score" not in printed
-    assert {name: content for name, content in all_bytes("results").items() if name in before} == before
+    assert {
+        name: content for name, content in all_bytes("results").items() if name in before
+    } == before
     assert "--score own" in Path("results/tiny/own/README.md").read_text()
     (document, own), published = load_result("tiny", 0, "pfe.own"), load_result("tiny", 0, "pfe")[1]
     assert document["config"]["score"] == "own"
@@ -183,7 +215,10 @@ def test_under_the_own_score_the_authors_rank_and_uncertainty_stays(script, monk
         right = score[cache.image_of_caption, torch.arange(len(text))]
     assert (own["t2i_rank"] == 1 + (score > right).sum(dim=0).numpy()).all()
     assert (own["i2t_top1"] == score.argmax(dim=1)[own["i2t_query"]].numpy()).all()
-    same, alike = load_result("tiny", 0, "asymvlm-psd.own")[1], load_result("tiny", 0, "asymvlm-psd")[1]
+    same, alike = (
+        load_result("tiny", 0, "asymvlm-psd.own")[1],
+        load_result("tiny", 0, "asymvlm-psd")[1],
+    )
     assert all((same[field] == alike[field]).all() for field in alike)
     compare = (*EVAL, "--compare", "pfe", "asymvlm-psd")
     named = script(eval_script.main, *EVAL, "--compare", "pfe.own", "asymvlm-psd.own")
@@ -195,17 +230,27 @@ def test_under_the_own_score_the_authors_rank_and_uncertainty_stays(script, monk
 
 def test_prompts_and_example_captions_are_answered_by_the_score_chosen(workdir, tmp_path):
     save_methods("asymvlm-psd")
-    cache, adaptor = EmbeddingCache("tiny", "val"), load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt")
+    cache, adaptor = (
+        EmbeddingCache("tiny", "val"),
+        load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt"),
+    )
     texts, z = [f"prompt {i}" for i in range(20)], cache.text.read()[:20]
-    image, text = (torch.nn.functional.normalize(x.double(), dim=1) for x in (cache.image.read(), z))
+    image, text = (
+        torch.nn.functional.normalize(x.double(), dim=1) for x in (cache.image.read(), z)
+    )
     with torch.no_grad():
         scores = {"published": adaptor.similarity(cache.image.read(), z), "frozen": image @ text.T}
     answers = {score: describe_prompts(adaptor, cache, texts, z, score=score) for score in scores}
     for score, similarity in scores.items():
         for answer in answers[score]:
             row = int(answer["prompt"].split()[1])
-            assert answer["closest"] == [cache.images[i] for i in similarity[:, row].topk(3).indices.tolist()]
-    told = [[(a["prompt"], a["uncertainty"], a["percentile"]) for a in answers[score]] for score in scores]
+            assert answer["closest"] == [
+                cache.images[i] for i in similarity[:, row].topk(3).indices.tolist()
+            ]
+    told = [
+        [(a["prompt"], a["uncertainty"], a["percentile"]) for a in answers[score]]
+        for score in scores
+    ]
     assert told[0] == told[1]
     assert answers["published"] != answers["frozen"]
     for name in cache.images:
@@ -247,14 +292,24 @@ def test_a_method_without_uncertainty_of_texts_is_evaluated_by_that_of_images(sc
     result, arrays = load_result("tiny", 0, "images-only")
     cache = EmbeddingCache("tiny", "val")
     with torch.no_grad():
-        uncertainty = load_adaptor("checkpoints/tiny/0/images-only.pt").adapt_image(cache.image.read())[1].numpy()
-    np.testing.assert_allclose(arrays["t2i_image_uncertainty"], uncertainty[arrays["t2i_top1"]], rtol=1e-5)
-    np.testing.assert_allclose(arrays["i2t_image_uncertainty"], uncertainty[arrays["i2t_query"]], rtol=1e-5)
+        uncertainty = (
+            load_adaptor("checkpoints/tiny/0/images-only.pt")
+            .adapt_image(cache.image.read())[1]
+            .numpy()
+        )
+    np.testing.assert_allclose(
+        arrays["t2i_image_uncertainty"], uncertainty[arrays["t2i_top1"]], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        arrays["i2t_image_uncertainty"], uncertainty[arrays["i2t_query"]], rtol=1e-5
+    )
     assert result["metrics"]["t2i"]["AURC"] == result["metrics"]["image_t2i"]["AURC"]
     assert "ladder" not in result and "depth" not in result
     assert Path("results/tiny/hierarchy-steps.png").exists()
     assert script(eval_script.main, *EVAL, "--compare", "images-only", "asymvlm-psd")[0] == 0
-    error = script(eval_script.main, "--dataset", "tiny", "--method", "images-only", "--most-uncertain", 3)[2]
+    error = script(
+        eval_script.main, "--dataset", "tiny", "--method", "images-only", "--most-uncertain", 3
+    )[2]
     assert "--method" in error and "texts are not" in error
 
 
@@ -263,10 +318,17 @@ def test_methods_that_rank_by_the_frozen_cosine_share_its_ranking(workdir):
     cache = EmbeddingCache("tiny", "val")
     adaptors = {(method, 0): METHODS[method](64).eval() for method in GROUPS["all"]}
     frozen, *others = every_scorer(cache, adaptors)
-    shared = {s.row.method: s for s in others if s.row in {(m, "published") for m in METHODS} and s.ranking is frozen.ranking}
+    shared = {
+        s.row.method: s
+        for s in others
+        if s.row in {(m, "published") for m in METHODS} and s.ranking is frozen.ranking
+    }
     assert shared.keys() == {"pfe", "pcmepp", "prolip"}
     for scorer in shared.values():
         own = rank(scorer.score, cache)
         assert all((own[d]["rank"] == frozen.ranking[d]["rank"]).all() for d in own)
     frozen, *others = every_scorer(cache, adaptors, OWN)
-    assert next(scorer for scorer in others if scorer.row.method == "pfe").ranking is not frozen.ranking
+    assert (
+        next(scorer for scorer in others if scorer.row.method == "pfe").ranking
+        is not frozen.ranking
+    )

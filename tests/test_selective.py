@@ -23,7 +23,11 @@ from utils.evaluation.selective import (
 )
 from utils.files import save_json
 
-FIGURES = {"threshold": selective.threshold, "coverage": selective.coverage, "error": selective.error}
+FIGURES = {
+    "threshold": selective.threshold,
+    "coverage": selective.coverage,
+    "error": selective.error,
+}
 
 
 def guarantee(*arguments):
@@ -32,7 +36,9 @@ def guarantee(*arguments):
 
 
 SETS, DELTA = 1000, 0.05
-TOO_MANY = stats.binom.isf(1e-4, SETS, DELTA)  # of sets: one test in 10,000 finds more where the guarantee holds
+TOO_MANY = stats.binom.isf(
+    1e-4, SETS, DELTA
+)  # of sets: one test in 10,000 finds more where the guarantee holds
 
 
 def test_the_examples_hold():
@@ -51,7 +57,11 @@ def true_error(threshold, steps):
     """Of the queries that are kept: the mean of u^2 up to the threshold."""
     if threshold is None:
         return 0.0
-    kept = np.arange(1, round(threshold * steps) + 1) / steps if steps else threshold * np.array([np.sqrt(1 / 3)])
+    kept = (
+        np.arange(1, round(threshold * steps) + 1) / steps
+        if steps
+        else threshold * np.array([np.sqrt(1 / 3)])
+    )
     return np.mean(kept**2)
 
 
@@ -62,7 +72,9 @@ def test_more_errors_than_allowed_are_as_rare_as_promised(steps, risk):
     thresholds = [choose_threshold(*draw(steps, rng), risk, 1 - DELTA) for _ in range(SETS)]
     errors = np.array([true_error(threshold, steps) for threshold in thresholds])
     assert (errors > risk + 1e-12).sum() <= TOO_MANY
-    assert sum(threshold is not None for threshold in thresholds) > 0.2 * SETS  # not for want of thresholds
+    assert (
+        sum(threshold is not None for threshold in thresholds) > 0.2 * SETS
+    )  # not for want of thresholds
     if risk == 0.3 and not steps:
         assert np.mean(errors) > 0.6 * risk
 
@@ -116,9 +128,13 @@ def test_the_halves_share_no_image_and_every_image_weighs_the_same(captions):
     assert not set(image[calibrated]) & set(image[others])
     assert set(image[calibrated]) | set(image[others]) == set(image)
     assert len(others) == np.isin(image, image[others]).sum()
-    assert [weight[image[others] == one].sum() for one in set(image[others])] == pytest.approx([1 / 150] * 150)
+    assert [weight[image[others] == one].sum() for one in set(image[others])] == pytest.approx(
+        [1 / 150] * 150
+    )
     of_images = split_queries(np.unique(image))
-    assert set(np.unique(image)[of_images[0]]) == set(image[calibrated])  # of the other direction, too
+    assert set(np.unique(image)[of_images[0]]) == set(
+        image[calibrated]
+    )  # of the other direction, too
 
 
 def test_which_caption_is_drawn_does_not_depend_on_its_place():
@@ -132,7 +148,11 @@ def test_coverage_and_error_are_those_of_a_caption_drawn_from_an_image(captions,
     rank, uncertainty, image = captions
     found = guarantee(rank, uncertainty, image, 0.3, 0.9, k)
     calibrated, others, _ = split_queries(image)
-    assert found["threshold"] == slow_threshold(uncertainty[calibrated], rank[calibrated] > k, 0.3, 0.9) is not None
+    assert (
+        found["threshold"]
+        == slow_threshold(uncertainty[calibrated], rank[calibrated] > k, 0.3, 0.9)
+        is not None
+    )
     kept, wrong = [], []
     for one in set(image[others]):
         keeps = uncertainty[image == one] <= found["threshold"]
@@ -160,7 +180,11 @@ def test_a_single_image_is_no_error():
 def test_probabilities_equal_scikit_learns(steps):
     uncertainty, is_wrong = draw(steps, np.random.default_rng(0), 300)
     at = np.linspace(-0.5, 1.5, 401)
-    expected = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(uncertainty, ~is_wrong).predict(at)
+    expected = (
+        IsotonicRegression(increasing=False, out_of_bounds="clip")
+        .fit(uncertainty, ~is_wrong)
+        .predict(at)
+    )
     np.testing.assert_allclose(calibrate(uncertainty, ~is_wrong)(at), expected, atol=1e-9)
 
 
@@ -169,7 +193,9 @@ def test_the_figures_of_calibration_equal_plain_ones(captions):
     answers = rank == 1, uncertainty, image
     found = {"Brier": brier(*answers), "ECE": expected_calibration_error(*answers)}
     probability, right, weight = predict_right(rank == 1, uncertainty, image)
-    assert found["Brier"] == pytest.approx(brier_score_loss(right, probability, sample_weight=weight))
+    assert found["Brier"] == pytest.approx(
+        brier_score_loss(right, probability, sample_weight=weight)
+    )
     ece = 0.0
     for low in range(15):
         inside = (probability >= low / 15) & ((probability < (low + 1) / 15) | (low == 14))
@@ -183,7 +209,10 @@ def test_the_figures_of_calibration_equal_plain_ones(captions):
 
 def test_a_threshold_is_found_by_its_risk(tmp_path):
     path = tmp_path / "pfe.threshold.json"
-    known = [{"risk": r, "k": k, "threshold": t} for r, k, t in ((0.1, 1, None), (0.2, 1, 0.5), (0.1, 5, 0.7))]
+    known = [
+        {"risk": r, "k": k, "threshold": t}
+        for r, k, t in ((0.1, 1, None), (0.2, 1, 0.5), (0.1, 5, 0.7))
+    ]
     save_json({"guarantees": known, "confidence": 0.9}, path)
     assert load_threshold(path) is None
     assert load_threshold(path, 0.2) == 0.5

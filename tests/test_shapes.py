@@ -69,7 +69,9 @@ def described_by_search(mentions, objects):
     if not mentions:
         return True
     for k in range(len(objects)):
-        fits = all(objects[k][name] in mentions[0].get(name, [objects[k][name]]) for name in ATTRIBUTES)
+        fits = all(
+            objects[k][name] in mentions[0].get(name, [objects[k][name]]) for name in ATTRIBUTES
+        )
         if fits and described_by_search(mentions[1:], objects[:k] + objects[k + 1 :]):
             return True
     return False
@@ -82,14 +84,20 @@ def random_mention(rng):
         "size": list(world.SIZES),
         "cell": list(world.CELLS),
     }
-    return {name: tuple(rng.sample(values[name], rng.randint(1, 3))) for name in ATTRIBUTES if rng.random() < 0.35}
+    return {
+        name: tuple(rng.sample(values[name], rng.randint(1, 3)))
+        for name in ATTRIBUTES
+        if rng.random() < 0.35
+    }
 
 
 def test_describes_equals_a_recursive_search_on_captions_of_other_scenes():
     rng = random.Random(0)
     scenes = random_scenes(60)
     captions = [
-        write(scene, rng) for scene in scenes for write in (write_caption, write_caption, write_full_description)
+        write(scene, rng)
+        for scene in scenes
+        for write in (write_caption, write_caption, write_full_description)
     ]
     answers = Counter()
     for caption, scene in itertools.product(captions, scenes):
@@ -108,16 +116,24 @@ def test_describes_equals_a_recursive_search_on_mentions_that_compete():
     for scene in scenes:
         mentions = tuple(random_mention(rng) for _ in range(rng.randint(0, 4)))
         expected = described_by_search(list(mentions), scene["objects"])
-        assert describes(Caption("", mentions, tuple(world.BACKGROUNDS)), scene) == expected, (mentions, scene)
+        assert describes(Caption("", mentions, tuple(world.BACKGROUNDS)), scene) == expected, (
+            mentions,
+            scene,
+        )
         alone = all(described_by_search([mention], scene["objects"]) for mention in mentions)
         answers[expected, alone] += 1
-    assert answers[False, True] > 50  # each mention fits something, but there are not enough objects to go round
+    assert (
+        answers[False, True] > 50
+    )  # each mention fits something, but there are not enough objects to go round
     assert answers[True, True] > 100
     assert answers[False, False] > 100
 
 
 def test_two_mentions_never_share_an_object():
-    one = {"background": "grey", "objects": [{"shape": "ring", "colour": "red", "size": "small", "cell": 0}]}
+    one = {
+        "background": "grey",
+        "objects": [{"shape": "ring", "colour": "red", "size": "small", "cell": 0}],
+    }
     mention = {"colour": ("red",)}
     assert describes(Caption("", (mention,), ("grey",)), one)
     assert not describes(Caption("", (mention, mention), ("grey",)), one)
@@ -132,12 +148,16 @@ def test_a_full_description_says_everything():
     for i, scene in enumerate(random_scenes(100)):
         caption = write_full_description(scene, random.Random(i))
         said = sorted(tuple(mention[name] for name in ATTRIBUTES) for mention in caption.mentions)
-        assert said == sorted(tuple((thing[name],) for name in ATTRIBUTES) for thing in scene["objects"])
+        assert said == sorted(
+            tuple((thing[name],) for name in ATTRIBUTES) for thing in scene["objects"]
+        )
         assert caption.backgrounds == (scene["background"],)
 
 
 def test_no_caption_speaks_of_more_objects_than_its_scene_has(split):
-    assert all(len(caption.mentions) <= len(scene["objects"]) for caption, scene in captions_of(split))
+    assert all(
+        len(caption.mentions) <= len(scene["objects"]) for caption, scene in captions_of(split)
+    )
     assert {len(caption.mentions) for caption, _ in captions_of(split)} == {0, 1, 2, 3}
 
 
@@ -151,7 +171,8 @@ def test_relevance_lists_the_images_that_a_caption_describes_its_own_among_them(
         expected = [
             image_id
             for image_id, scene in scenes
-            if scene["background"] in entry["backgrounds"] and described_by_search(entry["mentions"], scene["objects"])
+            if scene["background"] in entry["backgrounds"]
+            and described_by_search(entry["mentions"], scene["objects"])
         ]
         assert relevance[str(entry["id"])] == expected
     own = [entry["image_id"] in relevance[str(entry["id"])] for entry in split["annotations"]]
@@ -163,7 +184,9 @@ def test_equal_texts_have_equal_ambiguity(split, relevance):
     for entry in split["annotations"]:
         text = entry["caption"].lower().rstrip(".")
         repeated += text in described
-        assert described.setdefault(text, relevance[str(entry["id"])]) == relevance[str(entry["id"])], text
+        assert (
+            described.setdefault(text, relevance[str(entry["id"])]) == relevance[str(entry["id"])]
+        ), text
     assert repeated > 20
 
 
@@ -172,8 +195,12 @@ def test_equal_texts_of_a_large_sample_say_the_same():
     for i, scene in enumerate(random_scenes(8000, seed="large")):
         caption = write_caption(scene, random.Random(i))
         text = caption.text.lower().rstrip(".")
-        mentions = sorted(json.dumps(mention, sort_keys=True) for mention in caption.mentions if mention)
-        least = max(len(caption.mentions), 1)  # every scene has an object: to speak of something is to say nothing
+        mentions = sorted(
+            json.dumps(mention, sort_keys=True) for mention in caption.mentions if mention
+        )
+        least = max(
+            len(caption.mentions), 1
+        )  # every scene has an object: to speak of something is to say nothing
         says = (mentions, least, caption.backgrounds)
         assert said.setdefault(text, says) == says, text
     assert 1000 < len(said) < 8000
@@ -182,7 +209,14 @@ def test_equal_texts_of_a_large_sample_say_the_same():
 def test_the_length_of_a_caption_does_not_give_its_ambiguity_away(split, relevance):
     ambiguity = [len(relevance[str(entry["id"])]) for entry in split["annotations"]]
     for length in (lambda text: len(text), lambda text: len(text.split())):
-        assert abs(spearmanr([length(entry["caption"]) for entry in split["annotations"]], ambiguity).statistic) < 0.9
+        assert (
+            abs(
+                spearmanr(
+                    [length(entry["caption"]) for entry in split["annotations"]], ambiguity
+                ).statistic
+            )
+            < 0.9
+        )
     assert len(set(ambiguity)) > 30  # of many degrees
 
 
@@ -209,7 +243,16 @@ def test_captions_have_clean_spaces_and_punctuation():
 
 
 def one_object(shape, colour="red", size="big", cell=4, background="white", **more):
-    thing = {"shape": shape, "colour": colour, "size": size, "cell": cell, "dx": 0, "dy": 0, "turn": 0, "shade": 0}
+    thing = {
+        "shape": shape,
+        "colour": colour,
+        "size": size,
+        "cell": cell,
+        "dx": 0,
+        "dy": 0,
+        "turn": 0,
+        "shade": 0,
+    }
     return {"background": background, "objects": [thing | more]}
 
 
@@ -249,7 +292,9 @@ def test_random_scenes_show_every_object_in_its_cell_and_nothing_else():
         assert len(colour_of) == len(scene["objects"])  # a cell each
         for cell in range(9):
             row, column = divmod(cell, 3)
-            tile = pixels[row * 32 + TIP : row * 32 + 32 - TIP, column * 32 + TIP : column * 32 + 32 - TIP]
+            tile = pixels[
+                row * 32 + TIP : row * 32 + 32 - TIP, column * 32 + TIP : column * 32 + 32 - TIP
+            ]
             if cell in colour_of:
                 assert (tile == colour_of[cell]).all(axis=2).sum() >= 10
             else:
@@ -257,7 +302,11 @@ def test_random_scenes_show_every_object_in_its_cell_and_nothing_else():
 
 
 def test_no_object_has_the_colour_of_the_background():
-    assert all(thing["colour"] != scene["background"] for scene in random_scenes(500) for thing in scene["objects"])
+    assert all(
+        thing["colour"] != scene["background"]
+        for scene in random_scenes(500)
+        for thing in scene["objects"]
+    )
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
@@ -270,7 +319,11 @@ def test_larger_objects_cover_more_pixels(shape):
 
 
 def test_shapes_differ_from_each_other_however_they_are_turned():
-    pictures = {(shape, turn): painted(one_object(shape, turn=turn)) for shape in world.SHAPES for turn in (-9, 0, 9)}
+    pictures = {
+        (shape, turn): painted(one_object(shape, turn=turn))
+        for shape in world.SHAPES
+        for turn in (-9, 0, 9)
+    }
     for (one, a), (other, b) in itertools.combinations(pictures.items(), 2):
         if one[0] != other[0]:
             assert (a != b).any(axis=2).sum() > 60
@@ -278,7 +331,9 @@ def test_shapes_differ_from_each_other_however_they_are_turned():
 
 def test_colours_differ_by_more_than_their_shades():
     for one, other in itertools.combinations(world.RGB, 2):
-        assert max(abs(a - b) for a, b in zip(world.RGB[one], world.RGB[other], strict=True)) > 24, (one, other)
+        assert (
+            max(abs(a - b) for a, b in zip(world.RGB[one], world.RGB[other], strict=True)) > 24
+        ), (one, other)
 
 
 # Splits and files.
@@ -286,7 +341,10 @@ def test_colours_differ_by_more_than_their_shades():
 
 def test_a_split_has_known_bytes():
     document = make_split(seed=0, split="val", images=20)
-    assert hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest() == SMALL_SPLIT_SHA256
+    assert (
+        hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        == SMALL_SPLIT_SHA256
+    )
 
 
 def test_a_split_depends_on_seed_and_name_and_grows_at_its_end():
@@ -296,7 +354,9 @@ def test_a_split_depends_on_seed_and_name_and_grows_at_its_end():
     }
     for one, other in itertools.combinations(texts.values(), 2):
         assert one != other
-    assert [entry["caption"] for entry in make_split(0, "val", 30)["annotations"]][:100] == texts[0, "val"]
+    assert [entry["caption"] for entry in make_split(0, "val", 30)["annotations"]][:100] == texts[
+        0, "val"
+    ]
 
 
 def test_the_ids_of_train_and_val_differ():
@@ -345,12 +405,16 @@ def test_made_twice_the_files_are_equal(made, tmp_path):
     assert len(files) == 6 + 4 + 3
     again = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
     assert files == sorted(path.relative_to(tmp_path / "again") for path in again)
-    assert all((made / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
+    assert all(
+        (made / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files
+    )
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("pictures", [0, 2, 5])
-def test_a_data_set_that_could_not_be_finished_leaves_nothing(tmp_path, monkeypatch, error, pictures):
+def test_a_data_set_that_could_not_be_finished_leaves_nothing(
+    tmp_path, monkeypatch, error, pictures
+):
     calls = itertools.count()
 
     def paint_or_fail(scene):
@@ -366,7 +430,9 @@ def test_a_data_set_that_could_not_be_finished_leaves_nothing(tmp_path, monkeypa
 
 def test_a_data_set_appears_only_when_it_is_whole(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(world, "paint", lambda scene: (seen.append((tmp_path / "shapes").exists()), paint(scene))[1])
+    monkeypatch.setattr(
+        world, "paint", lambda scene: (seen.append((tmp_path / "shapes").exists()), paint(scene))[1]
+    )
     make(tmp_path / "shapes", train=3, val=2)
     assert seen == [False] * 5
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]

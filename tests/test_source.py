@@ -28,7 +28,10 @@ def table(root):
 def tars(root):
     draw(root / "a.png", 1), draw(root / "b.png", 2)
     for number, name in enumerate("ab"):
-        write_tar(root / f"{number}.tar", {"x.png": (root / f"{name}.png").read_bytes(), "x.txt": name.encode()})
+        write_tar(
+            root / f"{number}.tar",
+            {"x.png": (root / f"{name}.png").read_bytes(), "x.txt": name.encode()},
+        )
 
 
 MAKE = {  # the files of the split val of every data set, under a folder
@@ -39,7 +42,13 @@ MAKE = {  # the files of the split val of every data set, under a folder
     "shapes": lambda root: drawn("shapes", root),
     "webdataset": tars,
 }
-COUNTS = {"coco": (70, 140), "coco-karpathy": (1, 1), "csv": (2, 3), "flickr30k": (1, 1), "shapes": (70, 140)}
+COUNTS = {
+    "coco": (70, 140),
+    "coco-karpathy": (1, 1),
+    "csv": (2, 3),
+    "flickr30k": (1, 1),
+    "shapes": (70, 140),
+}
 COUNTS |= {"webdataset": (2, 2)}  # images and captions
 
 
@@ -49,7 +58,9 @@ def named(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     MAKE[request.param](tmp_path / "data")
     data_set = DATASETS[request.param]
-    return request.param, lambda root="data": data_set.reader(tmp_path / root, "val", data_set.layout)
+    return request.param, lambda root="data": data_set.reader(
+        tmp_path / root, "val", data_set.layout
+    )
 
 
 def test_every_data_set_is_a_split_with_a_readable_fingerprint(named, tmp_path):
@@ -61,7 +72,10 @@ def test_every_data_set_is_a_split_with_a_readable_fingerprint(named, tmp_path):
         assert json.loads(json.dumps(says)) == says
         assert all(isinstance(key, str) and isinstance(value, str) for key, value in says.items())
     assert split.fingerprint()
-    assert (open_split().fingerprint(), open_split().state()) == (split.fingerprint(), split.state())
+    assert (open_split().fingerprint(), open_split().state()) == (
+        split.fingerprint(),
+        split.state(),
+    )
     (tmp_path / "data").rename(tmp_path / "moved")  # where it lies does not matter
     assert open_split("moved").fingerprint() == split.fingerprint()
 
@@ -74,9 +88,15 @@ def test_the_units_of_every_data_set_become_a_cache_that_is_read(named, tiny, tm
     store = UnitStore(folder, split.fingerprint(), torch.float16)
     assert [unit.left_out(store.folder) for unit in split.units()] == [None] * len(split.units())
     embed_units(split.units(), clip, store)
-    assert [unit.left_out(store.folder) for unit in open_split().units()] == [{}] * len(split.units())
-    embed_units(open_split().units(), SimpleNamespace(transform=None), store)  # nothing is left to encode
-    meta = open_split().assemble(store, folder, {"dtype": "float16", **split.fingerprint(), **clip.info})
+    assert [unit.left_out(store.folder) for unit in open_split().units()] == [{}] * len(
+        split.units()
+    )
+    embed_units(
+        open_split().units(), SimpleNamespace(transform=None), store
+    )  # nothing is left to encode
+    meta = open_split().assemble(
+        store, folder, {"dtype": "float16", **split.fingerprint(), **clip.info}
+    )
     cache = EmbeddingCache(name, "val", tmp_path / "embeddings")
     assert {key: value for key, value in cache.meta.items() if key != "shards"} == meta
     images, captions = COUNTS[name]
@@ -92,9 +112,13 @@ def test_the_units_of_every_data_set_become_a_cache_that_is_read(named, tiny, tm
 
 # Lists.
 
-PLAIN = ListSplit([7, 8, 9], ["/d/a", "/d/b", "/d/c"], ["a", "b", "c"], [1, 2, 3, 4], list("wxyz"), [0, 1, 2, 2])
+PLAIN = ListSplit(
+    [7, 8, 9], ["/d/a", "/d/b", "/d/c"], ["a", "b", "c"], [1, 2, 3, 4], list("wxyz"), [0, 1, 2, 2]
+)
 MANY = replace(PLAIN, relevance=[[0, 1], [1], [0, 2], [2]])
-JUDGED = replace(PLAIN, relevance={"eccv": {"t2i": [[0, 1], [], [2], []], "i2t": [[0, 2], [], [1, 2, 3]]}})
+JUDGED = replace(
+    PLAIN, relevance={"eccv": {"t2i": [[0, 1], [], [2], []], "i2t": [[0, 2], [], [1, 2, 3]]}}
+)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +141,20 @@ def test_the_fingerprint_changes_with_whatever_is_in_the_lists_but_the_paths(cha
 def test_a_split_without_some_images_has_the_others_with_their_captions():
     assert MANY.without(()) == MANY
     left = MANY.without([1])
-    assert (left.image_ids, left.image_files, left.image_names) == ([7, 9], ["/d/a", "/d/c"], ["a", "c"])
-    assert (left.caption_ids, left.captions, left.image_of_caption) == ([1, 3, 4], ["w", "y", "z"], [0, 1, 1])
+    assert (left.image_ids, left.image_files, left.image_names) == (
+        [7, 9],
+        ["/d/a", "/d/c"],
+        ["a", "c"],
+    )
+    assert (left.caption_ids, left.captions, left.image_of_caption) == (
+        [1, 3, 4],
+        ["w", "y", "z"],
+        [0, 1, 1],
+    )
     assert left.relevance == [[0], [0, 1], [1]]
     assert MANY.without({0}).relevance == [[0], [1], [1]]
-    assert JUDGED.without([1]).relevance == {"eccv": {"t2i": [[0], [1], []], "i2t": [[0, 1], [1, 2]]}}
+    assert JUDGED.without([1]).relevance == {
+        "eccv": {"t2i": [[0], [1], []], "i2t": [[0, 1], [1, 2]]}
+    }
     assert PLAIN.without([0]).relevance is None
     assert PLAIN.without([0, 1, 2]).captions == []

@@ -55,7 +55,9 @@ def refusal(root, **flags):
 
 
 @pytest.mark.parametrize(("name", "separator"), [("val.csv", ","), ("val.tsv", "\t")])
-def test_captions_keep_the_tables_order_and_images_that_of_their_first_appearance(tmp_path, name, separator):
+def test_captions_keep_the_tables_order_and_images_that_of_their_first_appearance(
+    tmp_path, name, separator
+):
     data = load(write(tmp_path, name=name, separator=separator))
     assert data.image_names == ["b/2.png", "1.png", "3.png"]
     assert data.image_files == [tmp_path / image for image in data.image_names]
@@ -67,13 +69,22 @@ def test_captions_keep_the_tables_order_and_images_that_of_their_first_appearanc
 
 def test_the_columns_may_have_other_names_and_neighbours(tmp_path):
     rows = [(str(i), text, file) for i, (file, text) in enumerate(ROWS)]
-    data = load(write(tmp_path, rows, header=("n", "caption", "image")), csv_img_key="image", csv_caption_key="caption")
+    data = load(
+        write(tmp_path, rows, header=("n", "caption", "image")),
+        csv_img_key="image",
+        csv_caption_key="caption",
+    )
     assert data.captions == [text for _, text in ROWS]
     assert data.image_of_caption == [0, 1, 0, 2, 1]
 
 
 def test_rows_of_one_group_are_right_for_each_other_in_both_directions(tmp_path, script):
-    rows = [("a.png", "one", "cat"), ("b.png", "two", "dog"), ("c.png", "three", "cat"), ("b.png", "four", "bird")]
+    rows = [
+        ("a.png", "one", "cat"),
+        ("b.png", "two", "dog"),
+        ("c.png", "three", "cat"),
+        ("b.png", "four", "bird"),
+    ]
     path = write(tmp_path, rows, header=("filepath", "title", "class"))
     data = load(path, csv_group_key="class")
     assert data.relevance == [[0, 2], [1], [0, 2], [1]]
@@ -125,17 +136,35 @@ BROKEN = {
     "a column twice": ("filepath,title,title\na.png,one,two\n", ["more than one column 'title'"]),
     "a blank caption": ("filepath,title\na.png,one\nb.png, \n", ["line 3", "blank 'title'"]),
     "a blank image file": ("filepath,title\n,one\n", ["line 2", "blank 'filepath'"]),
-    "a field too few": ("filepath,title\na.png,one\nb.png\n", ["line 3 has 1 fields, the header 2"]),
-    "a field too many": ("filepath,title\na.png,one, or two\n", ["line 2 has 3 fields, the header 2", "quote"]),
-    "a quotation that does not end": ('filepath,title\na.png,"one\nb.png,two\n', ["line 3", "not readable"]),
-    "a quotation that ends too soon": ('filepath,title\na.png,"one" more\n', ["line 2", "not readable"]),
+    "a field too few": (
+        "filepath,title\na.png,one\nb.png\n",
+        ["line 3 has 1 fields, the header 2"],
+    ),
+    "a field too many": (
+        "filepath,title\na.png,one, or two\n",
+        ["line 2 has 3 fields, the header 2", "quote"],
+    ),
+    "a quotation that does not end": (
+        'filepath,title\na.png,"one\nb.png,two\n',
+        ["line 3", "not readable"],
+    ),
+    "a quotation that ends too soon": (
+        'filepath,title\na.png,"one" more\n',
+        ["line 2", "not readable"],
+    ),
     "bytes that are not UTF-8": (b"filepath,title\na.png,\xff\xfe\n", ["UTF-8"]),
-    "the folder above": ("filepath,title\na.png,one\n../b.png,two\n", ["line 3", "'../b.png' lies outside"]),
+    "the folder above": (
+        "filepath,title\na.png,one\n../b.png,two\n",
+        ["line 3", "'../b.png' lies outside"],
+    ),
     "the folder above, on a detour": (
         "filepath,title\na/../../b.png,two\n",
         ["line 2", "'a/../../b.png' lies outside"],
     ),
-    "an absolute name": ("filepath,title\n/etc/hostname,one\n", ["line 2", "'/etc/hostname' lies outside"]),
+    "an absolute name": (
+        "filepath,title\n/etc/hostname,one\n",
+        ["line 2", "'/etc/hostname' lies outside"],
+    ),
     "a null character": ("filepath,title\na\0.png,one\n", ["line 2"]),
 }
 
@@ -170,8 +199,13 @@ def test_small_tables_go_through_all_scripts(script, workdir):
             draw(root / split / name, offset + shade)
     assert script(cache_embeddings.main, "--dataset", "csv", *SHAPES_CLIP)[0] == 0
     for split in ("train", "val"):
-        check_rows(EmbeddingCache("csv", split), [(text, root / split / file) for file, text in _normal(ROWS)])
-    assert load_texts("csv", "ladder", EmbeddingCache("csv", "val").embed_dim)[0] == list(DATASETS["coco"].ladder)
+        check_rows(
+            EmbeddingCache("csv", split),
+            [(text, root / split / file) for file, text in _normal(ROWS)],
+        )
+    assert load_texts("csv", "ladder", EmbeddingCache("csv", "val").embed_dim)[0] == list(
+        DATASETS["coco"].ladder
+    )
     assert script(train_script.main, "--dataset", "csv", "--epochs", 1)[0] == 0
     assert script(eval_script.main, "--dataset", "csv", "--uncer_levels", 1)[0] == 0
 
@@ -182,7 +216,17 @@ def _normal(rows):
 
 def test_a_cache_of_another_name_is_missed_with_the_flags_that_make_it(script, workdir):
     draw(write(workdir / "mine", [("1.png", "a picture")]) / "1.png", 1)
-    call = ("--dataset", "csv", "--data-root", "mine", "--name", "mine", "--split", "val", *SHAPES_CLIP)
+    call = (
+        "--dataset",
+        "csv",
+        "--data-root",
+        "mine",
+        "--name",
+        "mine",
+        "--split",
+        "val",
+        *SHAPES_CLIP,
+    )
     assert script(cache_embeddings.main, *call)[0] == 0
     status, _, last = script(train_script.main, "--dataset", "mine")
     assert status == 2
@@ -200,11 +244,19 @@ def test_bad_tables_end_in_one_line_and_nothing_is_written(script, workdir):
 
 
 @pytest.mark.parametrize(
-    ("name", "separator", "flags"), [("val.tsv", "\t", ()), ("val.csv", ";", ("--csv-separator", ";"))]
+    ("name", "separator", "flags"),
+    [("val.tsv", "\t", ()), ("val.csv", ";", ("--csv-separator", ";"))],
 )
-def test_each_coco_caption_has_the_embedding_of_its_own_picture(coco_root, script, workdir, name, separator, flags):
+def test_each_coco_caption_has_the_embedding_of_its_own_picture(
+    coco_root, script, workdir, name, separator, flags
+):
     sample = coco_sample(coco_root)
-    rows = [(file, text) for k in range(5) for _, file, captions in sample for _, text in captions[k : k + 1]]
+    rows = [
+        (file, text)
+        for k in range(5)
+        for _, file, captions in sample
+        for _, text in captions[k : k + 1]
+    ]
     table = [(f"pictures/{file.name}", text) for file, text in rows]  # rows of an image stand apart
     write(workdir / "mine", table, name, ("image", "caption"), separator)
     (workdir / "mine" / "pictures").mkdir()

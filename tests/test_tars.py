@@ -55,7 +55,13 @@ def samples_of(pictures, start, stop):
 def call(workdir, tiny, monkeypatch, capsys):
     """Calls cache_embeddings.py on ./tars with a tiny CLIP. Returns: (exit status, stderr)."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    clip = ["--model", str(tiny[0]), "--pretrained", str(tiny[1]), *"--device cpu --workers 0".split()]
+    clip = [
+        "--model",
+        str(tiny[0]),
+        "--pretrained",
+        str(tiny[1]),
+        *"--device cpu --workers 0".split(),
+    ]
     flags = "--dataset webdataset --data-root tars --split train --name web".split() + clip
     Path("tars").mkdir()
 
@@ -89,7 +95,10 @@ def test_a_tar_becomes_the_same_embeddings_as_its_pictures_and_captions(call, pi
     assert run_script(cache_embeddings.main, plain + call.clip) == 0
     expected = EmbeddingCache("plain", "train")
     found = {"image": cache.image.read().float(), "text": cache.text.read().float()}
-    for kind, of in (("image", expected.image), ("text", expected.text)):  # other chunks: other last bits
+    for kind, of in (
+        ("image", expected.image),
+        ("text", expected.text),
+    ):  # other chunks: other last bits
         torch.testing.assert_close(found[kind], of.read().float(), rtol=2e-2, atol=2e-3)
     difference = (found["image"] - found["image"].roll(1, dims=0)).abs()
     assert difference.max() > 0.1  # rows differ by more than that
@@ -99,14 +108,28 @@ def test_bytes_depend_on_neither_batch_size_nor_workers(call, pictures):
     for number in range(3):
         write_tar(f"tars/{number:05d}.tar", samples_of(pictures, 70 * number, 70 * number + 70))
     assert call("--name", "a")[0] == 0
-    assert call("--name", "b", "--workers", 2, "--batch-size", 1, "--data-root", "tars/{00000..00002}.tar")[0] == 0
+    assert (
+        call(
+            "--name",
+            "b",
+            "--workers",
+            2,
+            "--batch-size",
+            1,
+            "--data-root",
+            "tars/{00000..00002}.tar",
+        )[0]
+        == 0
+    )
     assert all_bytes("embeddings/a") == all_bytes("embeddings/b")
 
 
 def test_a_hundred_tars_cached_by_two_ranks_killed_twice_are_those_of_one(call, pictures):
     for number in range(100):
         write_tar(f"tars/{number:05d}.tar", samples_of(pictures, 2 * number, 2 * number + 2))
-    assert faults.finish(faults.start(cache_embeddings.main, [*call.flags, "--name", "unbroken"])) == 0
+    assert (
+        faults.finish(faults.start(cache_embeddings.main, [*call.flags, "--name", "unbroken"])) == 0
+    )
     units = Path("embeddings/web/train/.parts")
 
     def count():
@@ -153,10 +176,16 @@ def test_a_tar_that_was_mended_is_encoded_again_and_the_others_are_not(call, pic
     write_tar("tars/00000.tar", samples_of(pictures, 0, 5))
     write_tar("tars/00001.tar", samples_of(pictures, 5, 10) | {"000000005.png": b"broken"})
     status, stderr = call()
-    assert (status, "tars/00001.tar: 000000005: " in stderr, "--max-broken" in stderr) == (2, True, True)
+    assert (status, "tars/00001.tar: 000000005: " in stderr, "--max-broken" in stderr) == (
+        2,
+        True,
+        True,
+    )
     write_tar("tars/00001.tar", samples_of(pictures, 5, 10))
     written, save = [], TarUnit.save
-    monkeypatch.setattr(TarUnit, "save", lambda self, *rest: written.append(self.number) or save(self, *rest))
+    monkeypatch.setattr(
+        TarUnit, "save", lambda self, *rest: written.append(self.number) or save(self, *rest)
+    )
     assert call()[0] == 0
     assert written == [1]
     assert len(EmbeddingCache("web", "train").text) == 10
@@ -188,7 +217,9 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     cache = EmbeddingCache("web", "train")
     assert cache.images == [f"{n:09d}" for n in (4, 5, 6, 7, 8)]
     assert cache.captions[0] == pictures["000000004"][1]
-    assert [name for name, _ in cache.meta["skipped"]] == [f"00000.tar: 00000000{n}" for n in range(4)]
+    assert [name for name, _ in cache.meta["skipped"]] == [
+        f"00000.tar: 00000000{n}" for n in range(4)
+    ]
     assert "4 broken images were left out" in call()[1].splitlines()[-1]
     assert call("--max-broken", 4)[0] == 0
     assert call("--skip-broken", "--name", "skip")[0] == 0
@@ -199,7 +230,9 @@ def test_a_tar_of_broken_samples_only_is_an_empty_file_among_the_others(call, pi
     write_tar("tars/00000.tar", {"a.png": b"x", "a.txt": b"a cat"})
     write_tar("tars/00001.tar", samples_of(pictures, 0, 8))
     assert call("--max-broken", 1)[0] == 0
-    assert [rows for rows, _ in EmbeddingCache("web", "train", mapped=True).meta["shards"]["image"]] == [0, 8]
+    assert [
+        rows for rows, _ in EmbeddingCache("web", "train", mapped=True).meta["shards"]["image"]
+    ] == [0, 8]
     training = ("--dataset", "web", "--recipe", "small", "--epochs", 2, "--batch-size", 3)
     assert script(train_script.main, *training)[0] == 0
     Path("tars/00001.tar").unlink()
@@ -263,10 +296,15 @@ def test_whole_tars_are_read_through_pipes_and_packed_under_any_name(call, pictu
 
 def test_keys_with_dots_are_refused_and_other_fields_are_not(call, pictures):
     files = samples_of(pictures, 0, 3)
-    write_tar("tars/00000.tar", files | {"000000002.mask.png": b"not looked at", "000000002.cls": b"7"})
+    write_tar(
+        "tars/00000.tar", files | {"000000002.mask.png": b"not looked at", "000000002.cls": b"7"}
+    )
     assert call()[0] == 0
     assert len(EmbeddingCache("web", "train").text) == 3
-    write_tar("tars/00000.tar", {name.replace("00000000", "img.00"): content for name, content in files.items()})
+    write_tar(
+        "tars/00000.tar",
+        {name.replace("00000000", "img.00"): content for name, content in files.items()},
+    )
     status, stderr = call("--name", "dots")
     assert (status, "img.000.png has a dot in its key" in stderr.splitlines()[-1]) == (2, True)
 
@@ -279,7 +317,9 @@ def test_other_tars_of_the_same_names_are_other_tars(call, pictures):
     status, stderr = call("--data-root", "more")
     assert (status, "tar_files was" in stderr.splitlines()[-1]) == (2, True)
     assert call("--data-root", "more", "--overwrite")[0] == 0
-    assert EmbeddingCache("web", "train").captions == [caption for _, caption in list(pictures.values())[5:11]]
+    assert EmbeddingCache("web", "train").captions == [
+        caption for _, caption in list(pictures.values())[5:11]
+    ]
 
 
 def test_a_url_whose_samples_were_broken_is_looked_at_again(call, pictures):
@@ -341,7 +381,10 @@ def test_a_cache_that_another_run_finished_meanwhile_is_not_made_over(call, pict
 
 def test_nothing_in_a_tar_is_unpickled(call, pictures, workdir):
     trap = pickle.dumps(Trap(workdir / "sprung"))
-    write_tar("tars/00000.tar", samples_of(pictures, 0, 2) | {"000000001.pyd": trap, "000000001.pth": trap})
+    write_tar(
+        "tars/00000.tar",
+        samples_of(pictures, 0, 2) | {"000000001.pyd": trap, "000000001.pth": trap},
+    )
     assert call()[0] == 0
     assert not (workdir / "sprung").exists()
     pickle.loads(trap)
@@ -357,8 +400,14 @@ def test_nothing_in_a_tar_is_unpickled(call, pictures, workdir):
         (("--split", "train", "val"), "the tars are one split"),
         (("--shard-rows", "5"), "has a file a tar"),
         (("--max-broken", "-1"), "--max-broken"),
-        (("--data-root", "pipe:cat nowhere.tar"), "pipe:cat nowhere.tar: cannot be used to its end: "),
-        (("--data-root", "tars/{00000..00003.tar"), "tars/{00000..00003.tar: not a pattern of paths"),
+        (
+            ("--data-root", "pipe:cat nowhere.tar"),
+            "pipe:cat nowhere.tar: cannot be used to its end: ",
+        ),
+        (
+            ("--data-root", "tars/{00000..00003.tar"),
+            "tars/{00000..00003.tar: not a pattern of paths",
+        ),
         (("--data-root", "tars/${USER}.tar"), "not a pattern of paths"),
         (("--data-root", "tars/1*.tar"), "expected .tar files, found only 00000.tar"),
     ],

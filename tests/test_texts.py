@@ -45,9 +45,13 @@ def texts_flags(file):
 
 
 def test_texts_a_line_are_embedded_as_the_cache_was(made, script, workdir, tiny):
-    Path("my prompts.txt").write_text("\ufeffa photo\n\n  a photo of a cat  \r\n🐈\na photo\n", encoding="utf-8")
+    Path("my prompts.txt").write_text(
+        "\ufeffa photo\n\n  a photo of a cat  \r\n🐈\na photo\n", encoding="utf-8"
+    )
     before = all_bytes(workdir / "embeddings" / "it" / "val")
-    assert script(main, *texts_flags("my prompts.txt"))[0] == 0  # model, weights and precision are the cache's
+    assert (
+        script(main, *texts_flags("my prompts.txt"))[0] == 0
+    )  # model, weights and precision are the cache's
     texts, z, chains = load_texts("it", "my prompts", 16)
     assert texts == ["a photo", "a photo of a cat", "🐈", "a photo"]
     assert chains is None
@@ -144,11 +148,14 @@ def test_texts_that_another_clip_left_behind_are_refused(call, script, workdir, 
     Path("lines.txt").write_text("a cat\n")
     assert script(main, *texts_flags("lines.txt"), "--name", "shapes")[0] == 0
     other = write_tiny_clip(tmp_path, "other")
-    assert call("--split", "val", "--overwrite", "--model", other[0], "--pretrained", other[1])[0] == 0
+    assert (
+        call("--split", "val", "--overwrite", "--model", other[0], "--pretrained", other[1])[0] == 0
+    )
     meta = EmbeddingCache("shapes", "val").meta
     assert load_texts("shapes", "ladder", 16, meta=meta) is not None  # was made anew
     with pytest.raises(
-        UserError, match=r"lines\.pt: embedded with another CLIP than the cache: .*; embed it again, or remove it"
+        UserError,
+        match=r"lines\.pt: embedded with another CLIP than the cache: .*; embed it again, or remove it",
     ):
         load_texts("shapes", "lines", 16, meta=meta)
 
@@ -156,7 +163,11 @@ def test_texts_that_another_clip_left_behind_are_refused(call, script, workdir, 
 def test_texts_of_another_clip_than_the_caches_are_refused(call, tiny, tmp_path):
     assert call("--split", "val", "--name", "it")[0] == 0
     Path("a.txt").write_text("a photo\n")
-    save_file(tiny[2].state_dict() | {"logit_scale": torch.tensor(1.0)}, tmp_path / "other.safetensors")
-    status, _, last = call("--name", "it", "--texts", "a.txt", "--pretrained", tmp_path / "other.safetensors")
+    save_file(
+        tiny[2].state_dict() | {"logit_scale": torch.tensor(1.0)}, tmp_path / "other.safetensors"
+    )
+    status, _, last = call(
+        "--name", "it", "--texts", "a.txt", "--pretrained", tmp_path / "other.safetensors"
+    )
     assert status == 2
     assert "made with another CLIP: pretrained was tiny-cache.safetensors" in last

@@ -50,19 +50,29 @@ def test_groups_stand_for_their_methods_each_once():
 def test_models_and_runs_load_no_library_of_data_sets_or_plots():
     heavy = {"datasets", "matplotlib", "open_clip", "PIL", "pycocotools", "scipy"}
     code = f"import sys, models, utils.run; print(*{heavy} & {{*sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert not done.stdout.split()
 
 
 def test_training_reads_at_most_24_of_our_files():
     """Those of the baselines are not counted: a run of one method needs none of the others."""
     code = "import sys, train; print(*(getattr(m, '__file__', None) or '' for m in sys.modules.values()), sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     files = [Path(line) for line in done.stdout.splitlines()]
     ours = {
-        str(file.relative_to(REPOSITORY)) for file in files if file.is_relative_to(REPOSITORY) and file.stat().st_size
+        str(file.relative_to(REPOSITORY))
+        for file in files
+        if file.is_relative_to(REPOSITORY) and file.stat().st_size
     }
-    ours = {file for file in ours if not file.startswith((".venv", *(f"models/{name}/" for name in BASELINES)))}
+    ours = {
+        file
+        for file in ours
+        if not file.startswith((".venv", *(f"models/{name}/" for name in BASELINES)))
+    }
     assert {"train.py", "models/asymvlm/adaptor.py", "utils/run.py"} <= ours
     assert not any(file.startswith("utils/evaluation") for file in ours)
     assert len(ours) <= 24, sorted(ours)
@@ -76,8 +86,13 @@ def test_training_writes_a_checkpoint_and_a_log_of_every_epoch(script):
     assert set(content) == {"state_dict", "method", "embed_dim", "recipe", "config"}
     assert content["method"] == "asymvlm-psd"
     assert content["embed_dim"] == 64
-    assert content["recipe"] == asdict(replace(METHODS["asymvlm-psd"].recipes["small"], batch_size=50, epochs=2))
-    log = [json.loads(line) for line in Path("checkpoints/tiny/3/asymvlm-psd.jsonl").read_text().splitlines()]
+    assert content["recipe"] == asdict(
+        replace(METHODS["asymvlm-psd"].recipes["small"], batch_size=50, epochs=2)
+    )
+    log = [
+        json.loads(line)
+        for line in Path("checkpoints/tiny/3/asymvlm-psd.jsonl").read_text().splitlines()
+    ]
     assert [record["epoch"] for record in log] == [1, 2]
     assert all(np.isfinite(record["loss"]) and len(record["ladder"]) == 3 for record in log)
     assert log[-1]["lr"] == pytest.approx(1e-6)
@@ -89,7 +104,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(script):
     written = []
     for seed in (0, 0, 1):
         assert script(train_script.main, *QUICK, "--seed", seed)[0] == 0
-        assert script(eval_script.main, "--dataset", "tiny", *PLAIN, "--uncer_levels", 5, "--seed", seed)[0] == 0
+        assert (
+            script(
+                eval_script.main, "--dataset", "tiny", *PLAIN, "--uncer_levels", 5, "--seed", seed
+            )[0]
+            == 0
+        )
         files = (
             f"checkpoints/tiny/{seed}/asymvlm-psd.pt",
             f"results/tiny/{seed}/asymvlm-psd.json",
@@ -115,7 +135,17 @@ def test_the_paper_recipe_is_the_default(script):
 def test_uncertainty_learns_how_noisy_a_caption_is(script):
     make_cache("noisy", images=400, captions_per_image=4, dim=32)
     assert (
-        script(train_script.main, "--dataset", "noisy", "--recipe", "small", "--epochs", 12, "--batch-size", 400)[0]
+        script(
+            train_script.main,
+            "--dataset",
+            "noisy",
+            "--recipe",
+            "small",
+            "--epochs",
+            12,
+            "--batch-size",
+            400,
+        )[0]
         == 0
     )
     cache = EmbeddingCache("noisy", "train")
@@ -162,7 +192,10 @@ class Named(Toy):
     """The same with a loss whose terms have names."""
 
     def loss(self, z_image, z_text, shift):
-        return {"distance": (z_image - z_text - shift).square().mean(), "size": 0.5 * shift.square().mean()}
+        return {
+            "distance": (z_image - z_text - shift).square().mean(),
+            "size": 0.5 * shift.square().mean(),
+        }
 
 
 def test_the_terms_of_a_loss_are_logged_by_name_resumed_or_not(script, monkeypatch, one_thread):
@@ -185,7 +218,9 @@ def test_the_terms_of_a_loss_are_logged_by_name_resumed_or_not(script, monkeypat
         epoch = steps[3 * number : 3 * number + 3]  # 120 captions: three steps an epoch
         assert list(record["terms"]) == ["distance", "size"]
         for name, mean in record["terms"].items():
-            assert mean == pytest.approx(sum(terms[name].item() for _, terms in epoch) / 3, rel=1e-5)
+            assert mean == pytest.approx(
+                sum(terms[name].item() for _, terms in epoch) / 3, rel=1e-5
+            )
         assert sum(record["terms"].values()) == pytest.approx(record["loss"], rel=1e-5)
     path = Path("checkpoints/tiny/0/named.pt")
     whole = path.read_bytes()
@@ -224,12 +259,22 @@ def test_counts_of_batches_are_kept_and_older_files_lack_them(script, monkeypatc
     assert script(train_script.main, *run)[0] == 0
     path = Path("checkpoints/tiny/0/normalized.pt")
     content = torch.load(path, weights_only=True)
-    assert load_adaptor(path).norm.num_batches_tracked == content["state_dict"]["norm.num_batches_tracked"] == 21
-    for older in (dict(content["state_dict"]), METHODS["normalized"](64).state_dict()):  # a plain dict, and torch's
+    assert (
+        load_adaptor(path).norm.num_batches_tracked
+        == content["state_dict"]["norm.num_batches_tracked"]
+        == 21
+    )
+    for older in (
+        dict(content["state_dict"]),
+        METHODS["normalized"](64).state_dict(),
+    ):  # a plain dict, and torch's
         del older["norm.num_batches_tracked"]
         torch.save(content | {"state_dict": older}, path)
         assert load_adaptor(path).norm.num_batches_tracked == 0
-    for key, value in (("norm.num_batches_tracked", torch.tensor(1.5)), ("norm.running_mean", torch.ones(64).long())):
+    for key, value in (
+        ("norm.num_batches_tracked", torch.tensor(1.5)),
+        ("norm.running_mean", torch.ones(64).long()),
+    ):
         torch.save(content | {"state_dict": content["state_dict"] | {key: value}}, path)
         with pytest.raises(UserError, match=key):
             load_adaptor(path)
@@ -310,8 +355,17 @@ def test_checkpoints_that_do_not_fit_are_refused(workdir, script):
         path.write_bytes(content)
         with pytest.raises(UserError, match=words):
             load_adaptor(path)
-    for change in ({"method": "clip"}, {"embed_dim": 65}, {"embed_dim": "64"}, {"state_dict": {}}, {"state_dict": 3}):
-        torch.save({"state_dict": adaptor.state_dict(), "method": "asymvlm-psd", "embed_dim": 32} | change, path)
+    for change in (
+        {"method": "clip"},
+        {"embed_dim": 65},
+        {"embed_dim": "64"},
+        {"state_dict": {}},
+        {"state_dict": 3},
+    ):
+        torch.save(
+            {"state_dict": adaptor.state_dict(), "method": "asymvlm-psd", "embed_dim": 32} | change,
+            path,
+        )
         with pytest.raises(UserError, match=r"asymvlm-psd\.pt"):
             load_adaptor(path)
     weights = adaptor.state_dict()
@@ -353,10 +407,24 @@ def die(_):
 
 def read_log(method="asymvlm-psd"):
     lines = Path(f"checkpoints/tiny/0/{method}.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in lines
+    ]
 
 
-LONG = ("--dataset", "tiny", "--recipe", "small", "--epochs", 7, "--batch-size", 50, "--save-every", 2)
+LONG = (
+    "--dataset",
+    "tiny",
+    "--recipe",
+    "small",
+    "--epochs",
+    7,
+    "--batch-size",
+    50,
+    "--save-every",
+    2,
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -372,14 +440,20 @@ def test_resumed_run_equals_unbroken_run(method, script, monkeypatch, one_thread
             stop_in_epoch(patch, epoch, die)
             script(train_script.main, *run, *flags)
         assert not path.exists()
-        assert len(torch.load(path.with_suffix(".resume.pt"), weights_only=True)["log"]) == (2 if epoch == 4 else 4)
+        assert len(torch.load(path.with_suffix(".resume.pt"), weights_only=True)["log"]) == (
+            2 if epoch == 4 else 4
+        )
     assert script(train_script.main, *run, "--resume")[0] == 0
     assert path.read_bytes() == whole
     assert read_log(method) == log
-    assert sorted(file.name for file in path.parent.iterdir()) == sorted([path.name, f"{method}.jsonl"])
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(
+        [path.name, f"{method}.jsonl"]
+    )
 
 
-def test_ctrl_c_saves_the_last_finished_epoch_and_says_how_to_go_on(script, monkeypatch, one_thread):
+def test_ctrl_c_saves_the_last_finished_epoch_and_says_how_to_go_on(
+    script, monkeypatch, one_thread
+):
     make_cache("tiny")
     assert script(train_script.main, *LONG)[0] == 0
     path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
@@ -478,7 +552,9 @@ def test_a_state_that_is_none_is_refused(script, monkeypatch, one_thread, change
 
 
 @pytest.mark.parametrize("save_every", [2, 100])
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(script, monkeypatch, one_thread, save_every):
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
+    script, monkeypatch, one_thread, save_every
+):
     make_cache("tiny")
     stop_in_epoch(monkeypatch, 6, lambda losses: losses * float("nan"))
     status, _, last = script(train_script.main, *LONG, "--save-every", save_every)
@@ -523,7 +599,16 @@ def test_a_batch_of_one_and_a_batch_all_alike_are_trained_on(method, script, one
     assert script(train_script.main, *run, "--batch-size", 2)[0] == 0  # the last batch is one pair
     for split in ("train", "val"):
         alike = torch.ones(4, 64).half()
-        write_split(Path("embeddings/alike") / split, alike, alike, [0, 1, 2, 3], ["a"] * 4, ["a.png"] * 4, None, {})
+        write_split(
+            Path("embeddings/alike") / split,
+            alike,
+            alike,
+            [0, 1, 2, 3],
+            ["a"] * 4,
+            ["a.png"] * 4,
+            None,
+            {},
+        )
     assert script(train_script.main, *run, "--dataset", "alike")[0] == 0
 
 
@@ -539,17 +624,39 @@ def test_bfloat16_that_is_not_native_is_told_to_be_slow(monkeypatch, caplog):
 
 
 def test_a_state_from_before_sums_were_kept_is_resumed_and_one_of_another_clip_is_not(tmp_path):
-    recipe, clip = SMALL, {"model": "m", "model_sha256": "a", "pretrained": "p", "pretrained_sha256": "b"}
-    for stored, refused in (({"model": "m", "pretrained": "p"}, False), (clip, False), (clip | {"model": "n"}, True)):
+    recipe, clip = (
+        SMALL,
+        {"model": "m", "model_sha256": "a", "pretrained": "p", "pretrained_sha256": "b"},
+    )
+    for stored, refused in (
+        ({"model": "m", "pretrained": "p"}, False),
+        (clip, False),
+        (clip | {"model": "n"}, True),
+    ):
         content = {"config": {"seed": 0, "clip": stored}, "recipe": asdict(recipe)}
         save_tensors(content, tmp_path / "state.pt")
-        with pytest.raises(UserError, match="other settings") if refused else contextlib.nullcontext():
+        with (
+            pytest.raises(UserError, match="other settings")
+            if refused
+            else contextlib.nullcontext()
+        ):
             assert load_run(tmp_path / "state.pt", recipe, {"seed": 0, "clip": clip}) == content
 
 
 def test_a_state_from_before_variances_could_be_started_goes_on_as_it_was_begun(script):
     make_cache("tiny")
-    run = ("--dataset", "tiny", "--method", "pcmepp", "--recipe", "small", "--batch-size", 50, "--epochs", 3)
+    run = (
+        "--dataset",
+        "tiny",
+        "--method",
+        "pcmepp",
+        "--recipe",
+        "small",
+        "--batch-size",
+        50,
+        "--epochs",
+        3,
+    )
     path = Path("checkpoints/tiny/0/pcmepp.pt")
     states = []
 

@@ -28,7 +28,9 @@ def train_split(mapped=False):
 def cosines(cache, text):
     """Of the images of a cache and texts, (N, T), in float64."""
     image, text = (z.double().numpy() for z in (cache.image.read(), text))
-    return (image / np.linalg.norm(image, axis=1)[:, None]) @ (text / np.linalg.norm(text, axis=1)[:, None]).T
+    return (image / np.linalg.norm(image, axis=1)[:, None]) @ (
+        text / np.linalg.norm(text, axis=1)[:, None]
+    ).T
 
 
 def entropy(cosine, scale):
@@ -45,7 +47,13 @@ def mean_log_likelihood(cosine, own, scale):
 def trained(script):
     """A cache, and a checkpoint of any weights."""
     make_cache("tiny")
-    save_adaptor(METHODS["asymvlm-psd"](64), "asymvlm-psd", SMALL, {}, Path("checkpoints/tiny/0/asymvlm-psd.pt"))
+    save_adaptor(
+        METHODS["asymvlm-psd"](64),
+        "asymvlm-psd",
+        SMALL,
+        {},
+        Path("checkpoints/tiny/0/asymvlm-psd.pt"),
+    )
 
 
 def make_noisy_cache(noise):
@@ -94,7 +102,9 @@ def test_pairs_that_tell_nothing_or_everything_end_the_fit(workdir):
     z = cache.image.read()[cache.image_of_caption]
     make_cache("tiny", **pairs, text=-z)
     assert Reference(train_split()).fit_scale() == MIN_SCALE
-    make_cache("tiny", **pairs, text=z)  # told apart without an error at any scale that is large enough
+    make_cache(
+        "tiny", **pairs, text=z
+    )  # told apart without an error at any scale that is large enough
     fitted = Reference(train_split()).fit_scale()
     assert fitted < MAX_SCALE
     assert mean_log_likelihood(cosines(cache, z), cache.image_of_caption.numpy(), fitted) > -1e-4
@@ -143,19 +153,40 @@ def test_both_rows_are_evaluated_like_any_other(script, trained):
         result, arrays = load_result("tiny", "baselines", name)
         assert result["config"]["reference"] == 30
         scales.append(result["config"]["logit_scale"])
-        np.testing.assert_allclose(arrays["t2i_uncertainty"], entropy(cosine, scales[-1]), atol=2e-4)
+        np.testing.assert_allclose(
+            arrays["t2i_uncertainty"], entropy(cosine, scales[-1]), atol=2e-4
+        )
         assert (arrays["i2t_uncertainty"] == arrays["t2i_uncertainty"][arrays["i2t_top1"]]).all()
-        assert (arrays["t2i_rank"] == load_result("tiny", "baselines", "softmax-entropy")[1]["t2i_rank"]).all()
-        assert printed.count(f"\n{name} ") == 5  # by level, and compared, in both directions; and kept
+        assert (
+            arrays["t2i_rank"] == load_result("tiny", "baselines", "softmax-entropy")[1]["t2i_rank"]
+        ).all()
+        assert (
+            printed.count(f"\n{name} ") == 5
+        )  # by level, and compared, in both directions; and kept
     assert scales == [100.0, pytest.approx(Reference(train_split(), 30).fit_scale())]
     assert (
-        script(eval_script.main, *EVAL[:3], "--resamples", 100, "--compare", "reference-entropy", "asymvlm-psd")[0] == 0
+        script(
+            eval_script.main,
+            *EVAL[:3],
+            "--resamples",
+            100,
+            "--compare",
+            "reference-entropy",
+            "asymvlm-psd",
+        )[0]
+        == 0
     )
 
 
 def test_the_logit_scale_is_that_of_the_cache(script):
     make_cache("tiny", meta={"logit_scale": 20.0})
-    save_adaptor(METHODS["asymvlm-psd"](64), "asymvlm-psd", SMALL, {}, Path("checkpoints/tiny/0/asymvlm-psd.pt"))
+    save_adaptor(
+        METHODS["asymvlm-psd"](64),
+        "asymvlm-psd",
+        SMALL,
+        {},
+        Path("checkpoints/tiny/0/asymvlm-psd.pt"),
+    )
     assert script(eval_script.main, *EVAL)[0] == 0
     result, arrays = load_result("tiny", "baselines", "reference-entropy")
     assert result["config"]["logit_scale"] == 20.0
@@ -191,7 +222,9 @@ def torn(cache):
         (torn, ["train/image.pt"]),
     ],
 )
-def test_without_a_train_split_of_the_same_clip_the_rows_are_left_out_in_one_line(trained, capsys, change, words):
+def test_without_a_train_split_of_the_same_clip_the_rows_are_left_out_in_one_line(
+    trained, capsys, change, words
+):
     change(Path("embeddings/tiny"))
     assert run_script(eval_script.main, [str(argument) for argument in EVAL]) == 0
     captured = capsys.readouterr()

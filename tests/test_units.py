@@ -61,9 +61,13 @@ def test_what_was_encoded_before_a_stop_is_not_encoded_again(call, stopped, work
     stopped()
     with pytest.raises(UserError, match="unfinished; run cache_embeddings"):
         EmbeddingCache("shapes", "val")
-    monkeypatch.setattr(pictures, "decode_file", lambda *_: pytest.fail("a picture was decoded again"))
+    monkeypatch.setattr(
+        pictures, "decode_file", lambda *_: pytest.fail("a picture was decoded again")
+    )
     assert call("--split", "val")[0] == 0
-    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
+    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(
+        workdir / "embeddings" / "whole"
+    )
 
 
 def test_a_finished_cache_is_not_made_again_and_needs_no_clip(call, workdir, monkeypatch):
@@ -73,7 +77,8 @@ def test_a_finished_cache_is_not_made_again_and_needs_no_clip(call, workdir, mon
     status, err = call.stderr()
     assert status == 0
     assert [line for line in err.splitlines() if "whole already" in line] == [
-        f"embeddings/shapes/{split}: whole already; --overwrite makes it anew" for split in ("train", "val")
+        f"embeddings/shapes/{split}: whole already; --overwrite makes it anew"
+        for split in ("train", "val")
     ]
     assert all_bytes(workdir / "embeddings") == before
 
@@ -90,7 +95,9 @@ def test_a_finished_cache_is_not_made_again_and_needs_no_clip(call, workdir, mon
         ("image", "image_list was 70 images, "),
     ],
 )
-def test_other_settings_are_refused_with_the_difference(call, stopped, tiny, tmp_path, change, expected, finished):
+def test_other_settings_are_refused_with_the_difference(
+    call, stopped, tiny, tmp_path, change, expected, finished
+):
     root = draw_data(tmp_path / "mine", splits=(("val", VAL_IDS),))
     flags = ["--data-root", root, "--split", "val", "--precision", "fp32"]
     if finished:
@@ -130,10 +137,14 @@ def test_overwrite_keeps_the_old_cache_until_the_new_one_is_whole(call, stopped,
     stopped("--overwrite", "--dtype", "float32")
     assert torch.equal(EmbeddingCache("shapes", "val").image.read(), old)
     assert call("--split", "val", "--overwrite", "--dtype", "float32")[0] == 0
-    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
+    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(
+        workdir / "embeddings" / "whole"
+    )
 
 
-def test_overwrite_starts_an_unfinished_cache_anew_and_goes_on_with_its_own(call, stopped, monkeypatch):
+def test_overwrite_starts_an_unfinished_cache_anew_and_goes_on_with_its_own(
+    call, stopped, monkeypatch
+):
     seen = []
     read = pictures.decode_file
     monkeypatch.setattr(pictures, "decode_file", lambda *of: seen.append(of) or read(*of))
@@ -170,19 +181,27 @@ def broken_root(tmp_path):
     return root, names
 
 
-def test_what_was_encoded_before_a_broken_picture_is_kept(call, small_units, broken_root, data, monkeypatch):
+def test_what_was_encoded_before_a_broken_picture_is_kept(
+    call, small_units, broken_root, data, monkeypatch
+):
     root, names = broken_root
     (root / "val" / names[0]).write_bytes((data / "val" / names[0]).read_bytes())
     assert call("--data-root", root, "--split", "val")[0] == 2
     (root / "val" / names[1]).write_bytes((data / "val" / names[1]).read_bytes())
     seen = []
     read = pictures.decode_file
-    monkeypatch.setattr(pictures, "decode_file", lambda path, to: seen.append(str(path)) or read(path, to))
+    monkeypatch.setattr(
+        pictures, "decode_file", lambda path, to: seen.append(str(path)) or read(path, to)
+    )
     assert call("--data-root", root, "--split", "val")[0] == 0
-    assert seen == [str(root / "val" / image["file_name"]) for image in plain_split(root, "val")[0][64:]]
+    assert seen == [
+        str(root / "val" / image["file_name"]) for image in plain_split(root, "val")[0][64:]
+    ]
 
 
-def test_pictures_that_were_skipped_are_looked_at_again_without_the_flag(call, stopped, broken_root):
+def test_pictures_that_were_skipped_are_looked_at_again_without_the_flag(
+    call, stopped, broken_root
+):
     root, names = broken_root
     stopped("--data-root", root, "--skip-broken")
     status, _, last = call("--data-root", root, "--split", "val")
@@ -204,10 +223,14 @@ def test_after_a_broken_picture_nothing_is_encoded(call, small_units, broken_roo
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_pictures_and_their_captions_are_left_out_and_recorded(call, small_units, broken_root, data, workers):
+def test_skipped_pictures_and_their_captions_are_left_out_and_recorded(
+    call, small_units, broken_root, data, workers
+):
     root, names = broken_root
     assert call("--split", "val", "--name", "all")[0] == 0
-    assert call("--data-root", root, "--split", "val", "--skip-broken", "--workers", workers)[0] == 0
+    assert (
+        call("--data-root", root, "--split", "val", "--skip-broken", "--workers", workers)[0] == 0
+    )
     cache, full = EmbeddingCache("shapes", "val"), EmbeddingCache("all", "val")
     left = [row for row in range(70) if row not in (2, 66)]
     assert [name for name, _ in cache.meta["skipped"]] == names
@@ -217,19 +240,25 @@ def test_skipped_pictures_and_their_captions_are_left_out_and_recorded(call, sma
     captions = [row for row, image in enumerate(full.image_of_caption.tolist()) if image in left]
     assert cache.captions == [full.captions[row] for row in captions]
     assert torch.equal(cache.text.read(), full.text[captions])
-    assert [left[row] for row in cache.image_of_caption.tolist()] == full.image_of_caption[captions].tolist()
+    assert [left[row] for row in cache.image_of_caption.tolist()] == full.image_of_caption[
+        captions
+    ].tolist()
     assert [[left[row] for row in rows] for rows in cache.relevance] == [
         [row for row in full.relevance[i] if row in left] for i in captions
     ]
     assert cache.meta["image_ids"] == [full.meta["image_ids"][row] for row in left]
 
 
-def test_skipping_goes_on_after_a_stop_with_the_same_bytes_and_is_not_forgotten(call, stopped, broken_root, workdir):
+def test_skipping_goes_on_after_a_stop_with_the_same_bytes_and_is_not_forgotten(
+    call, stopped, broken_root, workdir
+):
     flags = ["--data-root", broken_root[0], "--split", "val", "--skip-broken"]
     assert call(*flags, "--name", "whole")[0] == 0
     stopped(*flags)
     assert call(*flags)[0] == 0
-    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(workdir / "embeddings" / "whole")
+    assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(
+        workdir / "embeddings" / "whole"
+    )
     status, _, last = call(*flags[:-1])
     assert status == 2
     assert "2 broken images were left out" in last
@@ -238,7 +267,10 @@ def test_skipping_goes_on_after_a_stop_with_the_same_bytes_and_is_not_forgotten(
 @pytest.fixture(params=["shapes", "coco", "csv"])
 def root_with_two_broken(request, tmp_path):
     """A data set of 70 pictures, those of rows 2 and 66 broken. Returns: (flags, the two file names)."""
-    root, layout = tmp_path / "broken", DATASETS["coco" if request.param == "coco" else "shapes"].layout
+    root, layout = (
+        tmp_path / "broken",
+        DATASETS["coco" if request.param == "coco" else "shapes"].layout,
+    )
     draw_data(root, (("val", VAL_IDS),), layout)
     document = json.loads((root / layout.captions.format(split="val")).read_text())
     images = sorted(document["images"], key=lambda image: image["id"])
@@ -246,14 +278,18 @@ def root_with_two_broken(request, tmp_path):
     names = [image["file_name"] for image in images]
     if request.param == "csv":
         names = [f"val/{name}" for name in names]
-        (root / "val.csv").write_text("\n".join(["filepath,title", *(f"{name},{name[-9:]}" for name in names)]))
+        (root / "val.csv").write_text(
+            "\n".join(["filepath,title", *(f"{name},{name[-9:]}" for name in names)])
+        )
     for row in (2, 66):
         files[row].write_bytes(b"no picture")
     flags = ("--dataset", request.param, "--name", "it", "--data-root", root, "--split", "val")
     return flags, [names[row] for row in (2, 66)]
 
 
-def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(call, small_units, root_with_two_broken):
+def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
+    call, small_units, root_with_two_broken
+):
     flags, names = root_with_two_broken
     status, err = call.stderr(*flags, "--max-broken", 1)
     assert status == 2
@@ -280,7 +316,9 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(call, s
 def test_pictures_left_out_before_a_stop_count_after_it(call, stopped, broken_root):
     root, names = broken_root
     stopped("--data-root", root, "--max-broken", 2)
-    (root / "val" / names[1]).write_bytes((root / "val" / plain_split(root, "val")[0][0]["file_name"]).read_bytes())
+    (root / "val" / names[1]).write_bytes(
+        (root / "val" / plain_split(root, "val")[0][0]["file_name"]).read_bytes()
+    )
     assert call("--data-root", root, "--split", "val")[0] == 2
     assert call("--data-root", root, "--split", "val", "--max-broken", 1)[0] == 0  # one was mended
     assert [name for name, _ in EmbeddingCache("shapes", "val").meta["skipped"]] == [names[0]]

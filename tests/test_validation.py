@@ -21,7 +21,19 @@ from utils.evaluation import validation
 from utils.evaluation.validation import HeldOut, retrieval
 
 HELD = ("--validation", 0.2)
-RUN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 7, "--batch-size", 50, "--save-every", 2, *HELD)
+RUN = (
+    "--dataset",
+    "tiny",
+    "--recipe",
+    "small",
+    "--epochs",
+    7,
+    "--batch-size",
+    50,
+    "--save-every",
+    2,
+    *HELD,
+)
 IN_SHARDS = {"shard_rows": 13, "meta": {"embed_dim": 64, "dtype": "float16"}}
 BEST = ("--keep", "best")
 PATH = Path("checkpoints/tiny/0/asymvlm-psd.pt")
@@ -49,9 +61,15 @@ def test_held_out_images_take_their_captions_with_them_and_no_other(workdir, map
         order = torch.cat(list(part.batches(7, torch.Generator().manual_seed(0), buffer=20)))
         assert sorted(order.tolist()) == list(range(len(part.text)))
         if not mapped:
-            names = {tuple(z.tolist()): name for z, name in zip(whole.image.read(), whole.images, strict=True)}
+            names = {
+                tuple(z.tolist()): name
+                for z, name in zip(whole.image.read(), whole.images, strict=True)
+            }
             assert part.images == [names[tuple(z.tolist())] for z in part.image.read()]
-            texts = {tuple(z.tolist()): text for z, text in zip(whole.text.read(), whole.captions, strict=True)}
+            texts = {
+                tuple(z.tolist()): text
+                for z, text in zip(whole.text.read(), whole.captions, strict=True)
+            }
             assert part.captions == [texts[tuple(z.tolist())] for z in part.text.read()]
     again, other = whole.hold_out(0.2)[1], whole.hold_out(0.2, seed=1)[1]
     assert torch.equal(held_out.image.read(), again.image.read())
@@ -78,7 +96,9 @@ def test_no_more_images_are_held_out_than_can_be_compared_every_epoch(workdir, m
 def test_images_without_a_caption_are_held_out_too_and_a_part_without_any_is_refused(workdir):
     make_cache("tiny", image_of_caption=[0] * 120)
     cache = EmbeddingCache("tiny", "train")
-    with pytest.raises(UserError, match=r"embeddings/tiny/train: the 8 images that were drawn have no caption"):
+    with pytest.raises(
+        UserError, match=r"embeddings/tiny/train: the 8 images that were drawn have no caption"
+    ):
         cache.hold_out(0.2, seed=0)
     with pytest.raises(UserError, match=r"of 40 images, 0\.99 leave none"):
         cache.hold_out(0.99)
@@ -86,7 +106,9 @@ def test_images_without_a_caption_are_held_out_too_and_a_part_without_any_is_ref
 
 def recall_and_aurc_by_a_slow_loop(similarity, image_of_caption, uncertainty):
     """Text-to-image, one query after the other: of equal uncertainties there are none here."""
-    right = [int(np.argmax(similarity[:, m])) == image_of_caption[m] for m in range(similarity.shape[1])]
+    right = [
+        int(np.argmax(similarity[:, m])) == image_of_caption[m] for m in range(similarity.shape[1])
+    ]
     errors, risks = 0, []
     for number, m in enumerate(np.argsort(uncertainty), start=1):
         errors += not right[m]
@@ -102,13 +124,17 @@ def test_an_epochs_record_is_what_its_weights_do_on_the_held_out_images(method, 
     assert [sorted(record["validation"]) for record in log] == [["AURC", "R@1", "loss"]] * 7
     held_out = EmbeddingCache("tiny", "train").hold_out(0.2)[1]
     adaptor = METHODS[method](64)
-    adaptor.load_state_dict(torch.load(PATH.with_name(f"{method}.pt"), weights_only=True)["state_dict"])
+    adaptor.load_state_dict(
+        torch.load(PATH.with_name(f"{method}.pt"), weights_only=True)["state_dict"]
+    )
     z_image, z_text = held_out.image.read(), held_out.text.read()
     with torch.no_grad():
         similarity = adaptor.similarity(z_image, z_text).numpy()
         uncertainty = adaptor.adapt_text(z_text)[1].numpy()
         loss = adaptor(z_image[held_out.image_of_caption], z_text).item()  # 24 pairs are one batch
-    expected = recall_and_aurc_by_a_slow_loop(similarity, held_out.image_of_caption.tolist(), uncertainty)
+    expected = recall_and_aurc_by_a_slow_loop(
+        similarity, held_out.image_of_caption.tolist(), uncertainty
+    )
     found = log[-1]["validation"]
     assert (found["R@1"], found["AURC"]) == pytest.approx(expected, abs=1e-12)
     assert found["loss"] == pytest.approx(loss, rel=2e-2)  # bfloat16 where the machine has it
@@ -152,19 +178,25 @@ def scripted(monkeypatch, aurcs):
     return weights
 
 
-@pytest.mark.parametrize(("aurcs", "best"), [([5, 3, 4, 2, 2, 6, 7], 4), ([7, 6, 5, 4, 3, 2, 1], 7), ([1] * 7, 1)])
+@pytest.mark.parametrize(
+    ("aurcs", "best"), [([5, 3, 4, 2, 2, 6, 7], 4), ([7, 6, 5, 4, 3, 2, 1], 7), ([1] * 7, 1)]
+)
 def test_the_first_epoch_of_the_least_aurc_is_kept(script, monkeypatch, aurcs, best):
     make_cache("tiny")
     weights = scripted(monkeypatch, aurcs)
     assert script(train_script.main, *RUN, *BEST)[0] == 0
     kept = torch.load(PATH, weights_only=True)["state_dict"]
-    same = [all(torch.equal(value, kept[name]) for name, value in epoch.items()) for epoch in weights]
+    same = [
+        all(torch.equal(value, kept[name]) for name, value in epoch.items()) for epoch in weights
+    ]
     assert [epoch for epoch, is_same in enumerate(same, start=1) if is_same] == [best]
 
 
 @pytest.mark.parametrize("method", ["asymvlm-psd", "probvlm"])
 @pytest.mark.parametrize("stop", [die, interrupt])
-def test_a_resumed_run_that_keeps_the_best_equals_an_unbroken_one(method, stop, script, monkeypatch):
+def test_a_resumed_run_that_keeps_the_best_equals_an_unbroken_one(
+    method, stop, script, monkeypatch
+):
     make_cache("tiny")
     path = PATH.with_name(f"{method}.pt")
     run = (*RUN, *BEST, "--method", method, "--lr", 0.1)  # too fast: the best is not the last
@@ -194,7 +226,9 @@ def test_a_resumed_run_that_keeps_the_best_equals_an_unbroken_one(method, stop, 
         (("--keep", "last"), "keep was best, now last"),
     ],
 )
-def test_a_state_of_another_share_is_refused_and_the_share_named(script, monkeypatch, flags, expected):
+def test_a_state_of_another_share_is_refused_and_the_share_named(
+    script, monkeypatch, flags, expected
+):
     make_cache("tiny")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in_epoch(patch, 4, die)
@@ -251,10 +285,15 @@ def test_wrong_shares_are_one_line_that_names_them(flags, words, script):
 
 def test_a_similarity_that_is_not_a_number_is_one_line(script, monkeypatch):
     make_cache("tiny")
-    monkeypatch.setattr(METHODS["asymvlm-psd"], "score", lambda self, image, text: torch.full((8, 24), torch.nan))
+    monkeypatch.setattr(
+        METHODS["asymvlm-psd"], "score", lambda self, image, text: torch.full((8, 24), torch.nan)
+    )
     status, _, error = script(train_script.main, *RUN)
     assert status == 2
-    assert "--validation: a similarity is not a number on the held-out images; try a smaller --lr" in error
+    assert (
+        "--validation: a similarity is not a number on the held-out images; try a smaller --lr"
+        in error
+    )
 
 
 @pytest.mark.parametrize(("recall", "is_told"), [(0.89, True), (0.91, False)])
@@ -265,17 +304,24 @@ def test_that_r1_fell_by_a_tenth_is_told_once_a_run(recall, is_told, workdir, mo
     frozen = {"t2i": {"R@1": 0.5}}
     monkeypatch.setattr(validation, "retrieval", lambda *_: frozen)
     assert run_script(train_script.main, [*map(str, RUN), "--seed", "0", "1"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "R@1 on the held-out images" in line]
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "R@1 on the held-out images" in line
+    ]
     assert len(lines) == (2 if is_told else 0)
     if is_told:
-        assert f"{PATH}: R@1 on the held-out images is 0.445, the frozen CLIP's is 0.500" in lines[0]
+        assert (
+            f"{PATH}: R@1 on the held-out images is 0.445, the frozen CLIP's is 0.500" in lines[0]
+        )
 
 
 def test_the_frozen_recall_is_that_of_the_cosine(workdir):
     make_cache("tiny")
     held_out = EmbeddingCache("tiny", "train").hold_out(0.2)[1]
     z_image, z_text = (
-        torch.nn.functional.normalize(rows.read().float(), dim=1) for rows in (held_out.image, held_out.text)
+        torch.nn.functional.normalize(rows.read().float(), dim=1)
+        for rows in (held_out.image, held_out.text)
     )
     right = (z_text @ z_image.T).argmax(dim=1) == held_out.image_of_caption
     assert HeldOut(held_out, torch.float32).frozen_recall == right.float().mean().item()
@@ -283,7 +329,9 @@ def test_the_frozen_recall_is_that_of_the_cosine(workdir):
 
 def test_where_captions_have_no_uncertainty_the_images_counts(monkeypatch):
     fields = {"rank": np.array([1, 2]), "image_uncertainty": np.array([0.1, 0.2])}
-    monkeypatch.setattr(validation, "answer", lambda *_: {"t2i": fields, "i2t": {"rank": np.array([1, 1])}})
+    monkeypatch.setattr(
+        validation, "answer", lambda *_: {"t2i": fields, "i2t": {"rank": np.array([1, 1])}}
+    )
     assert retrieval(None, None) == {"t2i": {"R@1": 0.5, "AURC": 0.25}, "i2t": {"R@1": 1.0}}
 
 
@@ -306,5 +354,7 @@ def test_ranks_hold_the_same_images_out_and_keep_the_same_epoch(script):
 def test_training_loads_no_library_of_figures_plots_or_pictures():
     heavy = {"matplotlib", "open_clip", "PIL", "pycocotools", "scipy"}
     code = f"import sys, train; print(*{heavy} & {{*sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert not done.stdout.split()

@@ -435,4 +435,6 @@ def test_rows_of_unknown_names_look_different(evaluated, tmp_path):
     seen = plots.looks_of(["asymvlm-psd", *names])
     assert (*seen["asymvlm-psd"].values(),) == plots.LOOKS["asymvlm-psd"]
     assert len({tuple(seen[name].items()) for name in names}) == 20
-    assert not {seen[name]["color"] for name in names} & {colour for colour, _, _ in plots.LOOKS.values()}
+    assert not {seen[name]["color"] for name in names} & {
+        colour for colour, _, _ in plots.LOOKS.values()
+    }

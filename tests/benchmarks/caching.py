@@ -32,7 +32,11 @@ SOME = 512  # texts that are also encoded at the context length
 
 def make_pictures(folder, count):
     """Write JPEG files of 640 x 480 pixels. Returns: their paths."""
-    sources = sorted(Path(os.environ["COCO_ROOT"]).glob("*2017/*.jpg"))[:count] if os.environ.get("COCO_ROOT") else []
+    sources = (
+        sorted(Path(os.environ["COCO_ROOT"]).glob("*2017/*.jpg"))[:count]
+        if os.environ.get("COCO_ROOT")
+        else []
+    )
     files = []
     for i in range(count):
         if i < len(sources):
@@ -47,7 +51,9 @@ def make_pictures(folder, count):
 def some_texts(count):
     """So many different captions."""
     file = Path(os.environ.get("COCO_ROOT", ".")) / "annotations/captions_train2017.json"
-    document = json.loads(file.read_text()) if file.exists() else world.make_split(0, "train", count)
+    document = (
+        json.loads(file.read_text()) if file.exists() else world.make_split(0, "train", count)
+    )
     return list(dict.fromkeys(entry["caption"] for entry in document["annotations"]))[:count]
 
 
@@ -62,7 +68,9 @@ def main(repeats=3):
         weights = Path(folder) / "random.safetensors"
         save_file(open_clip.create_model(MODEL, pretrained=None).state_dict(), weights)
         files = make_pictures(Path(folder), PICTURES)
-        clip, wide = (load_clip(MODEL, str(weights), device, dtype) for dtype in (precision, torch.float32))
+        clip, wide = (
+            load_clip(MODEL, str(weights), device, dtype) for dtype in (precision, torch.float32)
+        )
         ready = torch.randn(CHUNK, 3, 224, 224)
 
         def bare(some_clip, dtype, chunks):
@@ -94,15 +102,26 @@ def main(repeats=3):
             },
             repeats,
         )
-        text_times = in_turn({"texts at their length": short, "at the context length": full_length}, repeats=1)
+        text_times = in_turn(
+            {"texts at their length": short, "at the context length": full_length}, repeats=1
+        )
     rates = {name: PICTURES / median for name, (median, _, _) in times.items()}
     rows = [[name, f"{rate:.1f}", f"{rates['cache'] / rate:.2f}"] for name, rate in rates.items()]
-    print(markdown_table([f"{MODEL}, {precision_name(precision)}", "images/s", "cache_embeddings.py over this"], rows))
+    print(
+        markdown_table(
+            [f"{MODEL}, {precision_name(precision)}", "images/s", "cache_embeddings.py over this"],
+            rows,
+        )
+    )
     counts = {"texts at their length": len(tokens), "at the context length": min(SOME, len(tokens))}
     rates = {name: counts[name] / median for name, (median, _, _) in text_times.items()}
-    rows = [[name, f"{rate:.0f}", f"{max(rates.values()) / rate:.2f}"] for name, rate in rates.items()]
+    rows = [
+        [name, f"{rate:.0f}", f"{max(rates.values()) / rate:.2f}"] for name, rate in rates.items()
+    ]
     mean = text_ends(clip.model, tokens).float().mean().item()
-    print(f"\n{markdown_table([f'{len(tokens)} texts of {mean:.1f} tokens', 'texts/s', 'the first over this'], rows)}")
+    print(
+        f"\n{markdown_table([f'{len(tokens)} texts of {mean:.1f} tokens', 'texts/s', 'the first over this'], rows)}"
+    )
 
 
 if __name__ == "__main__":

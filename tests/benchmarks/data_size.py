@@ -42,7 +42,11 @@ def part_of(cache, share, seed):
     """The part of a cache that is of so large a share of its images; a smaller share's is in a larger one's."""
     images = len(cache.image)
     is_chosen = torch.zeros(images, dtype=torch.bool)
-    is_chosen[torch.randperm(images, generator=torch.Generator().manual_seed(seed))[: round(share * images)]] = True
+    is_chosen[
+        torch.randperm(images, generator=torch.Generator().manual_seed(seed))[
+            : round(share * images)
+        ]
+    ] = True
     return cache.of_images(is_chosen)
 
 
@@ -53,7 +57,9 @@ def measure(name, part, val, seed, epochs):
             return retrieval(ReferenceEntropy(FrozenScorer(val), Reference(part)), val)["t2i"]
     cache, held_out = part.hold_out(0.1, seed)
     recipe = replace(METHODS[name].recipes["small"], epochs=epochs)
-    adaptor = trained(name, recipe, cache, seed, HeldOut(held_out, pick_precision("auto", cache.device)))
+    adaptor = trained(
+        name, recipe, cache, seed, HeldOut(held_out, pick_precision("auto", cache.device))
+    )
     return retrieval(AdaptorScorer(adaptor, val), val)["t2i"]
 
 
@@ -69,11 +75,18 @@ def draw(found, sizes, path):
                 images = [sizes[share] for share in shares]
                 look = LOOKS.get(name, {"marker": "*", "color": f"C{number + 4}"})
                 (line,) = panel.plot(images, mean, label=name, **look)
-                panel.fill_between(images, mean - deviation, mean + deviation, alpha=0.15, color=line.get_color())
+                panel.fill_between(
+                    images, mean - deviation, mean + deviation, alpha=0.15, color=line.get_color()
+                )
             panel.set(xscale="log", xlabel="train images", ylabel=f"{figure}, text-to-image")
             panel.set_xticks([*sizes.values()], [f"{size:,}" for size in sizes.values()])
             panel.minorticks_off()
-        picture.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        picture.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=3,
+            frameon=False,
+        )
         picture.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(picture)
 
@@ -107,8 +120,15 @@ def main():
         rows = []
         for name in ROWS:
             cells = [[run[figure] for run in found.get((name, share), ())] for share in SHARES]
-            rows.append([name, *(mean_and_deviation(values) if values else "-" for values in cells)])
-        print(markdown_table([f"{figure} t2i by train images", *(f"{size:,}" for size in sizes.values())], rows), "\n")
+            rows.append(
+                [name, *(mean_and_deviation(values) if values else "-" for values in cells)]
+            )
+        print(
+            markdown_table(
+                [f"{figure} t2i by train images", *(f"{size:,}" for size in sizes.values())], rows
+            ),
+            "\n",
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ METHOD, DIM = "asymvlm-psd", 512
 def random_cache(images, captions, dim=DIM):
     """What evaluate needs of an EmbeddingCache, with random embeddings."""
     generator = torch.Generator().manual_seed(0)
-    image, text = (torch.randn(rows, dim, generator=generator).half() for rows in (images, captions))
+    image, text = (
+        torch.randn(rows, dim, generator=generator).half() for rows in (images, captions)
+    )
     owner = torch.arange(captions)[torch.randperm(captions, generator=generator)] % images
     known = {"image": image, "text": text, "image_of_caption": owner, "device": torch.device("cpu")}
     return SimpleNamespace(**known, judgements={}, captions=None, meta={})

@@ -45,16 +45,33 @@ def draw_split(folder, images, captions, seed=0):
     owner = torch.arange(captions) * images // captions
     words = torch.randint(5, 25, (captions,), generator=rng)
     noise = torch.randn(captions, LATENT, generator=rng) @ torch.eye(LATENT, DIM)
-    text = words[:, None] / 25 * image[owner] + noise + 0.1 * torch.randn(captions, DIM, generator=rng)
+    text = (
+        words[:, None] / 25 * image[owner] + noise + 0.1 * torch.randn(captions, DIM, generator=rng)
+    )
     texts = [f"caption {row}" + " word" * count for row, count in enumerate(words.tolist())]
     names = [f"{row:012d}.jpg" for row in range(images)]
-    write_split(Path(folder), image.half(), text.half(), owner.tolist(), texts, names, None, {"logit_scale": 100.0})
+    write_split(
+        Path(folder),
+        image.half(),
+        text.half(),
+        owner.tolist(),
+        texts,
+        names,
+        None,
+        {"logit_scale": 100.0},
+    )
 
 
 def run(*command):
     """Run Python with this command line, silently. Returns: its wall time in seconds."""
     start, quiet = time.perf_counter(), subprocess.DEVNULL
-    subprocess.run([sys.executable, *map(str, command)], stdout=quiet, stderr=quiet, env=ENVIRONMENT, check=True)
+    subprocess.run(
+        [sys.executable, *map(str, command)],
+        stdout=quiet,
+        stderr=quiet,
+        env=ENVIRONMENT,
+        check=True,
+    )
     return time.perf_counter() - start
 
 
@@ -68,18 +85,32 @@ def clock(call):
 def ratio(ours, bound, repeats=5):
     """Two functions that return seconds, called in turn. Returns: their medians, and that of their ratios."""
     pairs = [(ours(), bound()) for _ in range(repeats + 1)][1:]
-    return *map(statistics.median, zip(*pairs, strict=True)), statistics.median(a / b for a, b in pairs)
+    return *map(statistics.median, zip(*pairs, strict=True)), statistics.median(
+        a / b for a, b in pairs
+    )
 
 
 def evaluations():
     """Whole processes: the paper's protocol, and three seeds of all methods."""
-    plain = ("-m", "tests.benchmarks.plain_evaluation", "embeddings/test/val", checkpoint_path("test", 0, METHOD))
+    plain = (
+        "-m",
+        "tests.benchmarks.plain_evaluation",
+        "embeddings/test/val",
+        checkpoint_path("test", 0, METHOD),
+    )
     ours = (ROOT / "eval.py", "--dataset", "test", "--method", METHOD)
     times = ratio(lambda: run(*ours), lambda: run(*plain), 3)
     yield "`eval.py --method asymvlm-psd`, 5,000 x 25,000", "a plain script", *times, 0.6
     draw_split("embeddings/test/train", *SMALL, seed=1)  # for reference-entropy
     seconds = run(ROOT / "eval.py", "--dataset", "test", "--method", "all", "--seed", *SEEDS)
-    yield f"the same of six methods x {len(SEEDS)} seeds", "three minutes", seconds, 180, seconds / 180, 1.0
+    yield (
+        f"the same of six methods x {len(SEEDS)} seeds",
+        "three minutes",
+        seconds,
+        180,
+        seconds / 180,
+        1.0,
+    )
 
 
 @torch.inference_mode()
@@ -93,7 +124,12 @@ def rankings():
     products = lambda: [a @ b.T for a in x.split(TILE) for b in y.split(width)]  # noqa: E731
     for name, scorer in scorers.items():
         ours = lambda scorer=scorer: clock(lambda: rank_queries(scorer.score, owner, images))  # noqa: E731
-        yield f"ranking 5,000 x 25,000, {name}", "its matrix products", *ratio(ours, lambda: clock(products), 9), 1.6
+        yield (
+            f"ranking 5,000 x 25,000, {name}",
+            "its matrix products",
+            *ratio(ours, lambda: clock(products), 9),
+            1.6,
+        )
 
 
 def openings():
@@ -111,7 +147,9 @@ def openings():
     size = sum(TRAIN) * DIM * 2 / 2**20
     code = "import os, sys; sys.path.insert(0, os.environ['ROOT']); from datasets.embedding import EmbeddingCache\n"
     with mock.patch.dict(os.environ, ROOT=str(ROOT)):
-        peak = peak_memory(f"{code}cache = EmbeddingCache('coco', 'train'); cache.image.read(), cache.text.read()")
+        peak = peak_memory(
+            f"{code}cache = EmbeddingCache('coco', 'train'); cache.image.read(), cache.text.read()"
+        )
     yield "its peak memory, MB", "its embeddings", peak, size, peak / size, 1.3
 
 
@@ -119,7 +157,12 @@ def starts():
     """The scripts' --help, and a process that imports torch."""
     bare = lambda: run("-c", "import torch")  # noqa: E731
     for script in SCRIPTS:
-        yield f"`{script} --help`", "`import torch`", *ratio(lambda: run(ROOT / script, "--help"), bare), 1.5  # noqa: B023
+        yield (
+            f"`{script} --help`",
+            "`import torch`",
+            *ratio(lambda: run(ROOT / script, "--help"), bare),
+            1.5,
+        )  # noqa: B023
 
 
 def steps():
@@ -128,7 +171,9 @@ def steps():
         step = make_step(method, 2048, DIM)
 
         def before(step=step):
-            with mock.patch.object(models.asymvlm.adaptor, "symmetric_cross_entropy", slow_symmetric_cross_entropy):
+            with mock.patch.object(
+                models.asymvlm.adaptor, "symmetric_cross_entropy", slow_symmetric_cross_entropy
+            ):
                 step()
 
         times = ratio(lambda: clock(step), lambda: clock(before), 15)  # noqa: B023
@@ -140,7 +185,17 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         draw_split("embeddings/test/val", *TEST)
-        train = (ROOT / "train.py", "--recipe", "demo", "--epochs", 2, "--method", "all", "--seed", *SEEDS)
+        train = (
+            ROOT / "train.py",
+            "--recipe",
+            "demo",
+            "--epochs",
+            2,
+            "--method",
+            "all",
+            "--seed",
+            *SEEDS,
+        )
         draw_split("embeddings/small/train", *SMALL, seed=1)
         run(*train, "--dataset", "small")
         Path("checkpoints/small").rename("checkpoints/test")
@@ -149,7 +204,11 @@ def main():
                 verdict = f"{found:.2f}" if found <= limit else f"**{found:.2f}**"
                 rows.append([what, f"{ours:.3g}", f"{beside}: {bound:.3g}", verdict, f"{limit:g}"])
                 print(*rows[-1], file=sys.stderr, flush=True)
-    print(markdown_table(["in seconds, where nothing else is said", "ours", "beside", "ratio", "at most"], rows))
+    print(
+        markdown_table(
+            ["in seconds, where nothing else is said", "ours", "beside", "ratio", "at most"], rows
+        )
+    )
 
 
 if __name__ == "__main__":

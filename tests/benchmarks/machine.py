@@ -75,7 +75,8 @@ def describe():
     """One line about the machine and the versions."""
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     rates = {
-        name: matmul_rate(dtype) / 1e9 for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        name: matmul_rate(dtype) / 1e9
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
     }
     products = ", ".join(f"{name} products at {rate:.0f} GFLOP/s" for name, rate in rates.items())
     cpu, threads = model[1] if model else "unknown CPU", torch.get_num_threads()

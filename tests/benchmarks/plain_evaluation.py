@@ -30,7 +30,9 @@ def evaluate(weights, z_image, z_text, image_of_caption):
     captions_found = similarity.argsort(dim=1, descending=True)[:, :10]
     t2i = images_found == image_of_caption[:, None]
     i2t = image_of_caption[captions_found] == torch.arange(len(x))[:, None]
-    return tuple(figures(*both) for both in ((t2i, uncertainty), (i2t, uncertainty[captions_found[:, 0]])))
+    return tuple(
+        figures(*both) for both in ((t2i, uncertainty), (i2t, uncertainty[captions_found[:, 0]]))
+    )
 
 
 def figures(is_right, uncertainty):
@@ -43,11 +45,17 @@ def figures(is_right, uncertainty):
 
 
 def main(folder, checkpoint):
-    z_image, z_text = (torch.load(Path(folder) / f"{kind}.pt", weights_only=True) for kind in ("image", "text"))
+    z_image, z_text = (
+        torch.load(Path(folder) / f"{kind}.pt", weights_only=True) for kind in ("image", "text")
+    )
     image_of_caption = json.loads((Path(folder) / "cap_id_to_img_id.json").read_text())
-    image_of_caption = torch.tensor([image_of_caption[str(caption)] for caption in range(len(z_text))])
+    image_of_caption = torch.tensor(
+        [image_of_caption[str(caption)] for caption in range(len(z_text))]
+    )
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
-    for direction, found in zip(("t2i", "i2t"), evaluate(weights, z_image, z_text, image_of_caption), strict=True):
+    for direction, found in zip(
+        ("t2i", "i2t"), evaluate(weights, z_image, z_text, image_of_caption), strict=True
+    ):
         print(direction, *found)
 
 

@@ -23,7 +23,11 @@ from datasets.shapes import world
 from models import GROUPS
 from tests.benchmarks.machine import markdown_table
 
-FIGURES = {f"{figure} {direction}": (direction, figure) for figure in ("R@1", "AURC") for direction in ("t2i", "i2t")}
+FIGURES = {
+    f"{figure} {direction}": (direction, figure)
+    for figure in ("R@1", "AURC")
+    for direction in ("t2i", "i2t")
+}
 FIGURES["spearman"] = ("ambiguity", "spearman")
 ARMS = {
     "float32": ("fp32", "fp32"),
@@ -54,7 +58,8 @@ def main():
                     for seed in args.seed
                 ]
                 figures[arm, method] = {
-                    name: [run[section][key] for run in runs] for name, (section, key) in FIGURES.items()
+                    name: [run[section][key] for run in runs]
+                    for name, (section, key) in FIGURES.items()
                 }
     rows = []
     for method in args.method:
@@ -64,7 +69,9 @@ def main():
                 reference, other = figures["float32", method][name], figures[arm, method][name]
                 allowed = max(0.01, np.std(reference, ddof=1) if len(reference) > 1 else 0.0)
                 difference = np.mean(other) - np.mean(reference)
-                cells.append(f"{difference:+.4f} {'<' if abs(difference) < allowed else 'NOT <'} {allowed:.3f}")
+                cells.append(
+                    f"{difference:+.4f} {'<' if abs(difference) < allowed else 'NOT <'} {allowed:.3f}"
+                )
             rows.append([f"{method}, {arm}", *cells])
     print(markdown_table(["against float32", *FIGURES], rows))
 

@@ -66,11 +66,17 @@ def main():
         for recipe in grid(method):
             adaptors = [trained(method, recipe, cache, seed) for seed in args.seed]
             found = [retrieval(AdaptorScorer(adaptor, held_out), held_out) for adaptor in adaptors]
-            tried[recipe] = [[figures[direction]["AURC"] for figures in found] for direction in ("t2i", "i2t")]
+            tried[recipe] = [
+                [figures[direction]["AURC"] for figures in found] for direction in ("t2i", "i2t")
+            ]
         best = min(tried, key=lambda recipe: np.mean(tried[recipe]))
         for recipe, directions in tried.items():
             mark = "**" if recipe == best else ""
-            cells = [f"{recipe.lr:g}", str(recipe.start_variance), *map(mean_and_deviation, directions)]
+            cells = [
+                f"{recipe.lr:g}",
+                str(recipe.start_variance),
+                *map(mean_and_deviation, directions),
+            ]
             rows.append([f"{mark}{method}{mark}", *cells])
     print(markdown_table(["held-out tenth", "lr", "start_variance", "AURC t2i", "AURC i2t"], rows))
 

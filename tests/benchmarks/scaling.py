@@ -74,7 +74,9 @@ def weak_scaling():
             "tests.benchmarks.scaling",
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        done = subprocess.run([*command, "rank"], capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(
+            [*command, "rank"], capture_output=True, text=True, check=True, env=environment
+        )
         times[ranks] = json.loads(done.stdout.splitlines()[-1])
     return times
 
@@ -140,7 +142,14 @@ def main():
         one, two = times[1][method], times[2][method]
         rates = SHARE / one, 2 * SHARE / two
         rows.append(
-            [method, f"{one:.3f}", f"{two:.3f}", f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0] / 2:.0%}"]
+            [
+                method,
+                f"{one:.3f}",
+                f"{two:.3f}",
+                f"{rates[0]:.0f}",
+                f"{rates[1]:.0f}",
+                f"{rates[1] / rates[0] / 2:.0%}",
+            ]
         )
     header = [
         f"{SHARE} pairs a rank, one thread each",
@@ -157,7 +166,9 @@ def main():
     print(
         f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many"
     )
-    print("cores each take 1/N of the hours of caching, of which the larger of the two columns counts.\n")
+    print(
+        "cores each take 1/N of the hours of caching, of which the larger of the two columns counts.\n"
+    )
     header = [
         "",
         "images",

@@ -34,7 +34,10 @@ def make_steps(method, batch):
         heads.append(METHODS[method](DIM))
     recipe = heads[0].recipes["small"]
     optimizers = [make_optimizer(head, recipe, 1000)[0] for head in heads]
-    weights = {name: value.detach().clone().requires_grad_() for name, value in stack_module_state(heads)[0].items()}
+    weights = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in stack_module_state(heads)[0].items()
+    }
     together = torch.optim.AdamW([*weights.values()], recipe.lr, weight_decay=recipe.weight_decay)
     skeleton = copy.deepcopy(heads[0]).to("meta")
 
@@ -48,7 +51,10 @@ def make_steps(method, batch):
 
     def stacked():
         plain = slow_symmetric_cross_entropy  # vmap cannot look into a gradient written by hand
-        with mock.patch.object(models.asymvlm.adaptor, "symmetric_cross_entropy", plain), autocast(device, dtype):
+        with (
+            mock.patch.object(models.asymvlm.adaptor, "symmetric_cross_entropy", plain),
+            autocast(device, dtype),
+        ):
             losses = vmap(lambda *of: functional_call(skeleton, of[0], of[1:]))(weights, *z)
         together.zero_grad()
         losses.sum().backward()
@@ -62,7 +68,9 @@ def count_operations(step):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         step()
     events = recorded.key_averages()
-    return sum(e.count for e in events if e.key.startswith("aten::") and not NO_KERNEL.fullmatch(e.key))
+    return sum(
+        e.count for e in events if e.key.startswith("aten::") and not NO_KERNEL.fullmatch(e.key)
+    )
 
 
 def main():
@@ -74,11 +82,28 @@ def main():
             times = {name: statistics.median(found) for name, found in in_turn(steps, 5).items()}
             operations = {name: count_operations(step) for name, step in steps.items()}
             products = SEEDS * necessary_flops(method, batch, DIM) / GPU_FLOPS / GPU_SHARE
-            gpu = [f"{1000 * max(products, count * GPU_LAUNCH):.1f}" for count in operations.values()]
+            gpu = [
+                f"{1000 * max(products, count * GPU_LAUNCH):.1f}" for count in operations.values()
+            ]
             speed = f"{times['one by one'] / times['stacked']:.2f}"
             seconds = [f"{time:.3f}" for time in times.values()]
-            rows.append([f"{SEEDS} x {method}, B = {batch}", *seconds, speed, *map(str, operations.values()), *gpu])
-    header = ["a step of all", "one by one, s", "stacked, s", "times as fast", "operations", "stacked"]
+            rows.append(
+                [
+                    f"{SEEDS} x {method}, B = {batch}",
+                    *seconds,
+                    speed,
+                    *map(str, operations.values()),
+                    *gpu,
+                ]
+            )
+    header = [
+        "a step of all",
+        "one by one, s",
+        "stacked, s",
+        "times as fast",
+        "operations",
+        "stacked",
+    ]
     print(markdown_table([*header, "H100, ms, calculated", "stacked"], rows))
 
 

@@ -21,10 +21,16 @@ CHAINS = 200  # as world.write_chains draws them
 
 
 def main(train_images=10_000, val_images=1_000):
-    train, val = (make_split(0, split, n) for split, n in (("train", train_images), ("val", val_images)))
-    texts, images = ([entry[key] for entry in val["annotations"]] for key in ("caption", "image_id"))
+    train, val = (
+        make_split(0, split, n) for split, n in (("train", train_images), ("val", val_images))
+    )
+    texts, images = (
+        [entry[key] for entry in val["annotations"]] for key in ("caption", "image_id")
+    )
     relevant = relevant_images(val)
-    ambiguity = np.array([math.log(len(relevant[str(entry["id"])])) for entry in val["annotations"]])
+    ambiguity = np.array(
+        [math.log(len(relevant[str(entry["id"])])) for entry in val["annotations"]]
+    )
     held_out = np.array(images) > np.median(images)
     bags = CountVectorizer(token_pattern=r"[^ ]+").fit_transform(texts)
     predicted = Ridge(1.0).fit(bags[~held_out], ambiguity[~held_out]).predict(bags[held_out])
@@ -40,12 +46,18 @@ def main(train_images=10_000, val_images=1_000):
             "Spearman of ambiguity and a bag of words, held-out images",
             f"{stats.spearmanr(predicted, ambiguity[held_out])[0]:.3f}",
         ],
-        ["val captions whose text stands in train", f"{sum(text in read for text in texts)} of {len(texts)}"],
+        [
+            "val captions whose text stands in train",
+            f"{sum(text in read for text in texts)} of {len(texts)}",
+        ],
         [
             "val scenes that train shows too",
             f"{sum(shown(i['scene']) in seen for i in val['images'])} of {val_images}",
         ],
-        ["scenes of chains that train shows too", f"{sum(key in seen for key in chains)} of {CHAINS}"],
+        [
+            "scenes of chains that train shows too",
+            f"{sum(key in seen for key in chains)} of {CHAINS}",
+        ],
     ]
     print(markdown_table(["the built-in data set", "figure"], rows))
 

@@ -20,7 +20,10 @@ from tests.benchmarks.machine import describe, in_turn, markdown_table, matmul_r
 from tests.textbook import LOSSES, parameters
 from utils.device import pick_device, pick_precision, precision_name
 
-TEXTBOOK_BATCH = {"pcmepp": 1024, "prolip": 1024}  # their (B, B, D) tensors take 8.6 GB each at 2048
+TEXTBOOK_BATCH = {
+    "pcmepp": 1024,
+    "prolip": 1024,
+}  # their (B, B, D) tensors take 8.6 GB each at 2048
 
 
 def make_step(method, batch, embed_dim, precision="auto"):
@@ -66,7 +69,9 @@ def make_textbook_step(method, batch, embed_dim):
 def trunk_flops(method, batch, embed_dim):
     """FLOPs of a step's products with the weights: forward, and two backward but for the first layers' inputs."""
     weights = [p for p in METHODS[method](embed_dim).parameters() if p.ndim == 2]
-    first = sum(p.numel() for p in weights if p.shape == (1024, embed_dim))  # no gradient towards the embeddings
+    first = sum(
+        p.numel() for p in weights if p.shape == (1024, embed_dim)
+    )  # no gradient towards the embeddings
     return 2 * batch * (3 * sum(p.numel() for p in weights) - first)
 
 
@@ -106,7 +111,9 @@ def profile_step(method, batch, embed_dim=512, steps=5, precision="auto"):
     step = make_step(method, batch, embed_dim, precision)
     for _ in range(3):
         step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as recorded:
         for _ in range(steps):
             step()
     times, operations, passes = {}, 0, 0
@@ -114,7 +121,11 @@ def profile_step(method, batch, embed_dim=512, steps=5, precision="auto"):
         if not event.key.startswith("aten::") or NO_KERNEL.fullmatch(event.key):
             continue
         elements = max(
-            [math.prod(shape) for shape in event.input_shapes if shape and all(isinstance(n, int) for n in shape)]
+            [
+                math.prod(shape)
+                for shape in event.input_shapes
+                if shape and all(isinstance(n, int) for n in shape)
+            ]
             or [0]
         )
         if event.key in ("aten::mm", "aten::addmm"):
@@ -156,7 +167,10 @@ def main():
         batch = TEXTBOOK_BATCH.get(method, 2048)
         slow = batch != 2048
         times = in_turn(
-            {"ours": make_step(method, batch, 512, precision), "textbook": make_textbook_step(method, batch, 512)},
+            {
+                "ours": make_step(method, batch, 512, precision),
+                "textbook": make_textbook_step(method, batch, 512),
+            },
             3 if slow else 7,
         )
         median, low, high = times["ours"]
@@ -184,7 +198,9 @@ def main():
             ]
         )
     for row in rows:
-        row[4] = f"{row[4] / max(rates):.0%}"  # of the best rate, as others may be at work on the machine for a while
+        row[4] = (
+            f"{row[4] / max(rates):.0%}"  # of the best rate, as others may be at work on the machine for a while
+        )
     header = [
         "step",
         "seconds: median (range)",
@@ -204,19 +220,31 @@ def main():
         step = gpu_seconds(method, 2048, 512, operations, passes)
         flops = necessary_flops(method, 2048, 512)
         rows.append(
-            [method, f"{flops / 1e9:.1f}", f"{operations:.0f}", f"{1000 * step:.2f}", f"{COCO_STEPS * step / 60:.1f}"]
+            [
+                method,
+                f"{flops / 1e9:.1f}",
+                f"{operations:.0f}",
+                f"{1000 * step:.2f}",
+                f"{COCO_STEPS * step / 60:.1f}",
+            ]
         )
     kinds = dict.fromkeys(kind for share in shares.values() for kind in share)
     print("\nWhere the time of a step goes here, B = 2048:\n")
     print(
         markdown_table(
-            ["", *shares], [[kind, *(f"{share.get(kind, 0):.0%}" for share in shares.values())] for kind in kinds]
+            ["", *shares],
+            [[kind, *(f"{share.get(kind, 0):.0%}" for share in shares.values())] for kind in kinds],
         )
     )
     if precision != "auto":
         return
     print("\nWhat an H100 should take, calculated from its data sheet, not measured:\n")
-    print(markdown_table(["B = 2048", "GFLOP a step", "operations", "ms a step", "minutes for COCO, 200 epochs"], rows))
+    print(
+        markdown_table(
+            ["B = 2048", "GFLOP a step", "operations", "ms a step", "minutes for COCO, 200 epochs"],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":
