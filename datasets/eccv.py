@@ -1,59 +1,83 @@
-"""The captions and images of COCO's Karpathy test split in; what people found right for each of them, out.
+"""Human judgements of COCO's Karpathy test split: which captions and images match.
 
-The judgements are those of the package eccv_caption (Chun et al., "ECCV Caption", arXiv 2204.03359, and Parekh et al.,
-"Crisscrossed Captions", arXiv 2004.15020), which is optional: pip install eccv-caption. Its ids are COCO's own:
-annotation ids, which are the sentids of dataset_coco.json, and image ids, the cocoids. For every caption that the
-package knows, it is checked that both name the same image.
+They are those of the package eccv_caption (Chun et al., "ECCV Caption", arXiv 2204.03359, and
+Parekh et al., "Crisscrossed Captions", arXiv 2004.15020), which is optional: pip install
+eccv-caption. Its ids are COCO's own: annotation ids, which are the sentids of dataset_coco.json,
+and image ids, the cocoids. For every caption that the package knows, we check that both name the
+same image.
 
-Both directions are read. What people found right for an image is not the inverse of what they found for captions.
+Both directions are read: the judgements of images are not the inverse of those of captions.
 """
 
 import warnings
 
 from utils.cli import UserError
 
-SETS = {"eccv": "eccv_gts", "cxc": "cxc_gts"}  # ECCV Caption: 1,332 captions, 1,261 images; CxC: 24,972 and 5,000
+SETS = {  # name -> attribute of the package's Metrics
+    "eccv": "eccv_gts",  # ECCV Caption: 1,332 captions, 1,261 images
+    "cxc": "cxc_gts",  # CxC: 24,972 captions, 5,000 images
+}
 
 
 def judgements(image_ids, caption_ids, image_of_caption, path):
     """Which answers are right for each caption and each image.
 
     Args:
-        image_ids, caption_ids: N cocoids and M sentids.
+        image_ids: N cocoids.
+        caption_ids: M sentids.
         image_of_caption: M image rows.
         path: the file they are from, for messages.
-    Returns: {"eccv": {"t2i": M lists of image rows, "i2t": N lists of caption rows}, "cxc": the same}; a list is
-        empty where nobody looked. {} if the package knows no such caption, or is not there.
-    Raises: UserError if a caption belongs to another image than the package has it, or the package is another one.
+    Returns: {"eccv": {"t2i": M lists of image rows, "i2t": N lists of caption rows}, "cxc": the
+        same}; a list is empty if nobody judged the query. {} if the package knows none of the
+        captions, or is not installed.
+    Raises: UserError if a caption belongs to another image in the package, or if the package is of
+        another version.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns where the optional ujson is missing
-            from eccv_caption import Metrics  # optional: most data sets have no use for it
+            warnings.simplefilter("ignore")  # it warns if the optional ujson is missing
+            from eccv_caption import Metrics
     except ImportError:
         return {}
     metrics = Metrics()
+    sets = {}
     try:
-        cocoids_of = dict(metrics.coco_gts["t2i"])
-        sets = {name: getattr(metrics, attribute) for name, attribute in SETS.items()}
-        sets = {name: (dict(both["t2i"]), dict(both["i2t"])) for name, both in sets.items()}
+        images_of_caption_id = dict(metrics.coco_gts["t2i"])
+        for name, attribute in SETS.items():
+            directions = getattr(metrics, attribute)
+            sets[name] = (dict(directions["t2i"]), dict(directions["i2t"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"the package eccv_caption is not as version 0.1.0 has it ({error})"
-        raise UserError(f"{what}; pip install eccv-caption==0.1.0") from None
+        problem = f"the package eccv_caption is not as version 0.1.0 has it ({error})"
+        raise UserError(f"{problem}; pip install eccv-caption==0.1.0") from None
     for caption_id, row in zip(caption_ids, image_of_caption, strict=True):
-        theirs = cocoids_of.get(caption_id, [image_ids[row]])
-        if theirs != [image_ids[row]]:
-            theirs = f"cocoid {', '.join(map(str, theirs))} in the package eccv_caption"
-            wrong = f"sentid {caption_id} belongs to cocoid {image_ids[row]} here and to {theirs}"
-            raise UserError(f"{path}: {wrong}; use Karpathy's own file, or uninstall eccv-caption")
-    lists = {
-        name: {"t2i": _rows(t2i, caption_ids, image_ids), "i2t": _rows(i2t, image_ids, caption_ids)}
-        for name, (t2i, i2t) in sets.items()
-    }
-    return {name: both for name, both in lists.items() if any(both["t2i"]) and any(both["i2t"])}
+        own_images = [image_ids[row]]
+        package_images = images_of_caption_id.get(caption_id, own_images)
+        if package_images != own_images:
+            images = ", ".join(map(str, package_images))
+            theirs = f"cocoid {images} in the package eccv_caption"
+            problem = f"sentid {caption_id} belongs to cocoid {image_ids[row]} here and to {theirs}"
+            cure = "use Karpathy's own file, or uninstall eccv-caption"
+            raise UserError(f"{path}: {problem}; {cure}")
+    found = {}
+    for name, (t2i, i2t) in sets.items():
+        right_images = _rows(t2i, caption_ids, image_ids)
+        right_captions = _rows(i2t, image_ids, caption_ids)
+        if any(right_images) and any(right_captions):
+            found[name] = {"t2i": right_images, "i2t": right_captions}
+    return found
 
 
 def _rows(right, queries, answers):
-    """The rows of the right answers of every query, ascending. right: {query id: answer ids}."""
-    row_of = {answer: row for row, answer in enumerate(answers)}
-    return [sorted({row_of[answer] for answer in right.get(query, ()) if answer in row_of}) for query in queries]
+    """The rows of the right answers of each query, ascending.
+
+    Args:
+        right: {query id: answer ids}.
+        queries, answers: all ids.
+    """
+    row_of_answer = {answer: row for row, answer in enumerate(answers)}
+    rows = []
+    for query in queries:
+        right_answers = right.get(query, ())
+        rows_of_query = {row_of_answer[a] for a in right_answers if a in row_of_answer}
+        rows.append(sorted(rows_of_query))
+    return rows

@@ -1,6 +1,7 @@
-"""Captions with Karpathy's splits: a folder with pictures and one JSON for all splits in; checked lists out.
+"""Captions with Karpathy's splits: a folder with images, and one JSON file for all splits.
 
-The JSON is {"images": [{"filename", "split", "imgid", "sentences": [{"raw", "sentid"}]}]}, which may hold more:
+The JSON is {"images": [{"filename", "split", "imgid", "sentences": [{"raw", "sentid"}]}]}; further
+fields are ignored.
 
     <root>/dataset_flickr30k.json  <root>/flickr30k-images/*.jpg or <root>/images/*.jpg
     <root>/dataset_coco.json       <root>/train2014/*.jpg  <root>/val2014/*.jpg
@@ -21,14 +22,16 @@ class KarpathyLayout:
     """Where a data set with Karpathy's splits lies."""
 
     captions: str  # the JSON
-    folders: tuple  # of the pictures: the first that is there, or those allowed if by_filepath
+    folders: tuple  # of images: the first that exists, or, if by_filepath, those that are allowed
     by_filepath: bool = False  # whether every image names its folder as "filepath"
     image_id: str = "imgid"  # the field that becomes its id
-    train: tuple = ("train",)  # the splits that "train" is made of
-    judgements: object = None  # function of datasets/eccv.py: what people found right in the split "test"
+    train: tuple = ("train",)  # the splits that "train" consists of
+    judgements: object = None  # function of datasets/eccv.py: right answers in the split "test"
 
 
-FLICKR30K = KarpathyLayout(captions="dataset_flickr30k.json", folders=("flickr30k-images", "images"))
+FLICKR30K = KarpathyLayout(
+    captions="dataset_flickr30k.json", folders=("flickr30k-images", "images")
+)
 COCO = KarpathyLayout(
     captions="dataset_coco.json",
     folders=("train2014", "val2014"),
@@ -40,72 +43,128 @@ COCO = KarpathyLayout(
 
 
 class KarpathyCaptions(ListSplit):
-    """The captions of a split by ascending sentid, and the images they belong to by ascending imgid.
+    """The captions of a split by ascending sentid, and their images by ascending imgid.
 
-    COCO's train is `train` and `restval` together, as in the papers that report on these splits. Every caption is
-    kept, an image's sixth too. Image ids are cocoids for COCO, and not ascending, else imgids; caption ids are sentids.
-    Image names are as the JSON gives them, for COCO with the folder.
+    COCO's train is `train` and `restval` together, as in the papers that report on these splits.
+    Every caption is kept, also the sixth of an image. Image ids are cocoids for COCO, which do not
+    ascend, and imgids otherwise; caption ids are sentids. Image names are those of the JSON, for
+    COCO with the folder.
+
     Raises: UserError that says what was expected and what was found.
     """
 
     def __init__(self, root, split, layout):
         root = Path(root)
-        path, folders = root / layout.captions, " or ".join(f"{name}/" for name in layout.folders)
-        need(path.is_file(), f"--data-root {root}: expected {layout.captions} and {folders}, found {listing(root)}")
+        path = root / layout.captions
+        expected = f"{layout.captions} and {_alternatives(layout)}"
+        need(path.is_file(), f"--data-root {root}: expected {expected}, found {listing(root)}")
         document = load_json(path)
         _check(document, layout, path)
-        wanted = layout.train if split == "train" else (split,)
-        places = {image["imgid"]: f"{path}: images[{row}]" for row, image in enumerate(document["images"])}
-        images = [image for image in document["images"] if image["split"] in wanted]
-        images.sort(key=lambda image: image["imgid"])
-        found = ", ".join(sorted({image["split"] for image in document["images"]}))
-        need(images, f"{path}: no image of the split {split} (found: {found}); choose among these with --split")
-        there = [name for name in layout.folders if (root / name).is_dir()]
-        names, files = [], []
-        for image in images:
-            folder = image["filepath"] if layout.by_filepath else (there or layout.folders)[0]
-            if folder not in there:
-                expected = f"{folder}/" if layout.by_filepath else folders
-                expected = f"expected {expected} with the pictures of {layout.captions}"
-                raise UserError(f"--data-root {root}: {expected}, found {listing(root)}")
-            names.append(f"{folder}/{image['filename']}" if layout.by_filepath else image["filename"])
-            files.append(inside(root / folder, image["filename"], places[image["imgid"]]))
-        sentences = [(of["sentid"], of["raw"], row) for row, image in enumerate(images) for of in image["sentences"]]
-        need(sentences, f"{path}: the images of the split {split} have no captions; choose another with --split")
-        image_ids = [image[layout.image_id] for image in images]
-        super().__init__(image_ids, files, names, *map(list, zip(*sorted(sentences), strict=True)))
+        images = _images_of_split(document["images"], split, layout, path)
+        names = []
+        files = []
+        sentences = []  # (sentid, caption, image row)
+        for row, image in enumerate(images):
+            folder = _folder_of(image, layout, root)
+            name = image["filename"]
+            names.append(f"{folder}/{name}" if layout.by_filepath else name)
+            files.append(inside(root / folder, name, f"{path}: images[{image['position']}]"))
+            for sentence in image["sentences"]:
+                sentences.append((sentence["sentid"], sentence["raw"], row))
+        problem = f"the images of the split {split} have no captions"
+        need(sentences, f"{path}: {problem}; choose another with --split")
+        sentences.sort()
+        super().__init__(
+            image_ids=[image[layout.image_id] for image in images],
+            image_files=files,
+            image_names=names,
+            caption_ids=[sentid for sentid, _, _ in sentences],
+            captions=[caption for _, caption, _ in sentences],
+            image_of_caption=[row for _, _, row in sentences],
+        )
         if layout.judgements and split == "test":
-            self.relevance = layout.judgements(self.image_ids, self.caption_ids, self.image_of_caption, path) or None
+            judgements = layout.judgements(
+                self.image_ids, self.caption_ids, self.image_of_caption, path
+            )
+            self.relevance = judgements or None
+
+
+def _alternatives(layout):
+    """The folders of a layout in a message: "flickr30k-images/ or images/"."""
+    return " or ".join(f"{name}/" for name in layout.folders)
+
+
+def _images_of_split(all_images, split, layout, path):
+    """The images of a split by ascending imgid, each with its "position" in the JSON."""
+    splits = layout.train if split == "train" else (split,)
+    images = []
+    for position, image in enumerate(all_images):
+        if image["split"] in splits:
+            images.append({**image, "position": position})
+    found = ", ".join(sorted({image["split"] for image in all_images}))
+    problem = f"no image of the split {split} (found: {found})"
+    need(images, f"{path}: {problem}; choose among these with --split")
+    return sorted(images, key=lambda image: image["imgid"])
+
+
+def _folder_of(image, layout, root):
+    """The name of the folder in which an image lies, which exists."""
+    existing = [name for name in layout.folders if (root / name).is_dir()]
+    if layout.by_filepath:
+        folder = image["filepath"]
+        expected = f"{folder}/"
+    else:
+        folder = existing[0] if existing else None
+        expected = _alternatives(layout)
+    if folder not in existing:
+        expected = f"expected {expected} with the images of {layout.captions}"
+        raise UserError(f"--data-root {root}: {expected}, found {listing(root)}")
+    return folder
 
 
 def _check(document, layout, path):
-    """Raise a UserError at the first thing that is not as Karpathy's format has it, and name its place."""
+    """Raise a UserError that names the first place that is not of Karpathy's format."""
     images = document.get("images") if isinstance(document, dict) else None
-    what = "expected an object with a list 'images' of at least one entry"
-    need(isinstance(images, list) and images, f"{path}: not a file of Karpathy's format: {what}")
-    fields = {"imgid": int, "filename": str, "split": str}
-    fields |= ({"filepath": str} if layout.by_filepath else {}) | {layout.image_id: int}
-    seen = set()
-
-    def check_new(value, field, place):
-        need((field, value) not in seen, f"{place}: the {field} {value} comes twice; it must be unique")
-        seen.add((field, value))
-
+    problem = "expected an object with a list 'images' of at least one entry"
+    is_list = isinstance(images, list) and len(images) > 0
+    need(is_list, f"{path}: not a file of Karpathy's format: {problem}")
+    seen = set()  # (field, value) of all ids
     for row, image in enumerate(images):
         place = f"{path}: images[{row}]"
-        check_fields(image, fields, place)
-        for field in dict.fromkeys(("imgid", layout.image_id)):
-            check_new(image[field], field, place)
-        owner = f"{place} (imgid {image['imgid']})"
-        if layout.by_filepath:
-            allowed = f"'filepath' is {image['filepath']!r}, expected {' or '.join(layout.folders)}"
-            need(image["filepath"] in layout.folders, f"{owner}: {allowed}")
-        sentences = image.get("sentences")
-        need(isinstance(sentences, list), f"{owner}: 'sentences' is missing or no list; give a list of captions")
-        for k, sentence in enumerate(sentences):
-            place_of = f"{place}.sentences[{k}]"
-            check_fields(sentence, {"sentid": int, "raw": str}, place_of)
-            check_new(sentence["sentid"], "sentid", place_of)
-            says = sentence.get("imgid", image["imgid"])
-            what = f"says imgid {says!r} but stands under imgid {image['imgid']}"
-            need(says == image["imgid"], f"{place_of} (sentid {sentence['sentid']}) {what}")
+        _check_image(image, layout, place, seen)
+        for number, sentence in enumerate(image["sentences"]):
+            _check_sentence(sentence, image, f"{place}.sentences[{number}]", seen)
+
+
+def _check_image(image, layout, place, seen):
+    fields = {"imgid": int, "filename": str, "split": str}
+    if layout.by_filepath:
+        fields["filepath"] = str
+    fields[layout.image_id] = int
+    check_fields(image, fields, place)
+    _check_new("imgid", image["imgid"], place, seen)
+    if layout.image_id != "imgid":
+        _check_new(layout.image_id, image[layout.image_id], place, seen)
+    owner = f"{place} (imgid {image['imgid']})"
+    if layout.by_filepath:
+        folder = image["filepath"]
+        problem = f"'filepath' is {folder!r}, expected {' or '.join(layout.folders)}"
+        need(folder in layout.folders, f"{owner}: {problem}")
+    is_list = isinstance(image.get("sentences"), list)
+    need(is_list, f"{owner}: 'sentences' is missing or no list; give a list of captions")
+
+
+def _check_sentence(sentence, image, place, seen):
+    check_fields(sentence, {"sentid": int, "raw": str}, place)
+    _check_new("sentid", sentence["sentid"], place, seen)
+    imgid = sentence.get("imgid", image["imgid"])
+    problem = f"says imgid {imgid!r} but stands under imgid {image['imgid']}"
+    is_own = imgid == image["imgid"]
+    need(is_own, f"{place} (sentid {sentence['sentid']}) {problem}")
+
+
+def _check_new(field, value, place, seen):
+    """Raise a UserError if an id was seen before; else note it."""
+    is_new = (field, value) not in seen
+    need(is_new, f"{place}: the {field} {value} comes twice; it must be unique")
+    seen.add((field, value))

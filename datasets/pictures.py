@@ -1,4 +1,4 @@
-"""Picture files in, tensors for a CLIP out: decoding, for every data set; a broken file never stops anything."""
+"""Decode image files to tensors for a CLIP, for every data set. A broken file never stops a run."""
 
 import re
 import warnings
@@ -11,48 +11,59 @@ from utils.embed import Samples
 
 
 def decode_file(path, transform):
-    """The picture in a file, transformed, and None; or None and what is wrong with it, the path first."""
-    picture, reason = decode(str(path), transform)
-    return picture, reason and f"{path}: {reason}"
+    """The transformed image of a file and None; or None and what is wrong, the path first."""
+    image, reason = decode(str(path), transform)
+    if reason is not None:
+        reason = f"{path}: {reason}"
+    return image, reason
 
 
 def decode(file, transform):
-    """What `decode_file` gives, of a path as a string or an open file, without the path in the reason."""
+    """The same of a path as a string, or of an open file, without the path in the reason."""
     try:
         return transform(read_rgb(file)), None
     except FileNotFoundError:
         return None, "no such file"
     except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
-        reason = re.sub(r"<_io.BytesIO.*?>", "the picture", str(error)).replace(repr(file), "the file")
+        reason = re.sub(r"<_io.BytesIO.*?>", "the image", str(error))
+        reason = reason.replace(repr(file), "the file")
         return None, reason or type(error).__name__
 
 
 def picture_stream(files, first, transform):
-    """Yield the pictures in files as `Samples` whose keys are their rows, from `first` on."""
-    decoded = [decode_file(path, transform) for path in files]
-    yield Samples(list(range(first, first + len(decoded))), [], *collate(decoded))
+    """Yield the images of files as `Samples`; their keys are rows, from `first` on."""
+    images, reasons = collate([decode_file(path, transform) for path in files])
+    rows = list(range(first, first + len(files)))
+    yield Samples(rows, [], images, reasons)
 
 
 def collate(decoded):
-    """What `decode` gave for B files as one tensor: every tensor that a process hands over takes an open file.
+    """Stack what `decode` returned for B files.
 
-    Returns: (pictures (B, 3, H, W), black where one is broken, or None if all are; B reasons or None).
+    It is one tensor because every tensor that a worker hands over takes an open file.
+
+    Returns: images (B, 3, H, W), black where one is broken, or None if all are; B reasons or None.
     """
-    pictures, reasons = zip(*decoded, strict=True)
-    good = next((picture for picture in pictures if picture is not None), None)
-    if good is None:
-        return None, list(reasons)
-    black = torch.zeros_like(good)
-    return torch.stack([black if picture is None else picture for picture in pictures]), list(reasons)
+    images = [image for image, _ in decoded]
+    reasons = [reason for _, reason in decoded]
+    good = [image for image in images if image is not None]
+    if not good:
+        return None, reasons
+    black = torch.zeros_like(good[0])
+    stacked = torch.stack([black if image is None else image for image in images])
+    return stacked, reasons
 
 
 def read_rgb(path):
-    """A picture of any mode, at a path or in an open file, as RGB, 8 bits a channel.
+    """An image of any mode as RGB, 8 bits per channel.
 
-    Orientation tags are ignored, as in the paper's code. Grey of 16 bits, 32 bits or floats is scaled to 8 bits rather
-    than clipped, transparency is dropped.
-    Raises: whatever Pillow does on a broken file; Image.DecompressionBombWarning on one of over 89 megapixels;
-        ValueError on nan or infinity.
+    Orientation tags are ignored, as in the paper's code. Grey of 16 bits, 32 bits or floats is
+    scaled to 8 bits rather than clipped; transparency is dropped.
+
+    Args:
+        path: a path, or an open file.
+    Raises: whatever Pillow raises on a broken file; Image.DecompressionBombWarning on an image of
+        over 89 megapixels; ValueError on NaN or infinity.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -67,13 +78,19 @@ def read_rgb(path):
 def _scaled(image):
     """Grey of more than 8 bits as RGB.
 
-    White is 65535 if the file says that it has 16 bits; else the least of 1 (floats only), 255, 65535 and the largest
-    value that leaves no value above white.
+    White is 65535 if the file says that it has 16 bits. Otherwise it is the smallest of 1 (floats
+    only), 255, 65535 and the largest value that no value exceeds.
     """
     grey = np.asarray(image, dtype=np.float64)
     if not np.isfinite(grey).all():
         raise ValueError("it has pixels that are not finite")
-    has_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    whites = (65535,) if has_16_bits else (1, 255, 65535) if image.mode == "F" else (255, 65535)
-    white = next((white for white in whites if grey.max() <= white), grey.max())
-    return Image.fromarray((grey / white * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        whites = (65535,)
+    elif image.mode == "F":
+        whites = (1, 255, 65535)
+    else:
+        whites = (255, 65535)
+    largest = grey.max()
+    white = next((white for white in whites if largest <= white), largest)
+    pixels = (grey / white * 255).clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB")

@@ -1,8 +1,8 @@
-"""A table of image files and captions in; checked images and captions, in the table's order, out.
+"""A table of image files and captions, one .csv or .tsv per split with a header, as open_clip has it.
 
-A .csv or .tsv a split, with a header, as open_clip trains from. The expected layout:
+The expected layout:
 
-    <root>/train.csv  <root>/val.csv (or .tsv)  and the image files, which the tables name by their paths from <root>
+    <root>/train.csv  <root>/val.csv (or .tsv)  and the image files, named by their paths from <root>
 """
 
 import csv
@@ -16,77 +16,133 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}  # unless --csv-separator says otherwis
 
 
 class TableCaptions(ListSplit):
-    """The captions of a split in the order of the table, and their images in that of their first appearance there.
+    """The captions of a split in the order of the table, and their images by first appearance.
 
     Rows that name the same file are one image with several captions. Ids are the rows themselves.
+
     Args:
         layout: the names that the table may have, with "{split}" in them.
-        csv_img_key, csv_caption_key: the columns.
-        csv_separator: one character, or None: by the table's suffix.
-        csv_group_key: the column of a class, a product or a label: images and captions of one are right for each
-            other; without: an image is right for its own captions alone.
+        csv_img_key: the column of image files.
+        csv_caption_key: the column of captions.
+        csv_separator: one character; None: it follows from the table's suffix.
+        csv_group_key: the column of a class, a product or a label. Images and captions of one group
+            are right for each other; without it, an image is right for its own captions only.
     Raises: UserError that says what was expected and what was found.
     """
 
     def __init__(
-        self, root, split, layout, csv_img_key="filepath", csv_caption_key="title", csv_separator=None, csv_group_key=""
+        self,
+        root,
+        split,
+        layout,
+        csv_img_key="filepath",
+        csv_caption_key="title",
+        csv_separator=None,
+        csv_group_key="",
     ):
         root = Path(root)
-        tables = [name.format(split=split) for name in layout]
-        there = [table for table in tables if (root / table).is_file()]
-        need(len(there) < 2, f"--data-root {root}: found {' and '.join(there)}; keep one of them")
-        if not there:
-            raise UserError(f"--data-root {root}: expected {' or '.join(tables)}, found {listing(root)}")
-        path = root / there[0]
+        path = _find_table(root, [name.format(split=split) for name in layout])
         columns = {"--csv-img-key": csv_img_key, "--csv-caption-key": csv_caption_key}
-        columns |= {"--csv-group-key": csv_group_key} if csv_group_key else {}
+        if csv_group_key:
+            columns["--csv-group-key"] = csv_group_key
         rows = list(_rows(path, columns, _separator(csv_separator, path)))
-        need(rows, f"{path}: holds no row; give a row for every caption, or choose another --split")
-        row_of_image, names, files, image_of_caption, images_of_group = {}, [], [], [], {}
-        for line, (name, _, *group) in rows:
-            if Path(name) not in row_of_image:  # a Path, so that ./a.png is a.png
-                row_of_image[Path(name)] = len(row_of_image)
+        need(rows, f"{path}: it has no rows; give one per caption, or choose another --split")
+        row_of_image = {}
+        names = []
+        files = []
+        captions = []
+        image_of_caption = []
+        for line, values in rows:
+            name = values[0]
+            image = Path(name)  # so that ./a.png is a.png
+            if image not in row_of_image:
+                row_of_image[image] = len(row_of_image)
                 names.append(name)
                 files.append(inside(root, name, f"{path}: line {line}"))
-            image_of_caption.append(row_of_image[Path(name)])
-            images_of_group.setdefault(tuple(group), set()).add(image_of_caption[-1])
-        captions = [caption for _, (_, caption, *_) in rows]
-        super().__init__(list(range(len(names))), files, names, list(range(len(captions))), captions, image_of_caption)
+            captions.append(values[1])
+            image_of_caption.append(row_of_image[image])
+        super().__init__(
+            image_ids=list(range(len(names))),
+            image_files=files,
+            image_names=names,
+            caption_ids=list(range(len(captions))),
+            captions=captions,
+            image_of_caption=image_of_caption,
+        )
         if csv_group_key:
-            self.relevance = [sorted(images_of_group[tuple(group)]) for _, (_, _, *group) in rows]
+            groups = [values[2] for _, values in rows]
+            self.relevance = _images_of_group(groups, image_of_caption)
 
 
-def _separator(given, path):
-    """The separator of a table; what the shell passes as \\t is a tab."""
-    separator = SEPARATORS[path.suffix] if given is None else given.replace("\\t", "\t")
+def _images_of_group(groups, image_of_caption):
+    """The images of the group of each caption: M lists of image rows, ascending."""
+    images_of_group = {}
+    for group, image in zip(groups, image_of_caption, strict=True):
+        images_of_group.setdefault(group, set()).add(image)
+    return [sorted(images_of_group[group]) for group in groups]
+
+
+def _find_table(root, names):
+    """The one table of these names that exists."""
+    existing = [name for name in names if (root / name).is_file()]
+    cure = "keep one of them"
+    need(len(existing) < 2, f"--data-root {root}: found {' and '.join(existing)}; {cure}")
+    if not existing:
+        expected = " or ".join(names)
+        raise UserError(f"--data-root {root}: expected {expected}, found {listing(root)}")
+    return root / existing[0]
+
+
+def _separator(flag, path):
+    """The separator of a table; the shell passes a tab as \\t."""
+    separator = SEPARATORS[path.suffix] if flag is None else flag.replace("\\t", "\t")
+    is_separator = len(separator) == 1 and separator not in '"\r\n'
     cure = "give one character that is no quotation mark, or \\t for a tab"
-    need(len(separator) == 1 and separator not in '"\r\n', f"--csv-separator {given!r}: {cure}")
+    need(is_separator, f"--csv-separator {flag!r}: {cure}")
     return separator
 
 
-def _rows(path, wanted, separator):
-    """Yield (line, the values of the wanted columns, {flag: column}) for every row of a table."""
+def _rows(path, columns, separator):
+    """Yield (line, values of the columns) for every row of a table.
+
+    Args:
+        columns: {flag: name of the column}.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
-            columns = reader.fieldnames or []
-            found = ", ".join(map(repr, columns)) or "nothing"
-            for flag, key in wanted.items():
-                what = f"{'more than one' if key in columns else 'no'} column {key!r}, parted by {separator!r}"
-                cure = f"name the right one with {flag}, and what parts the columns with --csv-separator"
-                need(columns.count(key) == 1, f"{path}: {what} (found: {found}); {cure}")
+            header = reader.fieldnames or []
+            _check_header(path, header, columns, separator)
             for row in reader:
-                where = f"{path}: line {reader.line_num}"
-                if None in row or None in row.values():
-                    fields = len(columns) + len(row.get(None, ())) - sum(value is None for value in row.values())
-                    cure = "quote a text that holds the separator"
-                    raise UserError(f"{where} has {fields} fields, the header {len(columns)}; {cure}")
-                for key in wanted.values():
-                    if not row[key].strip():
-                        raise UserError(f"{where} has a blank {key!r}; fill it in or take the row out")
-                yield reader.line_num, [row[key] for key in wanted.values()]
+                _check_row(row, header, columns, f"{path}: line {reader.line_num}")
+                yield reader.line_num, [row[name] for name in columns.values()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
+        message = f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8"
+        raise UserError(message) from None
     except csv.Error as error:
-        where = f"{path}: line {reader.reader.line_num}"
-        raise UserError(f"{where}: not readable as a table ({error}); mend the quotation marks") from None
+        place = f"{path}: line {reader.reader.line_num}"
+        message = f"{place}: not readable as a table ({error}); mend the quotation marks"
+        raise UserError(message) from None
+
+
+def _check_header(path, header, columns, separator):
+    """Raise a UserError if a column does not appear exactly once."""
+    found = ", ".join(map(repr, header)) or "nothing"
+    for flag, name in columns.items():
+        how_many = "more than one" if name in header else "no"
+        problem = f"{how_many} column {name!r}, separated by {separator!r} (found: {found})"
+        cure = f"name the right one with {flag}, and the separator with --csv-separator"
+        need(header.count(name) == 1, f"{path}: {problem}; {cure}")
+
+
+def _check_row(row, header, columns, place):
+    """Raise a UserError if a row has too many or too few fields, or a blank one."""
+    missing = sum(value is None for value in row.values())
+    extra = len(row.get(None, ()))  # csv.DictReader puts them under None
+    if missing or extra:
+        fields = len(header) + extra - missing
+        cure = "quote a text that contains the separator"
+        raise UserError(f"{place} has {fields} fields, the header {len(header)}; {cure}")
+    for name in columns.values():
+        is_blank = not row[name].strip()
+        need(not is_blank, f"{place} has a blank {name!r}; fill it in or remove the row")

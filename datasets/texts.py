@@ -1,4 +1,4 @@
-"""Further texts of a cache, the prompt ladder and chains from general to specific among them: embeddings/<name>/texts/.
+"""Further texts of a cache in embeddings/<name>/texts/: the prompt ladder, caption chains, your own.
 
 <stem>.pt    (T, D), raw, as the cache's own
 <stem>.json  {"texts": T strings, "chains": lists of rows, general first, or null, "clip": what embedded them}
@@ -18,7 +18,16 @@ AGAIN = "run cache_embeddings.py again"
 
 
 def write_texts(name, stem, embeddings, texts, meta, chains=None):
-    """Write further texts, T strings with (T, D) embeddings, and the info of their Clip; the .json comes last."""
+    """Write further texts of a cache. The .json is written last.
+
+    Args:
+        name: of the cache.
+        stem: of the files.
+        embeddings: (T, D).
+        texts: T strings.
+        meta: the info of their Clip.
+        chains: lists of rows, or None.
+    """
     folder = ROOT / name / "texts"
     (folder / f"{stem}.json").unlink(missing_ok=True)
     save_tensors(embeddings, folder / f"{stem}.pt")
@@ -30,59 +39,87 @@ def load_texts(name, stem, embed_dim=None, meta=None):
 
     Args:
         embed_dim: the width that they must have, if any.
-        meta: meta.json of the split that they are compared with: its CLIP must be theirs.
-    Returns: (texts, (T, D) embeddings, chains or None), or None where there are none.
+        meta: meta.json of the split that they are compared with; its CLIP must be theirs.
+    Returns: (texts, (T, D) embeddings, chains or None), or None if the files do not exist.
     Raises: UserError if the files do not fit each other or the cache.
     """
     path = ROOT / name / "texts" / f"{stem}.pt"
-    names = path.with_suffix(".json")
-    if not path.exists() or not names.exists():
+    json_path = path.with_suffix(".json")
+    if not path.exists() or not json_path.exists():
         return None
-    z, document = load_embeddings(path), load_json(names)
-    document = document if isinstance(document, dict) else {}
-    texts, chains, made_by = (document.get(key) for key in ("texts", "chains", "clip"))
-    need(is_list(texts, str, len(z)), f"{names}: expected {len(z)} texts; {AGAIN}")
-    need(embed_dim in (None, z.shape[1]), f"{path}: {z.shape[1]} wide, the cache is {embed_dim} wide; {AGAIN}")
-    if meta and isinstance(made_by, dict) and "pretrained_sha256" in made_by and "pretrained_sha256" in meta:
-        changed = ClipId.of_meta(made_by).difference(ClipId.of_meta(meta))
-        need(not changed, f"{path}: embedded with another CLIP than the cache: {changed}; embed it again, or remove it")
-    are_chains = chains is None or (isinstance(chains, list) and all(are_rows(chain, len(z)) for chain in chains))
-    need(are_chains, f"{names}: its chains are not lists of rows from 0 to {len(z) - 1}; {AGAIN}")
+    z = load_embeddings(path)
+    document = load_json(json_path)
+    if not isinstance(document, dict):
+        document = {}
+    texts = document.get("texts")
+    chains = document.get("chains")
+    need(is_list(texts, str, len(z)), f"{json_path}: expected {len(z)} texts; {AGAIN}")
+    problem = f"{z.shape[1]} wide, the cache is {embed_dim} wide"
+    need(embed_dim in (None, z.shape[1]), f"{path}: {problem}; {AGAIN}")
+    _check_clip(path, document.get("clip"), meta)
+    problem = f"its chains are not lists of rows from 0 to {len(z) - 1}"
+    need(chains is None or _are_chains(chains, len(z)), f"{json_path}: {problem}; {AGAIN}")
     return texts, z, chains
 
 
+def _check_clip(path, text_meta, cache_meta):
+    """Raise a UserError if texts and cache are of different CLIPs, as far as both know theirs."""
+    for meta in (text_meta, cache_meta):
+        if not isinstance(meta, dict) or "pretrained_sha256" not in meta:
+            return
+    changed = ClipId.of_meta(text_meta).difference(ClipId.of_meta(cache_meta))
+    problem = f"embedded with another CLIP than the cache: {changed}"
+    need(not changed, f"{path}: {problem}; embed it again, or remove it")
+
+
+def _are_chains(chains, texts):
+    """Whether a value is a list of lists of rows of so many texts."""
+    return isinstance(chains, list) and all(are_rows(chain, texts) for chain in chains)
+
+
 def load_chains(name, embed_dim, meta=None):
-    """All texts of a cache that form chains from general to specific: {stem: what `load_texts` returns}."""
-    stems = sorted(path.stem for path in (ROOT / name / "texts").glob("*.pt"))
-    loaded = {stem: load_texts(name, stem, embed_dim, meta) for stem in stems}
-    return {stem: content for stem, content in loaded.items() if content is not None and content[2]}
+    """All texts of a cache that form chains, general first: {stem: what `load_texts` returns}."""
+    chains = {}
+    for path in sorted((ROOT / name / "texts").glob("*.pt")):
+        content = load_texts(name, path.stem, embed_dim, meta)
+        if content is not None and content[2]:
+            chains[path.stem] = content
+    return chains
 
 
 def are_written(name, stem, texts, chains, clip_id):
-    """Whether these texts are there, embedded by the CLIP with this ClipId in its precision."""
+    """Whether these texts exist, embedded by the CLIP with this ClipId in its precision."""
     try:
-        found = load_texts(name, stem)
-        if found is None or (found[0], found[2]) != (texts, chains):
+        saved = load_texts(name, stem)
+        if saved is None:
             return False
-        made_by = ClipId.of_meta(load_json(ROOT / name / "texts" / f"{stem}.json")["clip"])
-        return (made_by.readable(), made_by.precision) == (clip_id.readable(), clip_id.precision)
-    except (UserError, KeyError, TypeError, AttributeError):  # they are made again: that takes a moment
+        saved_texts, _, saved_chains = saved
+        if saved_texts != texts or saved_chains != chains:
+            return False
+        document = load_json(ROOT / name / "texts" / f"{stem}.json")
+        made_by = ClipId.of_meta(document["clip"])
+    except (UserError, KeyError, TypeError, AttributeError):  # then they are made again
         return False
+    is_same_clip = made_by.readable() == clip_id.readable()
+    return is_same_clip and made_by.precision == clip_id.precision
 
 
 def read_texts(path):
-    """The texts of a file: one a line, or a .csv whose column "captions" joins a chain, general first, by " => ".
+    """The texts of a file: one per line, or chains in the column "captions" of a .csv file.
 
-    Returns: (texts, chains): chains are lists of rows of the texts, or None.
-    Raises: UserError naming file and row.
+    " => " joins the texts of a chain, general first.
+
+    Returns: (texts, chains); chains are lists of rows of the texts, or None.
+    Raises: UserError that names file and row.
     """
     need(path.is_file(), f"--texts {path}: no such file")
+    chains = None
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 texts, chains = flatten(list(_read_chains(path, csv.DictReader(file))))
             else:
-                texts, chains = [line.strip() for line in file if line.strip()], None
+                texts = [line.strip() for line in file if line.strip()]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--texts {path}: not readable as UTF-8 text ({error})") from None
     need(texts, f"--texts {path}: holds no text")
@@ -90,18 +127,23 @@ def read_texts(path):
 
 
 def _read_chains(path, reader):
+    """Yield the chains of a .csv file, lists of strings."""
     columns = reader.fieldnames or ("nothing",)
-    need("captions" in columns, f"--texts {path}: no column 'captions' (found: {', '.join(columns)})")
+    problem = f"no column 'captions' (found: {', '.join(columns)})"
+    need("captions" in columns, f"--texts {path}: {problem}")
     for row in reader:
         chain = [text.strip() for text in (row["captions"] or "").split("=>")]
-        need(all(chain), f"--texts {path}: line {reader.line_num} has an empty caption in its chain")
+        problem = "has an empty caption in its chain"
+        need(all(chain), f"--texts {path}: line {reader.line_num} {problem}")
         yield chain
 
 
 def flatten(chains):
-    """Chains, lists of strings, as one list of texts, and the rows of each chain in it: (texts, lists of rows)."""
-    texts, rows = [], []
+    """Chains, lists of strings, as one list of texts, and the rows of each chain in it."""
+    texts = []
+    rows = []
     for chain in chains:
-        rows.append(list(range(len(texts), len(texts) + len(chain))))
+        first = len(texts)
         texts += chain
+        rows.append(list(range(first, len(texts))))
     return texts, rows

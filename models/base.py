@@ -230,10 +230,3 @@ class GaussianAdaptor(Adaptor):
         return mean, total_variance(log_var) / self.embed_dim
 
     describe_image = describe_text
-
-
-def total_loss(loss):
-    """The training loss, a tensor (): the sum of the terms if a method names them."""
-    if isinstance(loss, dict):
-        return sum(loss.values())
-    return loss

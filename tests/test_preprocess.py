@@ -401,7 +401,7 @@ def test_without_a_network_the_hub_is_told_so(monkeypatch, connected):
 
     monkeypatch.setattr(socket, "create_connection", connect)
     monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that it is put back afterwards
-    preprocess._say_at_once_if_offline()
+    preprocess._give_up_early_if_offline()
     assert preprocess.os.environ["HF_HUB_OFFLINE"] == ("" if connected else "1")
     assert len(asked) == 1
 

@@ -1,4 +1,8 @@
-"""A CLIP by name and weights in; its model, transform and tokenizer, and what tells it from another, out."""
+"""Load a CLIP by its name and weights: model, transform and tokenizer, and what identifies it.
+
+open_clip is imported inside the functions that use it: it takes seconds, and it reads the
+environment, which `_give_up_early_if_offline` sets.
+"""
 
 import contextlib
 import difflib
@@ -15,17 +19,15 @@ import torch
 from utils.cli import UserError, need
 from utils.device import PRECISIONS, pick_precision, precision_name
 from utils.files import differences, leaves, load_json, sha256
-from utils.lazy import Lazy
 
-open_clip = Lazy("open_clip")  # loaded after _say_at_once_if_offline, which sets what it reads of the environment
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
 PROXIES = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-FILES = (".json", ".pt", ".pth", ".bin", ".safetensors")  # what ends so is no tag
+FILE_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")  # a name that ends so is no tag
 SUMS = ("model", "model_sha256", "pretrained", "pretrained_sha256")  # in meta.json
-MOST = {"layers": 1000}  # in a configuration: a model of more takes hours to build
-LARGEST = 2**20  # of any other number: more memory than there is
-TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, and no weights
+MAX_LAYERS = 1000  # in a configuration; a model of more would take hours to build
+MAX_NUMBER = 2**20  # of any other number there; more would not fit into memory
+TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # no weights
 
 
 @dataclass
@@ -36,13 +38,13 @@ class Clip:
     transform: object  # PIL image -> (3, H, W)
     tokenizer: object  # list of texts -> (N, L)
     device: object
-    dtype: torch.dtype  # of the pictures that it takes
+    dtype: torch.dtype  # of the images that it takes
     info: dict  # plain types: what meta.json says of it
 
 
 @dataclass(frozen=True)
 class ClipId:
-    """What tells one CLIP from another, as the meta.json of a cache has it; None where it does not tell."""
+    """What identifies a CLIP, as the meta.json of a cache has it; None where it does not say."""
 
     model: str | None  # as it was asked for
     pretrained: str | None
@@ -50,29 +52,36 @@ class ClipId:
     pretrained_sha256: str | None = None
     precision: str | None = None  # of its matrix products, as --precision names it
     dtype: torch.dtype | None = None  # of the cache's embeddings
-    origin: object = None  # where this stands, for messages
+    origin: object = None  # where this was read, for messages
 
     @classmethod
     def of(cls, model, pretrained, precision=None):
         """The CLIP that these flags name.
 
-        Raises: UserError where a file is not there.
+        Raises: UserError if a file is missing.
         """
         weights = _find("--pretrained", pretrained)
-        config = _find("--model", model) if model.endswith(".json") else None
-        return cls(model, pretrained, config and sha256(config), weights and sha256(weights), precision)
+        weights_sum = sha256(weights) if weights else None
+        model_sum = sha256(_find("--model", model)) if model.endswith(".json") else None
+        return cls(model, pretrained, model_sum, weights_sum, precision)
 
     @classmethod
     def of_meta(cls, meta, origin=None):
         """The CLIP that the content of a meta.json names."""
-        meta = meta if isinstance(meta, dict) else {}
-        precision = meta.get("precision") if meta.get("precision") in tuple(PRECISIONS) else None
-        dtype = {"float16": torch.float16, "float32": torch.float32}.get(str(meta.get("dtype")))
-        return cls(**{key: meta.get(key) for key in SUMS}, precision=precision, dtype=dtype, origin=origin)
+        if not isinstance(meta, dict):
+            meta = {}
+        precision = meta.get("precision")
+        if precision not in tuple(PRECISIONS):
+            precision = None
+        dtypes = {"float16": torch.float16, "float32": torch.float32}
+        dtype = dtypes.get(str(meta.get("dtype")))
+        sums = {key: meta.get(key) for key in SUMS}
+        return cls(**sums, precision=precision, dtype=dtype, origin=origin)
 
     def is_complete(self):
-        """Whether it tells all that it takes to embed a further text."""
-        return isinstance(self.model, str) and isinstance(self.pretrained, str) and self.precision and self.dtype
+        """Whether it says everything that is needed to embed a further text."""
+        has_names = isinstance(self.model, str) and isinstance(self.pretrained, str)
+        return has_names and self.precision is not None and self.dtype is not None
 
     def sums(self):
         """Model and weights with their SHA-256, as they stand in meta.json."""
@@ -80,37 +89,37 @@ class ClipId:
 
     def readable(self):
         """{"model", "pretrained"}: a tag, or the name of a file with its sum."""
-
-        def words(name, found):
-            return f"{Path(str(name)).name} (SHA-256 {str(found)[:16]})" if found else name
-
-        model, model_sha256, pretrained, pretrained_sha256 = self.sums().values()
-        return {"model": words(model, model_sha256), "pretrained": words(pretrained, pretrained_sha256)}
+        return {
+            "model": _readable(self.model, self.model_sha256),
+            "pretrained": _readable(self.pretrained, self.pretrained_sha256),
+        }
 
     def difference(self, other):
-        """What changes from this CLIP to another, in words; empty where nothing does."""
+        """What changes from this CLIP to another, in words; empty if nothing does."""
         return differences(self.readable(), other.readable())
 
     def contradicts(self, other):
-        """Whether a name, of a file without its folder, is another one; where both tell a sum, that alone counts."""
+        """Whether another one is certainly a different CLIP.
 
-        def is_another(key):
-            sums = [getattr(clip, f"{key}_sha256") for clip in (self, other)]
-            names = [Path(str(getattr(clip, key))).name for clip in (self, other)]
-            mine, theirs = sums if all(sums) else names
-            return mine != theirs
-
-        return is_another("model") or is_another("pretrained")
+        If both have a checksum, it decides; otherwise the names do, without folders.
+        """
+        models_differ = _differ(self.model, self.model_sha256, other.model, other.model_sha256)
+        weights_differ = _differ(
+            self.pretrained, self.pretrained_sha256, other.pretrained, other.pretrained_sha256
+        )
+        return models_differ or weights_differ
 
     def load(self, device="cpu", model=None, pretrained=None, precision="auto"):
         """This very CLIP, as a Clip.
 
         Args:
-            model, pretrained: where it is now, if elsewhere.
+            model, pretrained: where its files are now, if elsewhere.
             precision: as --precision names it; "auto": as it was.
-        Raises: UserError if it cannot be loaded or is another one.
+        Raises: UserError if it cannot be loaded, or is another one.
         """
-        dtype = pick_precision(self.precision if precision == "auto" else precision, torch.device(device))
+        if precision == "auto":
+            precision = self.precision
+        dtype = pick_precision(precision, torch.device(device))
         clip = load_clip(model or self.model, pretrained or self.pretrained, device, dtype)
         changed = self.difference(ClipId.of_meta(clip.info))
         cure = "embed texts with the CLIP of their cache"
@@ -118,129 +127,190 @@ class ClipId:
         return clip
 
 
+def _readable(name, file_sum):
+    return f"{Path(str(name)).name} (SHA-256 {str(file_sum)[:16]})" if file_sum else name
+
+
+def _differ(name, file_sum, other_name, other_sum):
+    if file_sum and other_sum:
+        return file_sum != other_sum
+    return Path(str(name)).name != Path(str(other_name)).name
+
+
 def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
-    """A CLIP, as a Clip; relative paths are also looked for in the repository itself.
+    """A CLIP, as a Clip. Relative paths are also looked for in the repository itself.
 
     Args:
         name: an open_clip model, or the path of a model configuration (.json).
-        pretrained: an open_clip tag, or the path of weights: a state dict (.safetensors, .pt) or OpenAI's archive.
+        pretrained: an open_clip tag, or the path of weights: a state dict (.safetensors, .pt) or
+            OpenAI's archive.
         device: where it is to run.
         dtype: of the weights of its matrix products; sums and norms stay in float32.
-    Raises: UserError where the name, the tag or the file is not there or they do not belong together.
+    Raises: UserError if the name, the tag or the file does not exist, or if they do not belong
+        together.
     """
     weights = _find("--pretrained", pretrained)
     if weights is None:
-        _say_at_once_if_offline()
+        _give_up_early_if_offline()
+    import open_clip
+
     model_name = _register(name)
     has_quick_gelu = bool(open_clip.get_model_config(model_name).get("quick_gelu"))
-    twin = f"{model_name}-quickgelu"
-    twin = twin if not has_quick_gelu and twin in open_clip.list_models() else None
+    quick_gelu_name = f"{model_name}-quickgelu"
+    has_twin = not has_quick_gelu and quick_gelu_name in open_clip.list_models()
+    twin = quick_gelu_name if has_twin else None
+    precision = precision_name(dtype)
     with _quiet():
         if weights is None:
-            model = _create_by_tag(model_name, pretrained, precision_name(dtype), twin)
+            model = _create_by_tag(model_name, pretrained, precision, twin)
         else:
-            model = _create_from_file(model_name, weights, precision_name(dtype), pretrained, has_quick_gelu)
+            model = _create_from_file(model_name, weights, precision, pretrained, has_quick_gelu)
         with _refused(f"--model {model_name}: its tokenizer cannot be loaded"):
             tokenizer = open_clip.get_tokenizer(model_name)
     if weights is not None and twin:
-        logging.warning("note: %s has no QuickGELU; weights that OpenAI trained need --model %s", model_name, twin)
+        note = "note: %s has no QuickGELU; weights that OpenAI trained need --model %s"
+        logging.warning(note, model_name, twin)
     model.eval().requires_grad_(False).to(device)
     settings = open_clip.get_model_preprocess_cfg(model)
-    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**settings), is_train=False)
+    configuration = open_clip.transform.PreprocessCfg(**settings)
+    transform = open_clip.transform.image_transform_v2(configuration, is_train=False)
+    info = {**ClipId.of(name, pretrained).sums(), "precision": precision}
+    info.update(_facts(model, tokenizer, settings))
+    return Clip(model, transform, tokenizer, device, dtype, info)
+
+
+def _facts(model, tokenizer, settings):
+    """What meta.json says of a model besides its name."""
     size = model.visual.image_size
-    info = {
-        **ClipId.of(name, pretrained).sums(),
-        "precision": precision_name(dtype),
+    logit_scale = None
+    if hasattr(model, "logit_scale"):
+        logit_scale = float(model.logit_scale.detach().float().exp())
+    return {
         "image_size": list(size) if isinstance(size, tuple | list) else [size, size],
         "mean": [float(value) for value in settings["mean"]],
         "std": [float(value) for value in settings["std"]],
         "context_length": int(getattr(tokenizer, "context_length", 0) or 0),
-        "logit_scale": float(model.logit_scale.detach().float().exp()) if hasattr(model, "logit_scale") else None,
+        "logit_scale": logit_scale,
     }
-    return Clip(model, transform, tokenizer, device, dtype, info)
 
 
 def tokenize(clip, texts):
-    """Texts to token rows; a text that is longer than the context is cut, as by every CLIP.
+    """Turn texts into rows of tokens. A text longer than the context is cut, as by every CLIP.
 
-    A word is unknown if the model's embedding of it is zero, which only the built-in CLIP's are: it has a vocabulary
-    of its own little world.
-    Returns: tokens (N, L), int64; N bools: whether a text is cut; N bools: whether it has an unknown word.
+    A word is unknown if the model's embedding of it is zero. Only the built-in CLIP has such words,
+    since its vocabulary is that of its small world.
+
+    Returns: tokens (N, L), int64; N bools, whether a text is cut; N bools, whether it has an
+        unknown word.
     Raises: UserError if the model has fewer tokens than its tokenizer.
     """
     tokens = clip.tokenizer(texts)
     length = tokens.shape[1]
-    is_cut = (tokens[:, -1] != clip.tokenizer([""])[0, -1]).tolist()  # or fits: no padding follows
+    padding = clip.tokenizer([""])[0, -1]
+    is_cut = (tokens[:, -1] != padding).tolist()  # or it fits exactly
     for row, text in enumerate(texts):
         if is_cut[row]:
-            with_more_room = clip.tokenizer([text], context_length=length + 1)[0, :length]  # it goes on if it was cut
-            is_cut[row] = not torch.equal(with_more_room, tokens[row])
+            one_longer = clip.tokenizer([text], context_length=length + 1)[0, :length]
+            is_cut[row] = not torch.equal(one_longer, tokens[row])
     unknown = torch.zeros(len(texts), dtype=torch.bool)
     embedding = getattr(getattr(clip.model, "text", clip.model), "token_embedding", None)
     if embedding is not None:
-        empty = (embedding.weight == 0).all(dim=1).cpu()
-        what = f"a vocabulary of {len(empty)} is too small for its tokenizer"
-        need(tokens.max() < len(empty), f"--model {clip.info['model']}: {what}; mend vocab_size")
-        empty[0] = False  # padding
-        unknown = empty[tokens].any(dim=1)
+        is_empty = (embedding.weight == 0).all(dim=1).cpu()
+        problem = f"a vocabulary of {len(is_empty)} is too small for its tokenizer"
+        fits = tokens.max() < len(is_empty)
+        need(fits, f"--model {clip.info['model']}: {problem}; mend vocab_size")
+        is_empty[0] = False  # padding
+        unknown = is_empty[tokens].any(dim=1)
     return tokens, is_cut, unknown.tolist()
 
 
 def _find(flag, name):
-    """The absolute path of a file, here or else in the repository, links not followed; None if the name is a tag's."""
-    need(name, f"{flag} is empty: without weights the embeddings would be random; give a tag or a local file")
-    paths = (Path(os.path.expanduser(name)).absolute(), REPOSITORY / name)
-    path = next((path for path in paths if path.is_file()), None)
-    need(path or not ("/" in name or name.endswith(FILES)), f"{flag} {name}: no such file")
-    return path
+    """The absolute path of a file, here or in the repository; None if the name is that of a tag.
+
+    Links are not followed.
+    """
+    problem = "is empty: without weights the embeddings would be random"
+    need(name, f"{flag} {problem}; give a tag or a local file")
+    for path in (Path(os.path.expanduser(name)).absolute(), REPOSITORY / name):
+        if path.is_file():
+            return path
+    is_tag = "/" not in name and not name.endswith(FILE_SUFFIXES)
+    need(is_tag, f"{flag} {name}: no such file")
+    return None
 
 
 def _register(name):
-    """The open_clip name of --model, after adding a configuration file to open_clip's list."""
+    """The open_clip name of --model; a configuration file is added to open_clip's list."""
+    import open_clip
+
     if not name.endswith(".json"):
-        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)) or "none"
-        need(name in open_clip.list_models(), f"--model {name}: open_clip has no such model; close to it: {close}")
+        models = open_clip.list_models()
+        close = ", ".join(difflib.get_close_matches(name, models, n=4, cutoff=0.4)) or "none"
+        need(name in models, f"--model {name}: open_clip has no such model; close to it: {close}")
         return name
     path = _find("--model", name)
     config = load_json(path)
     is_config = isinstance(config, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys()
-    need(is_config, f"--model {name}: not an open_clip model configuration (embed_dim, vision_cfg, text_cfg)")
+    fields = "embed_dim, vision_cfg, text_cfg"
+    need(is_config, f"--model {name}: not an open_clip model configuration ({fields})")
     for key, value in leaves(config):
-        fits = not isinstance(value, int | float) or abs(value) <= MOST.get(key, LARGEST)  # NaN is never
-        need(fits, f"--model {name}: {key} is {value}, which no model has; mend the configuration")
+        if isinstance(value, int | float):
+            limit = MAX_LAYERS if key == "layers" else MAX_NUMBER
+            fits = abs(value) <= limit  # False for NaN
+            problem = f"{key} is {value}, which no model has"
+            need(fits, f"--model {name}: {problem}; mend the configuration")
     open_clip.add_model_config(path)
     return path.stem
 
 
 def _create_by_tag(name, tag, precision, twin):
-    """The model with downloaded weights on the CPU; refused if they need its twin with QuickGELU."""
+    """The model with downloaded weights on the CPU; refused if they need its QuickGELU twin."""
+    import open_clip
+
     tags = open_clip.list_pretrained_tags_by_model(name)
     which = f"its tags are {', '.join(tags)}" if tags else "it has no published weights"
-    need(tag in tags, f"--pretrained {tag}: no such file, and no tag of {name}: {which}; or give a local file")
-    needs_twin = twin and (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu")
-    need(not needs_twin, f"--model {name}: the weights of {tag} need QuickGELU: --model {twin}")
-    cure = "give the path of a local weights file instead, or try --dataset shapes, which needs no download"
+    problem = f"no such file, and no tag of {name}: {which}"
+    need(tag in tags, f"--pretrained {tag}: {problem}; or give a local file")
+    tag_config = open_clip.get_pretrained_cfg(name, tag) or {}
+    needs_twin = twin and tag_config.get("quick_gelu")
+    problem = f"the weights of {tag} need QuickGELU"
+    need(not needs_twin, f"--model {name}: {problem}: --model {twin}")
+    cure = "give the path of a local weights file instead, "
+    cure += "or try --dataset shapes, which needs no download"
     with _refused(f"--pretrained {tag}: cannot be downloaded", cure):
         return open_clip.create_model(name, pretrained=tag, precision=precision)
 
 
 def _create_from_file(name, path, precision, pretrained, has_quick_gelu):
-    """The model with the weights of a file on the CPU; --pretrained names it in messages."""
+    """The model with the weights of a file on the CPU; `pretrained` names it in messages."""
+    import open_clip
+
     archive = None
     with _refused(f"--pretrained {pretrained}: not readable"):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as content:
-                has_code = any(file.endswith("constants.pkl") or "/code/" in file for file in content.namelist())
-            archive = torch.jit.load(str(path), map_location="cpu") if has_code else None  # of torch.jit.save
-    what = f"{path.name} is OpenAI's archive, whose weights need QuickGELU"
-    need(archive is None or has_quick_gelu, f"--model {name}: {what}: --model {name}-quickgelu")
+        if _is_torchscript(path):
+            archive = torch.jit.load(str(path), map_location="cpu")
+    problem = f"{path.name} is OpenAI's archive, whose weights need QuickGELU"
+    fits = archive is None or has_quick_gelu
+    need(fits, f"--model {name}: {problem}: --model {name}-quickgelu")
     with _refused(f"--pretrained {pretrained}: not weights of {name}"):
         if archive is None:
             return open_clip.create_model(name, pretrained=str(path), precision=precision)
         model = open_clip.create_model(name, pretrained=None, precision=precision)
-        weights = {key: value.float() for key, value in archive.state_dict().items() if key not in TORCHSCRIPT_EXTRAS}
+        weights = {}
+        for key, value in archive.state_dict().items():
+            if key not in TORCHSCRIPT_EXTRAS:
+                weights[key] = value.float()
         model.load_state_dict(weights)
         return model
+
+
+def _is_torchscript(path):
+    """Whether a file was written by torch.jit.save, as OpenAI's archives are."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any(name.endswith("constants.pkl") or "/code/" in name for name in names)
 
 
 @contextlib.contextmanager
@@ -250,7 +320,10 @@ def _refused(what, cure=None):
         yield
     except Exception as error:  # noqa: BLE001  the hub, pickled files and tokenizers raise many things
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{what} ({reason})" + (f"; {cure}" if cure else "")) from None
+        message = f"{what} ({reason})"
+        if cure:
+            message += f"; {cure}"
+        raise UserError(message) from None
 
 
 @contextlib.contextmanager
@@ -266,8 +339,11 @@ def _quiet():
         log.setLevel(level)
 
 
-def _say_at_once_if_offline():
-    """Without a network the hub's client tries for most of a minute, unless it is told. Cached weights still load."""
+def _give_up_early_if_offline():
+    """Tell the hub's client that there is no network, or it tries for most of a minute.
+
+    Weights that it has cached still load.
+    """
     if any(os.environ.get(key) for key in PROXIES):
         return
     try:

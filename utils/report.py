@@ -1,8 +1,9 @@
-"""Tables in files in, markdown documents that show them out.
+"""Markdown documents that show files: the tables in READMEs, and the README.md of a results folder.
 
     python -m utils.report README.md datasets/README.md
 
-renews what stands between <!-- FILE --> and <!-- end of FILE -->: it becomes the content of FILE, a path from here.
+renews what stands between <!-- FILE --> and <!-- end of FILE -->: it becomes the content of FILE, a
+path relative to the current folder.
 """
 
 import re
@@ -13,35 +14,47 @@ from utils.files import written_aside
 
 
 def insert_files(document):
-    """A markdown text with its <!-- FILE --> sections renewed, a .txt as code; without its file a section stays."""
+    """A markdown text with its <!-- FILE --> sections renewed.
 
-    def renew(match):
-        if not Path(match[1]).exists():
-            print(f"{match[1]}: no such file; its section stays as it is", file=sys.stderr)
-            return match[0]
-        content = Path(match[1]).read_text(encoding="utf-8").rstrip("\n")
-        content = f"```\n{content}\n```" if match[1].endswith(".txt") else content
-        return f"<!-- {match[1]} -->\n{content}\n<!-- end of {match[1]} -->"
+    A .txt file is shown as code. If a file is missing, its section stays as it is.
+    """
+    pattern = r"<!-- (\S+) -->\n.*?<!-- end of \1 -->"
+    return re.sub(pattern, _renewed_section, document, flags=re.DOTALL)
 
-    return re.sub(r"<!-- (\S+) -->\n.*?<!-- end of \1 -->", renew, document, flags=re.DOTALL)
+
+def _renewed_section(match):
+    name = match[1]
+    if not Path(name).exists():
+        print(f"{name}: no such file; its section stays as it is", file=sys.stderr)
+        return match[0]
+    content = Path(name).read_text(encoding="utf-8").rstrip("\n")
+    if name.endswith(".txt"):
+        content = f"```\n{content}\n```"
+    return f"<!-- {name} -->\n{content}\n<!-- end of {name} -->"
 
 
 def results_page(title, command, texts, plots):
-    """The README.md of a results folder: its tables and plots in one page, and the command that makes them.
+    """The README.md of a results folder: its tables and plots on one page.
 
     Args:
-        title, command: one line each.
-        texts: {file name: content}, as `tables.write_all` gives them.
-        plots: {file name of a PNG: caption}, as `plots.draw_all` gives them.
+        title: one line.
+        command: that makes them, one line.
+        texts: {file name: content}, as `tables.write_all` returns them.
+        plots: {file name of a PNG: caption}, as `plots.draw_all` returns them.
     Returns: markdown.
     """
-    pictures = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in plots.items())
-    head = (
-        f"# {title}\n\nWritten by `{command}`; mean ± standard deviation over seeds, best in bold."
-    )
-    kept = f"## What is kept at a risk\n\n{texts['risk.md']}\n" if texts.get("risk.md") else ""
-    tables = f"{texts['comparison.md']}\n{pictures}\n\n{kept}## Details\n\n{texts['details.md']}"
-    return f"{head}\n\n{tables}\n## As on the screen\n\n```\n{texts['report.txt'].rstrip()}\n```\n"
+    note = "mean ± standard deviation over seeds, best in bold"
+    parts = [
+        f"# {title}\n\nWritten by `{command}`; {note}.\n",
+        f"{texts['comparison.md']}",
+    ]
+    for name, caption in plots.items():
+        parts.append(f"{caption}\n\n![{caption}]({name})\n")
+    if texts.get("risk.md"):
+        parts.append(f"## What is kept at a risk\n\n{texts['risk.md']}")
+    parts.append(f"## Details\n\n{texts['details.md']}")
+    parts.append(f"## As on the screen\n\n```\n{texts['report.txt'].rstrip()}\n```\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _answers_with_image(answers, direction):
 
 
 def uncertainty_of(answered):
-    """The uncertainty that queries are ordered by, (Q,): the text's, else the image's, else None."""
+    """The uncertainty that queries are ordered by, (Q,): the text's, else the image's, or None."""
     if "uncertainty" in answered:
         return answered["uncertainty"]
     return answered.get("image_uncertainty")

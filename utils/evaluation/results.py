@@ -281,7 +281,7 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None
         add_texts(results, scorer, ladder, chains or {})
     else:
         logging.info(
-            "%s: its texts have no uncertainty; levels are by the image's, and prompts are left out",
+            "%s: its texts have no uncertainty; levels are by the image's, prompts are left out",
             scorer.row.method,
         )
     return results

@@ -60,7 +60,7 @@ def number(mean, std=None, form=".3f"):
 
 
 def between(draws, form=".3f"):
-    """The 95 % interval of the resamples of a metric as text, " [0.388, 0.412]"; "" if undefined."""
+    """The 95 % interval of resamples as text, " [0.388, 0.412]"; "" if undefined."""
     limits = interval(draws)
     if limits is None:
         return ""

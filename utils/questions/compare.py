@@ -49,11 +49,12 @@ LEVEL = "level"
 REVERSED = "reversed"
 RESERVED_NAMES = ("README", "comparison", "t2i", "details")  # of files that eval.py writes
 OWN_SCORES = "`models/README.md` says what each method's own score is and how it is computed.\n"
-HOW = """Differences, {leader} minus the baseline, are of means over seeds, over the same resamples of the images, each
-with all its captions; the seeds of each side are resampled independently; 95 % intervals, not corrected for the number
-of comparisons. A lead survives if the interval is on its side of 0, is level if the interval contains 0, and is
-reversed if the interval is on the other side. A baseline is represented by its row that is best in the metric on these
-very queries; this favours the baseline.
+HOW = """Differences, {leader} minus the baseline, are of means over seeds, over the same resamples of
+the images, each with all its captions; the seeds of each side are resampled independently; 95 %
+intervals, not corrected for the number of comparisons. A lead survives if the interval is on its
+side of 0, is level if the interval contains 0, and is reversed if the interval is on the other
+side. A baseline is represented by its row that is best in the metric on these very queries; this
+favours the baseline.
 """
 
 
@@ -211,7 +212,7 @@ def label(method, scores):
 
 
 def family(method):
-    """What counts as one method: `pfe` for `pfe` and `pfe-original`; training-free rows stand alone."""
+    """`pfe` for `pfe` and `pfe-original`; a training-free row is a family by itself."""
     return method if method in TRAINING_FREE else method.partition("-")[0]
 
 
@@ -286,7 +287,7 @@ def lead_table(results, labels, leader, baselines):
 
 
 def _compare_with_best(results, labels, leader, rows, column):
-    """What becomes of a lead over the best of some rows in one column: the verdict, and the cell."""
+    """The verdict on a lead over the best of some rows in one column, and the cell."""
     section, figure = COLUMNS[column]
     cells = tables_of(results, SHOWN)[section][figure]
 

@@ -10,7 +10,6 @@ from models import METHODS
 from models.base import SMALL
 from tests.conftest import make_cache
 from utils.checkpoint import save_adaptor
-from utils.lazy import Lazy
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {
@@ -68,12 +67,3 @@ def test_a_script_loads_what_its_run_needs(workdir, command, expected):
         Path("checkpoints/tiny/0/asymvlm-psd.pt"),
     )
     assert loaded(*command) == expected
-
-
-def test_a_lazy_module_is_the_module_and_a_missing_one_says_so_when_it_is_used():
-    assert Lazy("os.path").join is __import__("os").path.join
-    missing = Lazy("no_such_module")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        _ = missing.anything
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = Lazy("os").nothing
