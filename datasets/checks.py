@@ -124,7 +124,7 @@ def load_list(path, length, kind):
 
 
 def load_relevance(path, captions, images):
-    """The right answers of a split of M captions and N images, as `ListSplit.relevance` has them."""
+    """The right answers for M captions and N images, as `ListSplit.relevance` has them."""
     content = load_json(path)
     if not isinstance(content, dict) or not content:
         relevance = load_list(path, captions, list)

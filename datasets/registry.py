@@ -31,20 +31,28 @@ class DataSet:
     make: object = None  # function of the data root that makes the files where there are none
     chains: object = None  # function that gives lists of texts, each from general to specific
     flags: tuple = ()  # those of the command line that the reader takes as well, by name
-    one_split: bool = False  # whether its files are one split, which --split names, and stay as many as they are
+    one_split: bool = (
+        False  # whether its files are one split, which --split names, and stay as many as they are
+    )
 
 
 DATASETS = {
     "coco": DataSet(
         CocoCaptions,
-        Layout("{split}2017", "annotations/captions_{split}2017.json", "annotations/relevance_{split}2017.json"),
+        Layout(
+            "{split}2017",
+            "annotations/captions_{split}2017.json",
+            "annotations/relevance_{split}2017.json",
+        ),
     ),
     "coco-karpathy": DataSet(KarpathyCaptions, karpathy.COCO),
     "csv": DataSet(TableCaptions, ("{split}.csv", "{split}.tsv"), flags=CSV_FLAGS),
     "flickr30k": DataSet(KarpathyCaptions, karpathy.FLICKR30K),
     "shapes": DataSet(
         CocoCaptions,
-        Layout("{split}", "annotations/captions_{split}.json", "annotations/relevance_{split}.json"),
+        Layout(
+            "{split}", "annotations/captions_{split}.json", "annotations/relevance_{split}.json"
+        ),
         model="datasets/shapes/clip.json",
         pretrained="datasets/shapes/clip.safetensors",
         ladder=world.LADDER,

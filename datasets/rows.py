@@ -14,7 +14,9 @@ from datasets.checks import ANEW, check_finite, check_index, check_sum, existing
 from utils.cli import UserError, need
 from utils.files import load_tensors
 
-BUFFER = 2**20  # rows: 2 GB of embeddings 512 wide in float16, images and texts, which the system's file cache may hold
+BUFFER = (
+    2**20
+)  # rows: 2 GB of embeddings 512 wide in float16, images and texts, which the system's file cache may hold
 OPEN = 512  # shards that are open at a time
 
 
@@ -31,7 +33,10 @@ class RowsInMemory:
     """A tensor (N, D). Row numbers are to be on its device."""
 
     def __init__(self, z):
-        self._z, self.shape, self.dtype, self.device = z, tuple(z.shape), z.dtype, z.device
+        self._z = z
+        self.shape = tuple(z.shape)
+        self.dtype = z.dtype
+        self.device = z.device
 
     def __len__(self):
         return len(self._z)
@@ -69,8 +74,11 @@ class RowsOnDisk:
         self.sizes = [rows for rows, _ in index]
         self.ends = torch.tensor(self.sizes).cumsum(dim=0)  # (S,)
         self.starts = self.ends - torch.tensor(self.sizes)  # (S,)
-        self.shape, self.dtype = (int(self.ends[-1]), width), dtype
-        self._sums, self._checked, self._open = [total for _, total in index], set(), OrderedDict()
+        self.shape = (int(self.ends[-1]), width)
+        self.dtype = dtype
+        self._sums = [file_sum for _, file_sum in index]
+        self._checked = set()  # numbers of shards
+        self._open = OrderedDict()  # number -> tensor
         self._target = torch.device("cpu")
 
     def __len__(self):
@@ -85,7 +93,8 @@ class RowsOnDisk:
         finite = torch.isfinite(z).all(dim=1)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
-            file, row = self.files[shard_of[bad]], rows[bad] - self.starts[shard_of[bad]]
+            file = self.files[shard_of[bad]]
+            row = rows[bad] - self.starts[shard_of[bad]]
             raise UserError(f"{file}: row {row} is not finite; {ANEW}, in --precision fp32")
         return z.to(self._target, non_blocking=True)  # (B, D)
 
@@ -132,8 +141,11 @@ class SomeRows:
     """Rows of other Rows, wherever those lie, numbered anew. Args: rows; chosen (n,): their numbers, which ascend."""
 
     def __init__(self, rows, chosen):
-        self._rows, self._chosen = rows, chosen.to(rows.device)
-        self.shape, self.dtype, self.device = (len(chosen), rows.shape[1]), rows.dtype, rows.device
+        self._rows = rows
+        self._chosen = chosen.to(rows.device)
+        self.shape = (len(chosen), rows.shape[1])
+        self.dtype = rows.dtype
+        self.device = rows.device
 
     def __len__(self):
         return len(self._chosen)
@@ -167,13 +179,17 @@ def shard_file(folder, kind, number):
 def shuffled(sizes, buffer, generator):
     """The row numbers of shards of these sizes at random, as `RowsOnDisk.order` has them."""
     starts = torch.tensor(sizes).cumsum(dim=0) - torch.tensor(sizes)
-    waiting, count = [], 0
-    for position, shard in enumerate(torch.randperm(len(sizes), generator=generator).tolist(), start=1):
+    waiting = []
+    count = 0
+    for position, shard in enumerate(
+        torch.randperm(len(sizes), generator=generator).tolist(), start=1
+    ):
         waiting.append(torch.arange(starts[shard], starts[shard] + sizes[shard]))
         count += sizes[shard]
         if count and (count >= buffer or position == len(sizes)):
             yield torch.cat(waiting)[torch.randperm(count, generator=generator)]
-            waiting, count = [], 0
+            waiting = []
+            count = 0
 
 
 def in_batches(orders, size):

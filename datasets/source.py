@@ -42,7 +42,7 @@ class Split:
         return {}
 
     def units(self):
-        """The units that are encoded at once and kept when a run is stopped: a list of `embed.Unit`."""
+        """The units that are encoded at once and kept when a run stops: a list of `embed.Unit`."""
         raise NotImplementedError
 
     def assemble(self, store, folder, meta):
@@ -132,7 +132,7 @@ class ListSplit(Split):
         return meta
 
     def image_folder(self):
-        """The folder in which all images lie under their names, where eval.py finds them; or None."""
+        """The folder in which all images lie under their names, or None; for eval.py."""
         folders = set()
         for file, name in zip(self.image_files, self.image_names, strict=True):
             folders.add(str(file).removesuffix(name))
@@ -241,7 +241,7 @@ class ListUnit:
         return content if is_whole else None
 
     def left_out(self, folder):
-        """The broken images without which it was kept, {image row: reason}; None if it is missing."""
+        """The broken images that it was kept without, {image row: reason}; None if missing."""
         content = self.load(folder)
         return None if content is None else content.get("left_out", {})
 

@@ -1,8 +1,8 @@
-"""A table of image files and captions, one .csv or .tsv per split with a header, as open_clip has it.
+"""A table of image files and captions: one .csv or .tsv with a header per split, as for open_clip.
 
 The expected layout:
 
-    <root>/train.csv  <root>/val.csv (or .tsv)  and the image files, named by their paths from <root>
+    <root>/train.csv  <root>/val.csv (or .tsv)  and image files, named by their paths from <root>
 """
 
 import csv

@@ -1,7 +1,8 @@
-"""WebDataset tar files in; their pictures and captions, a tar after the other, and the cache that they become, out.
+"""WebDataset tar files: their images and captions, and the cache that they become.
 
-A sample is <key>.jpg (or .jpeg, .png, .webp) and <key>.txt, or a <key>.json with a "caption", side by side in the tar,
-as img2dataset writes them: one caption an image. A key has no dot, as everywhere in WebDataset. Nothing is unpickled.
+A sample is <key>.jpg (or .jpeg, .png, .webp) and <key>.txt, or a <key>.json with a "caption", side
+by side in the tar, as img2dataset writes them: one caption per image. A key has no dot, as
+everywhere in WebDataset. Nothing is unpickled.
 """
 
 import glob
@@ -26,10 +27,24 @@ from utils.files import digest, load_json, save_json, save_tensors, sha256
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 END = 1024  # bytes: a complete tar ends in so many zeros at least
-MOST = 2**20  # bytes: in so many at most; else it is a download that made room for itself and was not finished
-PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd, which know their own ends
+MOST = (
+    2**20
+)  # bytes: in so many at most; else it is a download that made room for itself and was not finished
+PACKED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+)  # gzip, bzip2, xz, zstd, which know their own ends
 KINDS = ("image", "text", "images", "captions")  # the files that a tar becomes: a shard
-NOTES = {"tar": list, "rows": int, "width": list, "sums": list, "left_out": list} | TEXT_NOTES
+NOTES = {
+    "tar": list,
+    "rows": int,
+    "width": list,
+    "sums": list,
+    "left_out": list,
+    **TEXT_NOTES,
+}
 
 
 class TarSplit(Split):
@@ -73,21 +88,34 @@ class TarSplit(Split):
     def assemble(self, store, folder, meta):
         """Move the files of all tars to the split; a run that is stopped meanwhile goes on with it."""
         notes = store.load(self.units())
-        skipped = [[f"{note['tar'][0]}: {key}", reason] for note in notes for key, reason in note["left_out"]]
+        skipped = []  # [tar and key, reason]
+        for note in notes:
+            for key, reason in note["left_out"]:
+                skipped.append([f"{note['tar'][0]}: {key}", reason])
         store.check_broken(": ".join(sample) for sample in skipped)
         say_notes(notes, meta["context_length"])
         count = sum(note["rows"] for note in notes)
-        need(count, f"--data-root {self.root}: holds no sample; a sample is a picture and a .txt or .json of one name")
+        need(
+            count,
+            f"--data-root {self.root}: holds no sample; a sample is a picture and a .txt or .json of one name",
+        )
         check_widths(meta, *notes[0]["width"])
-        meta |= {"embed_dim": notes[0]["width"][0], "image_count": count, "caption_count": count}
-        meta |= self.state() | {"skipped": skipped, "versions": versions()}
+        meta["embed_dim"] = notes[0]["width"][0]
+        meta["image_count"] = count
+        meta["caption_count"] = count
+        meta.update(self.state())
+        meta["skipped"] = skipped
+        meta["versions"] = versions()
         clear_meta(folder)
         for number, kind in itertools.product(range(len(notes)), KINDS):
             file = shard_file(store.folder, kind, number)
             if file.exists():
                 os.replace(file, shard_file(folder, kind, number))
-        shards = [(note["rows"], dict(zip(KINDS, note["sums"], strict=True))) for note in notes]
-        index = {kind: [[rows, sums[kind]] for rows, sums in shards] for kind in ("image", "text")}
+        index = {"image": [], "text": []}
+        for note in notes:
+            sums = dict(zip(KINDS, note["sums"], strict=True))
+            index["image"].append([note["rows"], sums["image"]])
+            index["text"].append([note["rows"], sums["text"]])
         finish_shards(folder, index, torch.arange(count), meta)
         return meta
 
@@ -95,10 +123,12 @@ class TarSplit(Split):
 class TarUnit:
     """One tar: a `Unit` of utils/embed.py. It is kept as a shard of the finished split and notes-00000.json."""
 
-    texts, pictures = (), None  # texts come with the pictures, of which only reading tells how many there are
+    texts = ()  # they come with the images
+    pictures = None  # only reading tells how many there are
 
     def __init__(self, number, url):
-        self.number, self.url = number, url
+        self.number = number
+        self.url = url
 
     def streams(self, size):
         """The tar itself: it is read by one process."""
@@ -118,7 +148,9 @@ class TarUnit:
             notes = load_json(folder / f"notes-{self.number:05d}.json")
         except (UserError, FileNotFoundError):
             return None
-        fits = has_fields(notes, NOTES) and all(isinstance(pair, list) and len(pair) == 2 for pair in notes["left_out"])
+        fits = has_fields(notes, NOTES) and all(
+            isinstance(pair, list) and len(pair) == 2 for pair in notes["left_out"]
+        )
         return notes if fits else None
 
     def left_out(self, folder):
@@ -126,11 +158,18 @@ class TarUnit:
         notes = self.load(folder)
         if notes is None or notes["tar"] != _identity(self.url):
             return None
-        if notes["left_out"] and not _is_file(self.url):  # it may be mended: a URL has no size or date
+        if notes["left_out"] and not _is_file(
+            self.url
+        ):  # it may be mended: a URL has no size or date
             return None
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
-        files = [file if file.exists() else folder.parent / file.name for file in files]  # it may have moved already
-        is_whole = all(file.exists() for file in files) and [sha256(file) for file in files] == notes["sums"]
+        files = [
+            file if file.exists() else folder.parent / file.name for file in files
+        ]  # it may have moved already
+        is_whole = (
+            all(file.exists() for file in files)
+            and [sha256(file) for file in files] == notes["sums"]
+        )
         return dict(notes["left_out"]) if is_whole else None
 
     def save(self, folder, embedded):
@@ -138,11 +177,18 @@ class TarUnit:
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
         contents = (embedded.image, embedded.text, embedded.keys, embedded.captions)
         for file, content in zip(files, contents, strict=True):
-            (save_tensors if isinstance(content, torch.Tensor) else save_json)(content, file)
-        width = [embedded.image.shape[1], embedded.text.shape[1]]
-        notes = {"tar": _identity(self.url), "rows": len(embedded.image), "width": width}
-        notes |= {"left_out": [list(sample) for sample in embedded.left_out.items()]} | embedded.notes
-        notes |= {"sums": [sha256(file) for file in files]}
+            if isinstance(content, torch.Tensor):
+                save_tensors(content, file)
+            else:
+                save_json(content, file)
+        notes = {
+            "tar": _identity(self.url),
+            "rows": len(embedded.image),
+            "width": [embedded.image.shape[1], embedded.text.shape[1]],
+            "left_out": [list(sample) for sample in embedded.left_out.items()],
+            **embedded.notes,
+            "sums": [sha256(file) for file in files],
+        }
         save_json(notes, folder / f"notes-{self.number:05d}.json")
 
 
@@ -186,7 +232,9 @@ class _Watched:
     """A stream that remembers how it began and in how many zeros it ended."""
 
     def __init__(self, stream):
-        self.stream, self.beginning, self.zeros = stream, b"", 0
+        self.stream = stream
+        self.beginning = b""
+        self.zeros = 0
 
     def read(self, size=-1):
         content = self.stream.read(size)
@@ -216,7 +264,9 @@ def _webdataset():
     try:
         import webdataset
     except ImportError:
-        raise UserError("--dataset webdataset: needs the package of that name: pip install webdataset") from None
+        raise UserError(
+            "--dataset webdataset: needs the package of that name: pip install webdataset"
+        ) from None
     return webdataset
 
 
@@ -227,7 +277,9 @@ def _expand(pattern):
         return webdataset.shardlists.expand_urls(pattern)
     except Exception as error:  # noqa: BLE001  its libraries raise many things
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"--data-root {pattern}: not a pattern of paths ({reason}); mend its braces") from None
+        raise UserError(
+            f"--data-root {pattern}: not a pattern of paths ({reason}); mend its braces"
+        ) from None
 
 
 def _is_file(url):
@@ -237,7 +289,9 @@ def _is_file(url):
 def _identity(url):
     """What tells a tar from one that was mended since: [name, bytes, time of the last change]; of a URL [URL, 0, 0]."""
     path = Path(url)
-    return [path.name, path.stat().st_size, path.stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
+    return (
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
+    )
 
 
 def _check_end(path):

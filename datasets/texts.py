@@ -1,7 +1,8 @@
-"""Further texts of a cache in embeddings/<name>/texts/: the prompt ladder, caption chains, your own.
+"""Further texts of a cache, embeddings/<name>/texts/: the prompt ladder, chains, your own.
 
 <stem>.pt    (T, D), raw, as the cache's own
-<stem>.json  {"texts": T strings, "chains": lists of rows, general first, or null, "clip": what embedded them}
+<stem>.json  {"texts": T strings, "chains": lists of rows, general first, or null,
+              "clip": what embedded them}
 """
 
 import csv

@@ -34,15 +34,21 @@ class UnitStore:
     """
 
     def __init__(self, folder, settings, dtype, max_broken=0, overwrite=False):
-        self.folder, self.settings = units_folder(folder), settings | {"overwrite": overwrite}
-        self.dtype, self.max_broken = dtype, max_broken
+        self.folder = units_folder(folder)
+        self.settings = {**settings, "overwrite": overwrite}
+        self.dtype = dtype
+        self.max_broken = max_broken
         found = None
-        with contextlib.suppress(UserError, FileNotFoundError):  # unreadable: nothing tells what the units are
+        with contextlib.suppress(
+            UserError, FileNotFoundError
+        ):  # unreadable: nothing tells what the units are
             found = load_json(self.folder / "settings.json")
         there = any(self.folder.glob("*.pt")) or any(self.folder.glob("notes-*.json"))
         if isinstance(found, dict) and (there or not is_first()):
             changed = differences(found, settings)
-            if not changed and (found.get("overwrite") or not overwrite):  # one --overwrite goes on with another
+            if not changed and (
+                found.get("overwrite") or not overwrite
+            ):  # one --overwrite goes on with another
                 self.settings = found
                 return
             cure = "finish it with those, give another --name, or --overwrite it"
@@ -62,7 +68,10 @@ class UnitStore:
     def load(self, units):
         """What all of these units hold, in their order: a list of what `load` of each gives."""
         contents = [unit.load(self.folder) for unit in units]
-        need(None not in contents, f"{self.folder}: a unit is missing or damaged; run the same command again")
+        need(
+            None not in contents,
+            f"{self.folder}: a unit is missing or damaged; run the same command again",
+        )
         return contents
 
     def check_broken(self, messages):
@@ -85,10 +94,14 @@ def is_finished(name, split, settings, state, max_broken):
         state: `Split.state()`, which units do not record, but the cache.
         max_broken: samples that may have been left out.
     """
-    folder, cure = ROOT / name / split, "give another --name, or --overwrite it"
+    folder = ROOT / name / split
+    cure = "give another --name, or --overwrite it"
     if not (folder / "meta.json").exists():
         is_unknown = is_cache(folder) and not units_folder(folder).exists()
-        need(not is_unknown, f"{folder}: holds a cache without a meta.json, so nothing tells what it is; {cure}")
+        need(
+            not is_unknown,
+            f"{folder}: holds a cache without a meta.json, so nothing tells what it is; {cure}",
+        )
         return False
     meta = EmbeddingCache(name, split, mapped=True).meta
     changed = differences(meta | ClipId.of_meta(meta).readable(), settings | state)
@@ -114,6 +127,10 @@ def check_other_splits(name, splits, clip_id):
     for file in sorted((ROOT / name).glob("*/meta.json")):
         meta = load_json(file)
         is_object = isinstance(meta, dict)
-        changed = ClipId.of_meta(meta).difference(clip_id) if is_object else "its meta.json is not an object"
+        changed = (
+            ClipId.of_meta(meta).difference(clip_id)
+            if is_object
+            else "its meta.json is not an object"
+        )
         is_right = not changed or file.parent.name in splits
         need(is_right, f"{file.parent}: was made with another CLIP: {changed}; {cure}")

@@ -389,9 +389,7 @@ def test_a_missing_cache_names_the_command_and_the_data_set_that_needs_no_downlo
     assert (
         str(caught.value).count("--dataset shapes") == 2
     )  # what was asked for and the command, without a hint
-    assert "--dataset DATA_SET --name shapes, where the data set has another name" in str(
-        caught.value
-    )
+    assert "--dataset DATA_SET --name shapes if the data set has another name" in str(caught.value)
 
 
 def test_a_missing_cache_lists_those_that_are_there(cache):
@@ -400,7 +398,7 @@ def test_a_missing_cache_lists_those_that_are_there(cache):
 
 
 def test_a_missing_split_names_the_command_that_makes_it(cache):
-    command = r"run python cache_embeddings.py --dataset it --split train, or --dataset DATA_SET --name it, where"
+    command = r"run python cache_embeddings.py --dataset it --split train, or --dataset DATA_SET --name it if"
     with pytest.raises(
         UserError, match=rf"no train split in embeddings/it \(found val\); {command}"
     ):
@@ -549,8 +547,8 @@ BROKEN_FILES = [
     ("meta.json", put_meta("text", [[-5, "x"], [125, "x"]]), NO_INDEX),
     ("meta.json", put_meta("image", 3), NO_INDEX),
     ("meta.json", put_meta("image_of_caption", None), NO_INDEX),
-    ("meta.json", put_meta("embed_dim", "16"), "does not tell embed_dim and dtype"),
-    ("meta.json", put_meta("dtype", "Tensor"), "does not tell embed_dim and dtype"),
+    ("meta.json", put_meta("embed_dim", "16"), "does not give embed_dim and dtype"),
+    ("meta.json", put_meta("dtype", "Tensor"), "does not give embed_dim and dtype"),
     ("meta.json", put_meta("shards", []), NO_INDEX),
 ]
 

@@ -21,10 +21,10 @@ from tests.conftest import REPOSITORY, load_result, make_cache
 from utils.checkpoint import load_adaptor
 from utils.cli import run_script
 from utils.evaluation.figures import hierarchy
-from utils.questions.prompts import example_captions
 from utils.evaluation.results import Results
 from utils.files import save_json, sha256
 from utils.preprocess import ClipId
+from utils.questions.prompts import example_captions
 from utils.report import insert_files
 
 PLAIN = ("--no-plots", "--resamples", 100)

@@ -110,7 +110,7 @@ def test_a_wrong_root_says_what_was_expected_and_what_was_found(tmp_path, layout
 
 def test_a_missing_folder_of_pictures_is_named(tmp_path):
     shutil.rmtree(write_karpathy_coco(tmp_path) / "train2014")
-    expected = "expected train2014/ with the pictures of dataset_coco.json, found only dataset_coco.json, val2014/"
+    expected = "expected train2014/ with the images of dataset_coco.json, found only dataset_coco.json, val2014/"
     assert expected in refusal(tmp_path, "train")
     assert load(tmp_path, "test").image_ids == [70, 60, 40]  # which has no picture there
     shutil.rmtree(write_flickr30k(tmp_path / "flickr") / "flickr30k-images")

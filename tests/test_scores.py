@@ -16,9 +16,9 @@ from models.layers import mlp
 from tests.conftest import all_bytes, load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.evaluation import ranking
-from utils.questions.prompts import describe_prompts, example_captions
 from utils.evaluation.scorers import OWN, rank
 from utils.evaluation.training_free import every_scorer
+from utils.questions.prompts import describe_prompts, example_captions
 
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 100)
 OWN_SCORE = [

@@ -119,7 +119,7 @@ def test_two_tables_of_one_split_are_refused(tmp_path):
 
 
 BROKEN = {
-    "no row": ("filepath,title\n", ["holds no row"]),
+    "no row": ("filepath,title\n", ["it has no rows"]),
     "nothing": ("", ["no column 'filepath'", "found: nothing", "--csv-img-key"]),
     "another column for images": (
         "file,title\na.png,one\n",
@@ -230,7 +230,7 @@ def test_a_cache_of_another_name_is_missed_with_the_flags_that_make_it(script, w
     assert script(cache_embeddings.main, *call)[0] == 0
     status, _, last = script(train_script.main, "--dataset", "mine")
     assert status == 2
-    renamed = "or --dataset DATA_SET --name mine, where the data set has another name"
+    renamed = "or --dataset DATA_SET --name mine if the data set has another name"
     assert f"run python cache_embeddings.py --dataset mine --split train, {renamed}" in last
 
 
@@ -239,7 +239,7 @@ def test_bad_tables_end_in_one_line_and_nothing_is_written(script, workdir):
     call = ("--dataset", "csv", "--data-root", "mine", "--split", "val", *SHAPES_CLIP)
     status, _, last = script(cache_embeddings.main, *call, "--csv-img-key", "image")
     assert status == 2
-    assert "mine/val.csv: no column 'title', parted by ',' (found: 'image', 'caption')" in last
+    assert "mine/val.csv: no column 'title', separated by ',' (found: 'image', 'caption')" in last
     assert [path.name for path in workdir.iterdir()] == ["mine"]
 
 

@@ -398,7 +398,7 @@ def test_nothing_in_a_tar_is_unpickled(call, pictures, workdir):
         (("--data-root", "nowhere"), "nowhere: no such file"),
         (("--data-root", "empty"), "expected .tar files, found an empty folder"),
         (("--split", "train", "val"), "the tars are one split"),
-        (("--shard-rows", "5"), "has a file a tar"),
+        (("--shard-rows", "5"), "has one file per tar"),
         (("--max-broken", "-1"), "--max-broken"),
         (
             ("--data-root", "pipe:cat nowhere.tar"),

@@ -20,9 +20,9 @@ from tests.conftest import load_result, make_cache
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.cli import UserError
 from utils.evaluation import plots
-from utils.questions.prompts import describe_prompts
 from utils.evaluation.results import load_results
 from utils.evaluation.scorers import AdaptorScorer, FrozenScorer, Row, answer
+from utils.questions.prompts import describe_prompts
 
 DIM = 16
 mpmath.mp.dps = 50

@@ -250,7 +250,9 @@ def _register(name):
         return name
     path = _find("--model", name)
     config = load_json(path)
-    is_config = isinstance(config, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys()
+    is_config = (
+        isinstance(config, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys()
+    )
     fields = "embed_dim, vision_cfg, text_cfg"
     need(is_config, f"--model {name}: not an open_clip model configuration ({fields})")
     for key, value in leaves(config):

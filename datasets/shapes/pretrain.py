@@ -24,7 +24,13 @@ import torch
 from safetensors.torch import save_file
 from tqdm import trange
 
-from datasets.shapes.world import draw_scene, make_split, paint, write_caption, write_full_description
+from datasets.shapes.world import (
+    draw_scene,
+    make_split,
+    paint,
+    write_caption,
+    write_full_description,
+)
 
 FOLDER = Path(__file__).parent
 MAX_LOG_SCALE = math.log(100)  # as in CLIP: the logit scale never exceeds 100
@@ -61,7 +67,12 @@ def train(config, steps, batch, lr, seed, evaluate_every=250):
             scenes = [draw_scene(rng) for _ in range(batch)]
             images = torch.stack([transform(paint(scene)) for scene in scenes])
             tokens = tokenizer(
-                [(write_full_description if rng.random() < 0.5 else write_caption)(scene, rng).text for scene in scenes]
+                [
+                    (write_full_description if rng.random() < 0.5 else write_caption)(
+                        scene, rng
+                    ).text
+                    for scene in scenes
+                ]
             )
             met[tokens.flatten()] = True
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -96,7 +107,9 @@ def recall(model, transform, tokenizer, images=1000):
     model.eval()
     scenes = [image["scene"] for image in make_split(0, "val", images)["images"]]
     texts = [write_full_description(scene, random.Random(i)).text for i, scene in enumerate(scenes)]
-    z_image = model.encode_image(torch.stack([transform(paint(scene)) for scene in scenes]), normalize=True)
+    z_image = model.encode_image(
+        torch.stack([transform(paint(scene)) for scene in scenes]), normalize=True
+    )
     z_text = model.encode_text(tokenizer(texts), normalize=True)
     model.train()
     similarity = z_image @ z_text.T  # (N_image, M_text)
@@ -106,7 +119,10 @@ def recall(model, transform, tokenizer, images=1000):
 
 def save(model, met, path):
     """Write the weights as float16; tokens that training has not met have rows of zeros: the file packs small."""
-    weights = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     weights["token_embedding.weight"][~met] = 0
     save_file(weights, path)
 

@@ -44,20 +44,28 @@ RADIUS = {"small": 6, "medium": 10, "big": 14}  # pixels
 # none of their words narrows the scene down; of the ladder, every prompt adds a detail to the one before.
 _WORDS = json.loads((Path(__file__).parent / "words.json").read_text(encoding="ascii"))
 SHARES = {
-    name: {int(value) if value.isdecimal() else value: share / 100 for value, share in shares.items()}
+    name: {
+        int(value) if value.isdecimal() else value: share / 100 for value, share in shares.items()
+    }
     for name, shares in _WORDS["shares"].items()
 }
 SHAPES, COLOURS, SIZES, CELLS, BACKGROUNDS, COUNTS = SHARES.values()
 RGB = {name: tuple(rgb) for name, rgb in _WORDS["rgb"].items()}
-WORDS = _WORDS["words"] | {"cell": {int(cell): phrases for cell, phrases in _WORDS["words"]["cell"].items()}}
+WORDS = _WORDS["words"] | {
+    "cell": {int(cell): phrases for cell, phrases in _WORDS["words"]["cell"].items()}
+}
 HYPERNYMS = {
-    name: {phrase: tuple(values) for phrase, values in table.items()} for name, table in _WORDS["hypernyms"].items()
+    name: {phrase: tuple(values) for phrase, values in table.items()}
+    for name, table in _WORDS["hypernyms"].items()
 }
 FULL = 0.4  # share of captions that describe everything
 NATS = math.log(1000)  # information of a caption that describes one picture of 1,000
 BY_OBJECT = 0.8  # how often all details of one object come before those of the next
 MOST_WORDS = 51  # which the built-in CLIP's 64 tokens hold
-VAGUENESS, EMPTY = 0.1, 0.1  # how often a hypernym is the word; an object is mentioned of which nothing is said
+VAGUENESS, EMPTY = (
+    0.1,
+    0.1,
+)  # how often a hypernym is the word; an object is mentioned of which nothing is said
 FRAMES, VAGUE, LADDER = _WORDS["frames"], _WORDS["vague captions"], tuple(_WORDS["ladder"])
 
 
@@ -85,7 +93,10 @@ def describes(caption, scene):
     if scene["background"] not in caption.backgrounds:
         return False
     fits = [
-        [all(thing[name] in allowed for name, allowed in mention.items()) for thing in scene["objects"]]
+        [
+            all(thing[name] in allowed for name, allowed in mention.items())
+            for thing in scene["objects"]
+        ]
         for mention in caption.mentions
     ]
     orders = itertools.permutations(
@@ -121,17 +132,27 @@ def paint(scene):
     pen = ImageDraw.Draw(image)
     for thing in scene["objects"]:
         row, column = divmod(thing["cell"], 3)
-        x, y = (column * 32 + 16 + thing["dx"]) * OVERSAMPLE, (row * 32 + 16 + thing["dy"]) * OVERSAMPLE
+        x, y = (
+            (column * 32 + 16 + thing["dx"]) * OVERSAMPLE,
+            (row * 32 + 16 + thing["dy"]) * OVERSAMPLE,
+        )
         radius = RADIUS[thing["size"]] * OVERSAMPLE
-        colour = tuple(min(255, max(0, channel + thing["shade"])) for channel in RGB[thing["colour"]])
+        colour = tuple(
+            min(255, max(0, channel + thing["shade"])) for channel in RGB[thing["colour"]]
+        )
         if thing["shape"] == "circle":
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         elif thing["shape"] == "ring":
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=round(radius * 0.42))
+            pen.ellipse(
+                (x - radius, y - radius, x + radius, y + radius),
+                outline=colour,
+                width=round(radius * 0.42),
+            )
         else:
             turn = math.radians(thing["turn"])
             corners = [
-                (radius * r * math.cos(a + turn), radius * r * math.sin(a + turn)) for r, a in OUTLINES[thing["shape"]]
+                (radius * r * math.cos(a + turn), radius * r * math.sin(a + turn))
+                for r, a in OUTLINES[thing["shape"]]
             ]
             pen.polygon([(round(x + dx), round(y + dy)) for dx, dy in corners], fill=colour)
     return image.reduce(OVERSAMPLE)
@@ -145,7 +166,10 @@ def _outlines():
     cross = half + [(-x, -y) for x, y in half]
     steps = [2 * math.pi * i / 40 for i in range(40)]
     heart = [
-        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15)
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15,
+        )
         for t in steps
     ]
     return {
@@ -189,8 +213,13 @@ def write_caption(scene, rng, full=FULL):
 
 def write_full_description(scene, rng):
     """A caption that says every attribute of every object, and the background. Arguments as `write_caption`'s."""
-    said = {row: {name: _say(name, thing[name], rng) for name in WORDS} for row, thing in enumerate(scene["objects"])}
-    return _compose(said | {None: {"background": _say("background", scene["background"], rng)}}, rng)
+    said = {
+        row: {name: _say(name, thing[name], rng) for name in WORDS}
+        for row, thing in enumerate(scene["objects"])
+    }
+    return _compose(
+        said | {None: {"background": _say("background", scene["background"], rng)}}, rng
+    )
 
 
 def _details(scene, rng):
@@ -212,7 +241,9 @@ def information(said):
     """
     nats = 0.0
     for row, details in said.items():
-        share = math.prod(sum(SHARES[name][value] for value in values) for name, (_, values) in details.items())
+        share = math.prod(
+            sum(SHARES[name][value] for value in values) for name, (_, values) in details.items()
+        )
         if row is not None:  # it is true of one of the objects that there are
             share = 1 - sum(p * (1 - share) ** count for count, p in COUNTS.items())
         nats -= math.log(share)
@@ -233,7 +264,11 @@ def write_chain(scene, rng):
     Args: scene: dict; rng: random.Random.
     Returns: list of 6 Captions, which add an object's shape, colour, size, place and the background in random order.
     """
-    thing, said, chain = rng.choice(scene["objects"]), {}, [Caption("a picture", (), tuple(BACKGROUNDS))]
+    thing, said, chain = (
+        rng.choice(scene["objects"]),
+        {},
+        [Caption("a picture", (), tuple(BACKGROUNDS))],
+    )
     for name in rng.sample(["shape", "colour", "size", "cell", "background"], 5):
         said[name] = scene["background"] if name == "background" else thing[name]
         mention = {key: (value,) for key, value in said.items() if key != "background"}
@@ -264,9 +299,13 @@ def _compose(said, rng):
     tail, backgrounds = "", tuple(BACKGROUNDS)
     if None in said:
         words, backgrounds = said[None]["background"]
-        tail = rng.choice((" on {} background", " against {} background", " in front of {} backdrop"))
+        tail = rng.choice(
+            (" on {} background", " against {} background", " in front of {} backdrop")
+        )
         tail = tail.format(_article(words))
-    phrases = [_noun_phrase({name: words for name, (words, _) in thing.items()}, rng) for thing in things]
+    phrases = [
+        _noun_phrase({name: words for name, (words, _) in thing.items()}, rng) for thing in things
+    ]
     text, frame = _enumerate(phrases) + tail, _pick(rng, FRAMES)
     text = frame.format(text) if len(text.split()) + len(frame.split()) <= MOST_WORDS else text
     if rng.random() < 0.5:
@@ -312,7 +351,11 @@ def _enumerate(phrases):
             phrase = f"{first} else {rest}".strip()
         distinct.append(phrase if phrase not in distinct else f"{phrase} as well")
     comma = "," if any("," in phrase for phrase in distinct[:-1]) else ""
-    return distinct[0] if len(distinct) == 1 else ", ".join(distinct[:-1]) + f"{comma} and {distinct[-1]}"
+    return (
+        distinct[0]
+        if len(distinct) == 1
+        else ", ".join(distinct[:-1]) + f"{comma} and {distinct[-1]}"
+    )
 
 
 def _article(words):
@@ -328,7 +371,9 @@ def _reserved(seed):
     """What the scenes of val and of the chains show: the train split shows none of it."""
     splits = (("val", 1000), ("chains", 200))
     return {
-        shown(draw_scene(random.Random(f"shapes/{seed}/{split}/{i}"))) for split, count in splits for i in range(count)
+        shown(draw_scene(random.Random(f"shapes/{seed}/{split}/{i}")))
+        for split, count in splits
+        for i in range(count)
     }
 
 
@@ -351,12 +396,23 @@ def make_split(seed, split, images, captions_per_image=5):
         scene, image_id = draw_scene(rng), offset + i
         while shown(scene) in reserved:
             scene = draw_scene(rng)
-        entry = {"id": image_id, "file_name": f"{image_id:012d}.png", "width": PIXELS, "height": PIXELS}
+        entry = {
+            "id": image_id,
+            "file_name": f"{image_id:012d}.png",
+            "width": PIXELS,
+            "height": PIXELS,
+        }
         entries.append(entry | {"scene": scene})
-        full = 2 * FULL if rng.random() < 0.5 else 0.0  # some pictures are described with more care than others
+        full = (
+            2 * FULL if rng.random() < 0.5 else 0.0
+        )  # some pictures are described with more care than others
         for k in range(captions_per_image):
             caption = write_caption(scene, rng, full)
-            entry = {"id": image_id * captions_per_image + k, "image_id": image_id, "caption": caption.text}
+            entry = {
+                "id": image_id * captions_per_image + k,
+                "image_id": image_id,
+                "caption": caption.text,
+            }
             entry |= {"mentions": list(caption.mentions), "backgrounds": list(caption.backgrounds)}
             annotations.append(entry)
     info = {"description": "shapes, the built-in data set", "seed": seed, "split": split}
@@ -371,8 +427,12 @@ def relevant_images(document):
     """
     images = sorted(document["images"], key=lambda image: image["id"])
     ids, most = np.array([image["id"] for image in images]), max(COUNTS)
-    things = np.zeros((len(images), most), dtype=bool)  # which places of the lists of objects are taken
-    having = collections.defaultdict(lambda: np.zeros_like(things))  # (attribute, value) -> by which objects it is had
+    things = np.zeros(
+        (len(images), most), dtype=bool
+    )  # which places of the lists of objects are taken
+    having = collections.defaultdict(
+        lambda: np.zeros_like(things)
+    )  # (attribute, value) -> by which objects it is had
     for row, image in enumerate(images):
         having["background", image["scene"]["background"]][row] = True
         for k, thing in enumerate(image["scene"]["objects"]):
@@ -383,7 +443,8 @@ def relevant_images(document):
     @functools.cache
     def fitting(mention):  # (images, objects)
         allowed = [
-            np.any([having[name, value] for value in values], axis=0) for name, values in json.loads(mention).items()
+            np.any([having[name, value] for value in values], axis=0)
+            for name, values in json.loads(mention).items()
         ]
         return np.all([things, *allowed], axis=0)
 
@@ -391,12 +452,17 @@ def relevant_images(document):
     def described(mentions, backgrounds):  # ids, as a list
         masks = [fitting(mention) for mention in mentions]
         orders = itertools.permutations(range(most), len(masks))  # the mentions' objects
-        pairings = [np.all([mask[:, k] for mask, k in zip(masks, order, strict=True)], axis=0) for order in orders]
+        pairings = [
+            np.all([mask[:, k] for mask, k in zip(masks, order, strict=True)], axis=0)
+            for order in orders
+        ]
         behind = np.any([having["background", value][:, 0] for value in backgrounds], axis=0)
         return ids[behind & np.any(pairings, axis=0)].tolist()
 
     return {
-        str(e["id"]): described(tuple(sorted(map(json.dumps, e["mentions"]))), tuple(e["backgrounds"]))
+        str(e["id"]): described(
+            tuple(sorted(map(json.dumps, e["mentions"]))), tuple(e["backgrounds"])
+        )
         for e in document["annotations"]
     }
 
@@ -416,7 +482,9 @@ def make(root, seed=0, train=10_000, val=1_000):
         for split, images in (("train", train), ("val", val)):
             document = make_split(seed, split, images)
             (aside / split).mkdir()
-            for image in tqdm(document["images"], desc=f"drawing {split}", unit="image", mininterval=0.5):
+            for image in tqdm(
+                document["images"], desc=f"drawing {split}", unit="image", mininterval=0.5
+            ):
                 paint(image["scene"]).save(aside / split / image["file_name"])
             _dump(document, aside / "annotations" / f"captions_{split}.json")
             if split == "val":
@@ -427,7 +495,9 @@ def make(root, seed=0, train=10_000, val=1_000):
 
 
 def _dump(document, path):
-    path.write_text(json.dumps(document, separators=(",", ":"), ensure_ascii=True) + "\n", encoding="ascii")
+    path.write_text(
+        json.dumps(document, separators=(",", ":"), ensure_ascii=True) + "\n", encoding="ascii"
+    )
 
 
 if __name__ == "__main__":

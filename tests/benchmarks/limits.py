@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -157,12 +158,8 @@ def starts():
     """The scripts' --help, and a process that imports torch."""
     bare = lambda: run("-c", "import torch")  # noqa: E731
     for script in SCRIPTS:
-        yield (
-            f"`{script} --help`",
-            "`import torch`",
-            *ratio(lambda: run(ROOT / script, "--help"), bare),
-            1.5,
-        )  # noqa: B023
+        times = ratio(partial(run, ROOT / script, "--help"), bare)
+        yield f"`{script} --help`", "`import torch`", *times, 1.5
 
 
 def steps():
