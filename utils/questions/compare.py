@@ -51,10 +51,10 @@ RESERVED_NAMES = ("README", "comparison", "t2i", "details")  # of files that eva
 OWN_SCORES = "`models/README.md` says what each method's own score is and how it is computed.\n"
 HOW = """Differences, {leader} minus the baseline, are of means over seeds, over the same
 resamples of the images, each with all its captions; the seeds of each side are resampled
-independently; 95 % intervals, not corrected for the number of comparisons. A lead survives if the
-interval is on its side of 0, is level if the interval contains 0, and is reversed if the interval is on the other
-side. A baseline is represented by its row that is best in the metric on these very queries; this
-favours the baseline.
+independently; 95 % intervals, not corrected for the number of comparisons. A lead survives if
+the interval is on its side of 0, is level if the interval contains 0, and is reversed if the
+interval is on the other side. A baseline is represented by its row that is best in the metric on
+these very queries; this favours the baseline.
 """
 
 
