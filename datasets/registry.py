@@ -1,4 +1,7 @@
-"""The data sets by the name that --dataset takes. Only cache_embeddings.py imports this: it loads every reader."""
+"""The data sets by the name that --dataset takes.
+
+Only cache_embeddings.py imports this, since it loads every reader.
+"""
 
 from dataclasses import dataclass
 
@@ -23,17 +26,15 @@ CSV_FLAGS = ("csv_img_key", "csv_caption_key", "csv_separator", "csv_group_key")
 class DataSet:
     """A data set that cache_embeddings.py can read."""
 
-    reader: type  # class of a split (datasets/source.py), called with the data root, the split's name and the layout
+    reader: type  # class of a split (source.py), called with data root, name of the split, layout
     layout: object = None  # where the files lie, as the reader takes it
     model: str = "ViT-B-32-quickgelu"  # with pretrained, the CLIP used by default
     pretrained: str = "openai"
     ladder: tuple = PHOTO_LADDER  # prompts, each with one detail more than the one before
     make: object = None  # function of the data root that makes the files where there are none
     chains: object = None  # function that gives lists of texts, each from general to specific
-    flags: tuple = ()  # those of the command line that the reader takes as well, by name
-    one_split: bool = (
-        False  # whether its files are one split, which --split names, and stay as many as they are
-    )
+    flags: tuple = ()  # names of further flags that the reader takes
+    one_split: bool = False  # whether its files are one split, which --split names
 
 
 DATASETS = {

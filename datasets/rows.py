@@ -1,9 +1,12 @@
-"""The rows of an embedding matrix (N, D) behind one interface, in memory or on the disk.
+"""The rows of an embedding matrix (N, D) behind one interface, in memory or on disk.
 
-    rows[indices] -> (B, D)   len(rows), rows.shape, rows.dtype   rows.to(device)   rows.read() -> (N, D)
+    rows[indices] -> (B, D)
+    rows.read() -> (N, D)
+    rows.to(device)
     rows.order(generator, buffer): the row numbers of an epoch, at random
+    len(rows), rows.shape, rows.dtype, rows.device
 
-On the disk they lie in shards: what web-scale data are cached in, one for each tar.
+On disk they lie in shards, as web-scale data sets do: one per tar.
 """
 
 from collections import OrderedDict
@@ -14,14 +17,18 @@ from datasets.checks import ANEW, check_finite, check_index, check_sum, existing
 from utils.cli import UserError, need
 from utils.files import load_tensors
 
-BUFFER = (
-    2**20
-)  # rows: 2 GB of embeddings 512 wide in float16, images and texts, which the system's file cache may hold
+BUFFER = 2**20  # rows; images and texts 512 wide in float16 take 2 GB, which a file cache can hold
 OPEN = 512  # shards that are open at a time
 
 
 def open_rows(folder, kind, meta, mapped=False):
-    """The rows of a split's kind, "image" or "text", with this meta.json; shards stay on the disk if mapped."""
+    """The rows of a split.
+
+    Args:
+        kind: "image" or "text".
+        meta: content of meta.json.
+        mapped: leave shards on disk.
+    """
     if "shards" not in meta:
         return RowsInMemory(load_embeddings(folder / f"{kind}.pt"))
     width, dtype = check_index(folder / "meta.json", meta)
@@ -55,14 +62,20 @@ class RowsInMemory:
         return self._z
 
     def order(self, generator, buffer=BUFFER):
-        """Yield the row numbers of an epoch, (N,) int64, in a random order from a generator on the CPU."""
+        """Yield the row numbers of an epoch, (N,) int64, in random order.
+
+        Args:
+            generator: on the CPU.
+        """
         yield torch.randperm(len(self), generator=generator).to(self.device)
 
 
 class RowsOnDisk:
     """The rows of many shards, each read when it is asked for; row numbers are on the CPU.
 
-    A shard is compared with its SHA-256 when it is first opened; a row is checked to be finite when it is read.
+    A shard is compared with its SHA-256 when it is first opened, and a row is checked to be finite
+    when it is read.
+
     Args: folder, kind as for `open_rows`, index [rows, SHA-256] of each, width D, dtype.
     Raises: UserError if a shard is missing; later, if one is not what the index says.
     """
@@ -111,12 +124,17 @@ class RowsOnDisk:
         return torch.cat(shards).to(self._target)
 
     def order(self, generator, buffer=BUFFER):
-        """Yield the row numbers of an epoch, a buffer at a time: shards shuffled, then rows within as many as fill it.
+        """Yield the row numbers of an epoch, one buffer at a time.
 
-        What that costs: a batch holds rows of one buffer's shards only. Where shards are alike inside, as those of one
-        crawl or topic are, the negatives of a batch are more alike than under a full shuffle, and the gradient varies
-        more from batch to batch; every epoch draws other shards together. A buffer of all rows is a full shuffle.
-        The generator is on the CPU, and the numbers of a buffer's rows in memory.
+        Shards are shuffled, and then the rows of as many shards as fill a buffer. So a batch has
+        rows of the shards of one buffer only. If the rows of a shard are alike, as those of one
+        crawl or topic are, the negatives of a batch are more alike than under a full shuffle, and
+        the gradient varies more from batch to batch. Every epoch draws other shards together. A
+        buffer of all rows is a full shuffle.
+
+        Args:
+            generator: on the CPU.
+            buffer: rows.
         """
         return shuffled(self.sizes, buffer, generator)
 
@@ -138,7 +156,12 @@ class RowsOnDisk:
 
 
 class SomeRows:
-    """Rows of other Rows, wherever those lie, numbered anew. Args: rows; chosen (n,): their numbers, which ascend."""
+    """Some rows of other Rows, with new numbers.
+
+    Args:
+        rows: Rows.
+        chosen: their numbers, (n,), ascending.
+    """
 
     def __init__(self, rows, chosen):
         self._rows = rows
@@ -154,7 +177,7 @@ class SomeRows:
         return self._rows[self._chosen[rows]]
 
     def to(self, device):
-        """These rows, whose others have moved to a device, or go there from now on when they are read."""
+        """These rows, on a device, or read to it from now on."""
         self._rows = self._rows.to(device)
         self.device = self._rows.device
         self._chosen = self._chosen.to(self.device)
@@ -165,7 +188,7 @@ class SomeRows:
         return self._rows[self._chosen]
 
     def order(self, generator, buffer=BUFFER):
-        """Yield the row numbers of an epoch in the order of the other rows, without those that are not chosen."""
+        """Yield the row numbers of an epoch, in the order of the other Rows."""
         for rows in self._rows.order(generator, buffer):
             place = torch.searchsorted(self._chosen, rows).clamp(max=len(self) - 1)
             yield place[self._chosen[place] == rows]
@@ -193,7 +216,10 @@ def shuffled(sizes, buffer, generator):
 
 
 def in_batches(orders, size):
-    """What `order` yields as batches of a size, (B,) int64, over the borders of buffers; the last may be smaller."""
+    """Yield what `order` yields in batches (B,) int64 of a size; the last may be smaller.
+
+    A batch may have rows of two buffers.
+    """
     left = None
     for rows in orders:
         *batches, left = (rows if left is None else torch.cat([left, rows])).split(size)

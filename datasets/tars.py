@@ -26,16 +26,12 @@ from utils.embed import Samples, say_notes, versions
 from utils.files import digest, load_json, save_json, save_tensors, sha256
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-END = 1024  # bytes: a complete tar ends in so many zeros at least
-MOST = (
-    2**20
-)  # bytes: in so many at most; else it is a download that made room for itself and was not finished
-PACKED = (
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ",
-    b"\x28\xb5\x2f\xfd",
-)  # gzip, bzip2, xz, zstd, which know their own ends
+# A complete tar ends in 1 KB of zeros or more. With more than 1 MB of them it is a download that
+# reserved its space and was not finished.
+END = 1024
+MOST = 2**20
+# How gzip, bzip2, xz and zstd files begin; these formats know their own end.
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 KINDS = ("image", "text", "images", "captions")  # the files that a tar becomes: a shard
 NOTES = {
     "tar": list,
@@ -86,7 +82,7 @@ class TarSplit(Split):
         return [TarUnit(number, url) for number, url in enumerate(self.urls)]
 
     def assemble(self, store, folder, meta):
-        """Move the files of all tars to the split; a run that is stopped meanwhile goes on with it."""
+        """Move the files of all tars to the split; a run that is stopped here can go on."""
         notes = store.load(self.units())
         skipped = []  # [tar and key, reason]
         for note in notes:
@@ -97,7 +93,8 @@ class TarSplit(Split):
         count = sum(note["rows"] for note in notes)
         need(
             count,
-            f"--data-root {self.root}: holds no sample; a sample is a picture and a .txt or .json of one name",
+            f"--data-root {self.root}: holds no sample; a sample is an image and "
+            "a .txt or .json of one name",
         )
         check_widths(meta, *notes[0]["width"])
         meta["embed_dim"] = notes[0]["width"][0]
@@ -121,7 +118,10 @@ class TarSplit(Split):
 
 
 class TarUnit:
-    """One tar: a `Unit` of utils/embed.py. It is kept as a shard of the finished split and notes-00000.json."""
+    """One tar: a `Unit` of utils/embed.py.
+
+    It is kept as a shard of the finished split, and notes-00000.json.
+    """
 
     texts = ()  # they come with the images
     pictures = None  # only reading tells how many there are
@@ -154,7 +154,7 @@ class TarUnit:
         return notes if fits else None
 
     def left_out(self, folder):
-        """The broken samples without which it was kept, or None if it is not there, or was another tar then."""
+        """The broken samples that it was kept without; None if it is missing or of another tar."""
         notes = self.load(folder)
         if notes is None or notes["tar"] != _identity(self.url):
             return None
@@ -193,7 +193,10 @@ class TarUnit:
 
 
 def tar_stream(url, size, transform):
-    """Yield the samples of a tar as `Samples` of `size`; why it cannot be read to its end comes last, without keys."""
+    """Yield the samples of a tar as `Samples` of `size`.
+
+    If the tar cannot be read to its end, the last has no keys, but the reason.
+    """
     error = []
     samples = _decoded(url, transform, error)
     while group := list(itertools.islice(samples, size)):
@@ -204,11 +207,14 @@ def tar_stream(url, size, transform):
 
 
 def _decoded(url, transform, error):
-    """Yield what `_decode_sample` gives of every sample of a tar; why it cannot be read goes into the list error."""
+    """Yield what `_decode_sample` returns for every sample of a tar.
+
+    If the tar cannot be read, the reason is appended to the list error.
+    """
     try:
         for sample in _read(url):
             yield _decode_sample(sample, transform)
-    except Exception as broken:  # noqa: BLE001  as a broken tar, a lost connection and a missing command do
+    except Exception as broken:  # noqa: BLE001  a broken tar, a lost connection, ...
         reason = " ".join(str((broken.args or (broken,))[0]).split())
         reason = re.sub(r" @ <.*", "", reason)[:200] or type(broken).__name__
         error.append(f"{url}: cannot be used to its end: {reason}; mend it, or fetch it again")
@@ -245,7 +251,7 @@ class _Watched:
 
 
 def _read(url):
-    """Yield the samples of a tar, dicts of bytes; whatever happens is raised, also where it ends too soon."""
+    """Yield the samples of a tar, dicts of bytes; raises whatever happens on the way."""
     webdataset = _webdataset()
     with webdataset.gopen(url) as stream:
         watched = _Watched(stream)
@@ -287,7 +293,10 @@ def _is_file(url):
 
 
 def _identity(url):
-    """What tells a tar from one that was mended since: [name, bytes, time of the last change]; of a URL [URL, 0, 0]."""
+    """What distinguishes a tar from one that was mended since: [name, bytes, time of last change].
+
+    For a URL it is [URL, 0, 0].
+    """
     path = Path(url)
     return (
         [path.name, path.stat().st_size, path.stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]

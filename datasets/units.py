@@ -1,13 +1,14 @@
-"""What there is of a split: the cache, finished by these settings or by others, or the units of an unfinished one.
+"""The units of an unfinished split, and whether a split is finished.
 
-Units wait in embeddings/<name>/<split>/.parts/ until all are there:
+Units are kept in embeddings/<name>/<split>/.parts/ until all are finished:
 
-    settings.json       what they are made with and from; written before the first of them
+    settings.json       what they are made with and from; written first
     image-00000.pt ...  {"rows": (n, D), "left_out": {image row: reason}}
-    text-00000.pt ...   {"rows": (n, D), "cut": int, "unknown": int, "example": str}, of the distinct captions
+    text-00000.pt ...   {"rows": (n, D), "cut": int, "unknown": int, "example": str}
 
-Of tars, a unit is one tar, and its files are a shard of the finished split, with notes-00000.json beside them
-(datasets/tars.py). No unit depends on another, on --batch-size, on --workers or on the number of ranks.
+The texts are the distinct captions. For tars, a unit is one tar; its files are a shard of the
+finished split, with notes-00000.json beside them (tars.py). No unit depends on another, on
+--batch-size, on --workers or on the number of ranks.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ class UnitStore:
             self.begin()
 
     def begin(self):
-        """Write the settings, without which no unit is believed, and give the folder for a unit's files."""
+        """The folder for the files of a unit, in which the settings are written first."""
         if not (self.folder / "settings.json").exists():
             save_json(self.settings, self.folder / "settings.json", indent=1)
         return self.folder
@@ -87,12 +88,13 @@ class UnitStore:
 
 
 def is_finished(name, split, settings, state, max_broken):
-    """Whether a split is cached already by these settings; if by others, a UserError names the difference.
+    """Whether a split is cached already, by these settings.
 
     Args:
         settings: dict of plain types, what units are made with and from.
         state: `Split.state()`, which units do not record, but the cache.
         max_broken: samples that may have been left out.
+    Raises: UserError that names the difference if it was cached by other settings.
     """
     folder = ROOT / name / split
     cure = "give another --name, or --overwrite it"
@@ -107,7 +109,8 @@ def is_finished(name, split, settings, state, max_broken):
     changed = differences(meta | ClipId.of_meta(meta).readable(), settings | state)
     skipped = len(meta.get("skipped") or ())
     if not changed and skipped > max_broken:
-        changed = f"{skipped} broken images were left out; --max-broken {skipped} or --skip-broken leaves it so"
+        changed = f"{skipped} broken images were left out"
+        changed += f"; --max-broken {skipped} or --skip-broken leaves it so"
     need(not changed, f"{folder}: was made with other settings: {changed}; {cure}")
     if units_folder(folder).exists() and is_first():  # of a run that was killed at its very end
         with contextlib.suppress(UserError), locked(lock_file(folder), folder):
@@ -122,7 +125,7 @@ def lock_file(folder):
 
 
 def check_other_splits(name, splits, clip_id):
-    """Raise a UserError if a split that is not to be made now was made with another CLIP: a cache has only one."""
+    """Raise a UserError if another split of the cache was made with another CLIP."""
     cure = "give another --name, or all of its splits and --overwrite"
     for file in sorted((ROOT / name).glob("*/meta.json")):
         meta = load_json(file)

@@ -148,6 +148,8 @@ class Run:
         self.schedule.load_state_dict(progress["schedule"])
         self.shuffling.set_state(progress["order"])
         torch.set_rng_state(progress["random"])
+        if "cuda_random" in progress and torch.cuda.is_available():  # dropout draws from it
+            torch.cuda.set_rng_state(progress["cuda_random"])
 
     def epochs(self):
         """The epochs that are left. After the last one the checkpoint is written.
@@ -213,6 +215,8 @@ class Run:
             "order": self.shuffling.get_state(),
             "random": torch.get_rng_state(),
         }
+        if torch.cuda.is_available():
+            progress["cuda_random"] = torch.cuda.get_rng_state()
         self.state = {**content, "progress": copied(progress), "log": list(self.log)}
         if self.keeps_best:
             if self.kept_record() is record:

@@ -1,14 +1,14 @@
-"""Trains the small CLIP of the built-in data set: scenes drawn on the fly in, clip.safetensors out.
+"""Train the small CLIP of the built-in data set on scenes that are drawn on the fly.
 
-The model, tokenizer and loss are open_clip's. A patch of the vision transformer is a cell of the world's grid. The
-scenes come from the same program as the data set's, with other seeds; half of their captions are full descriptions,
-half are of random detail.
+The model, tokenizer and loss are open_clip's. A patch of the vision transformer is a cell of the
+world's grid. The scenes are drawn as those of the data set, with other seeds; half of their
+captions are full descriptions, half are of random detail.
 
     python -m datasets.shapes.pretrain
 
-The shipped weights come from this command with OMP_NUM_THREADS=1 (another thread count gives others, about as good),
-before captions were drawn as they are now: less evenly, and with more hypernyms. Its last line of figures then, with
-R@1 between the data set's 1,000 val pictures and their full descriptions:
+The shipped weights come from this command with OMP_NUM_THREADS=1 (another number of threads gives
+other weights, about as good), when captions were drawn less evenly and with more hypernyms than
+now. Its last line then, with R@1 of the data set's 1,000 val images and their full descriptions:
 
     {"step": 2000, "loss": 1.8492, "R@1 t2i": 0.87, "R@1 i2t": 0.861, "seconds": 1736.6908}
 """
@@ -118,7 +118,7 @@ def recall(model, transform, tokenizer, images=1000):
 
 
 def save(model, met, path):
-    """Write the weights as float16; tokens that training has not met have rows of zeros: the file packs small."""
+    """Write the weights as float16, with zeros for tokens that training has never seen."""
     weights = {
         name: tensor.detach().to(torch.float16).contiguous()
         for name, tensor in model.state_dict().items()

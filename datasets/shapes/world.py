@@ -1,18 +1,22 @@
-"""The world of the built-in data set: a seed in; scenes, their pictures and their captions, in COCO format, out.
+"""The built-in data set: scenes, images and captions that are drawn from a seed, in COCO format.
 
-A scene has one to three objects (shape, colour, size, cell of a 3 x 3 grid) and a background. A caption is a text
-together with what the text says: a *mention* for every object it speaks of, and the backgrounds it allows. Since both
-are known, so is the exact answer to "which pictures does this caption describe?", which no photographs can give:
+A scene has one to three objects (shape, colour, size, cell of a 3 x 3 grid) and a background. A
+caption is a text together with what it says: a *mention* for every object it speaks of, and the
+backgrounds it allows. Since both are known, so is the exact answer to "which images does this
+caption describe?", which no photographs can give:
 
->>> scene = {"background": "grey", "objects": [{"shape": "ring", "colour": "red", "size": "small", "cell": 0}]}
->>> describes(Caption("a red ring", ({"colour": ("red",), "shape": ("ring",)},), BACKGROUNDS), scene)
+>>> ring = {"shape": "ring", "colour": "red", "size": "small", "cell": 0}
+>>> scene = {"background": "grey", "objects": [ring]}
+>>> mention = {"colour": ("red",), "shape": ("ring",)}
+>>> describes(Caption("a red ring", (mention,), BACKGROUNDS), scene)
 True
->>> describes(Caption("a red thing and something else", ({"colour": ("red",)}, {}), BACKGROUNDS), scene)
+>>> text = "a red thing and something else"
+>>> describes(Caption(text, ({"colour": ("red",)}, {}), BACKGROUNDS), scene)
 False
 
-The length of a caption does not fully give its ambiguity away (python -m tests.benchmarks.shapes prints how far): a
-rare colour or shape says much in one word, hypernyms ("a round thing") and fillers ("if you look at this drawing, you
-will find ...") say little in many.
+The length of a caption does not fully determine its ambiguity (python -m tests.benchmarks.shapes
+prints how far it does): a rare colour or shape says much in one word, while hypernyms ("a round
+thing") and fillers ("if you look at this drawing, you will find ...") say little in many.
 
     python -m datasets.shapes.world --out data/shapes
 """
@@ -39,9 +43,10 @@ OVERSAMPLE = 3  # pictures are drawn three times as large and averaged down, whi
 
 RADIUS = {"small": 6, "medium": 10, "big": 14}  # pixels
 
-# words.json: what there is, value -> share (skewed, so that words differ in how much they say), and what can be said:
-# value -> words for it, and hypernyms -> the values that they leave open. "frames" are texts around the objects, and
-# none of their words narrows the scene down; of the ladder, every prompt adds a detail to the one before.
+# words.json has "shares", value -> share (skewed, so that words differ in how much they say);
+# "words", value -> words for it; "hypernyms", word -> the values that it leaves open; "frames",
+# texts around the objects that say nothing about the scene; and the ladder, in which every prompt
+# adds a detail to the one before.
 _WORDS = json.loads((Path(__file__).parent / "words.json").read_text(encoding="ascii"))
 SHARES = {
     name: {
@@ -62,11 +67,11 @@ FULL = 0.4  # share of captions that describe everything
 NATS = math.log(1000)  # information of a caption that describes one picture of 1,000
 BY_OBJECT = 0.8  # how often all details of one object come before those of the next
 MOST_WORDS = 51  # which the built-in CLIP's 64 tokens hold
-VAGUENESS, EMPTY = (
-    0.1,
-    0.1,
-)  # how often a hypernym is the word; an object is mentioned of which nothing is said
-FRAMES, VAGUE, LADDER = _WORDS["frames"], _WORDS["vague captions"], tuple(_WORDS["ladder"])
+VAGUENESS = 0.1  # how often a hypernym is the word
+EMPTY = 0.1  # how often an object is mentioned of which nothing is said
+FRAMES = _WORDS["frames"]
+VAGUE = _WORDS["vague captions"]
+LADDER = tuple(_WORDS["ladder"])
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,8 @@ class Caption:
     """A text and what it says.
 
     text: the caption. backgrounds: those that the text allows.
-    mentions: one dict an object that the text speaks of: "shape", "colour", "size" or "cell" -> the values that the
-        text allows; an attribute that is not there is left open.
+    mentions: one dict per object that the text speaks of: "shape", "colour", "size" or "cell" ->
+        the values that the text allows; a missing attribute is left open.
     """
 
     text: str
@@ -84,29 +89,32 @@ class Caption:
 
 
 def describes(caption, scene):
-    """Whether a caption is true of a scene: its background is allowed, and every mention has an object to itself.
+    """Whether a caption is true of a scene.
 
-    Objects that the caption does not speak of do not matter.
-    Args: caption: Caption. scene: dict with "background" and "objects" (dicts with "shape", "colour", "size", "cell").
+    Its background must be allowed, and every mention must have an object of its own. Objects that
+    the caption does not mention do not matter.
+
+    Args:
+        caption: Caption.
+        scene: dict with "background" and "objects", dicts with "shape", "colour", "size", "cell".
     Returns: bool.
     """
     if scene["background"] not in caption.backgrounds:
         return False
-    fits = [
-        [
-            all(thing[name] in allowed for name, allowed in mention.items())
-            for thing in scene["objects"]
-        ]
-        for mention in caption.mentions
-    ]
-    orders = itertools.permutations(
-        range(len(scene["objects"])), len(fits)
-    )  # the mentions' objects; none if there are too few
-    return any(all(row[i] for row, i in zip(fits, order, strict=True)) for order in orders)
+    # Every choice of one object per mention; there is none if there are too few objects.
+    for objects in itertools.permutations(scene["objects"], len(caption.mentions)):
+        if all(map(_fits, caption.mentions, objects)):
+            return True
+    return False
+
+
+def _fits(mention, thing):
+    """Whether an object has the attributes that a mention allows."""
+    return all(thing[name] in allowed for name, allowed in mention.items())
 
 
 def draw_scene(rng):
-    """A random scene: what it shows, and the small shifts, turns and shades that make no two pictures of it alike.
+    """A random scene: what it shows, and small shifts, turns and shades that vary its image.
 
     Args: rng: random.Random.
     Returns: dict of plain ints and strings, the input of `describes` and `paint`.
@@ -117,11 +125,13 @@ def draw_scene(rng):
     objects = []
     for _ in range(_pick(rng, COUNTS)):
         shares = {"shape": SHAPES, "colour": colours, "size": SIZES, "cell": cells}
-        thing = {name: _pick(rng, of) for name, of in shares.items()}
-        del cells[thing["cell"]]  # an object has its cell to itself: none hides another
+        thing = {name: _pick(rng, shares_of_name) for name, shares_of_name in shares.items()}
+        del cells[thing["cell"]]  # an object has its cell to itself, so none hides another
         shift = 16 - RADIUS[thing["size"]]  # pixels to the border of the cell
-        thing |= {"dx": rng.randint(-shift, shift) // 2, "dy": rng.randint(-shift, shift) // 2}
-        thing |= {"turn": rng.randint(-9, 9), "shade": rng.randint(-12, 12)}
+        thing["dx"] = rng.randint(-shift, shift) // 2
+        thing["dy"] = rng.randint(-shift, shift) // 2
+        thing["turn"] = rng.randint(-9, 9)
+        thing["shade"] = rng.randint(-12, 12)
         objects.append(thing)
     return {"background": background, "objects": objects}
 
@@ -132,10 +142,8 @@ def paint(scene):
     pen = ImageDraw.Draw(image)
     for thing in scene["objects"]:
         row, column = divmod(thing["cell"], 3)
-        x, y = (
-            (column * 32 + 16 + thing["dx"]) * OVERSAMPLE,
-            (row * 32 + 16 + thing["dy"]) * OVERSAMPLE,
-        )
+        x = (column * 32 + 16 + thing["dx"]) * OVERSAMPLE
+        y = (row * 32 + 16 + thing["dy"]) * OVERSAMPLE
         radius = RADIUS[thing["size"]] * OVERSAMPLE
         colour = tuple(
             min(255, max(0, channel + thing["shade"])) for channel in RGB[thing["colour"]]
@@ -159,7 +167,7 @@ def paint(scene):
 
 
 def _outlines():
-    """Corners of the shapes with straight edges, and the heart: (distance in radii, angle), y pointing down."""
+    """The corners of the polygons, (distance in radii, angle); y points down."""
     up = -math.pi / 2
     arm = 0.32  # half the width of an arm of the cross
     half = [(arm, 1), (arm, arm), (1, arm), (1, -arm), (arm, -arm), (arm, -1)]
@@ -188,8 +196,10 @@ OUTLINES = _outlines()
 def write_caption(scene, rng, full=FULL):
     """A caption of random detail that is true of the scene.
 
-    A share of `full` are full descriptions. The others get details, in random order, until they say as much as was
-    drawn evenly from 0 to NATS: so the logarithm of their ambiguity is spread evenly.
+    A share of `full` are full descriptions. The others get details, in random order, until they
+    have as much information as was drawn evenly from 0 to NATS. So the logarithm of their ambiguity
+    is spread evenly.
+
     Args: scene: dict; rng: random.Random.
     Returns: Caption.
     """
@@ -212,7 +222,7 @@ def write_caption(scene, rng, full=FULL):
 
 
 def write_full_description(scene, rng):
-    """A caption that says every attribute of every object, and the background. Arguments as `write_caption`'s."""
+    """A caption that says everything about a scene. Args: as `write_caption`."""
     said = {
         row: {name: _say(name, thing[name], rng) for name in WORDS}
         for row, thing in enumerate(scene["objects"])
@@ -223,7 +233,10 @@ def write_full_description(scene, rng):
 
 
 def _details(scene, rng):
-    """All (object's row, attribute) of a scene, and (None, "background"), in random order, mostly object by object."""
+    """All (row of an object, attribute) of a scene and (None, "background"), in random order.
+
+    Mostly, all details of one object come together.
+    """
     rows = [*range(len(scene["objects"])), None]
     details = [(row, name) for row in rows for name in (["background"] if row is None else WORDS)]
     rng.shuffle(details)
@@ -251,7 +264,7 @@ def information(said):
 
 
 def _say(name, value, rng, vagueness=0.0):
-    """Words for an attribute, and the values that they allow; vagueness: how often they are a hypernym."""
+    """Words for an attribute and the values they allow; vagueness: the share of hypernyms."""
     hypernyms = [(words, values) for words, values in HYPERNYMS[name].items() if value in values]
     if hypernyms and rng.random() < vagueness:
         return rng.choice(hypernyms)
@@ -259,16 +272,15 @@ def _say(name, value, rng, vagueness=0.0):
 
 
 def write_chain(scene, rng):
-    """Captions of one scene from general to specific: each says what the one before says and one thing more.
+    """Captions of one scene, general first; each says one thing more than the one before.
 
     Args: scene: dict; rng: random.Random.
-    Returns: list of 6 Captions, which add an object's shape, colour, size, place and the background in random order.
+    Returns: list of 6 Captions, which add shape, colour, size and place of an object, and the
+        background, in random order.
     """
-    thing, said, chain = (
-        rng.choice(scene["objects"]),
-        {},
-        [Caption("a picture", (), tuple(BACKGROUNDS))],
-    )
+    thing = rng.choice(scene["objects"])
+    said = {}
+    chain = [Caption("a picture", (), tuple(BACKGROUNDS))]
     for name in rng.sample(["shape", "colour", "size", "cell", "background"], 5):
         said[name] = scene["background"] if name == "background" else thing[name]
         mention = {key: (value,) for key, value in said.items() if key != "background"}
@@ -287,7 +299,7 @@ def write_chain(scene, rng):
 
 
 def write_chains(seed=0, count=200):
-    """The texts of chains from general to specific, of scenes that are in neither split: lists of 6 strings."""
+    """The texts of chains of scenes that are in neither split: lists of 6 strings."""
     rngs = [random.Random(f"shapes/{seed}/chains/{i}") for i in range(count)]
     return [[caption.text for caption in write_chain(draw_scene(rng), rng)] for rng in rngs]
 
@@ -296,22 +308,28 @@ def _compose(said, rng):
     """Put a caption together. Args: said: as for `information`."""
     things = [details for row, details in said.items() if row is not None]
     rng.shuffle(things)
-    tail, backgrounds = "", tuple(BACKGROUNDS)
+    tail = ""
+    backgrounds = tuple(BACKGROUNDS)
     if None in said:
         words, backgrounds = said[None]["background"]
         tail = rng.choice(
             (" on {} background", " against {} background", " in front of {} backdrop")
         )
         tail = tail.format(_article(words))
-    phrases = [
-        _noun_phrase({name: words for name, (words, _) in thing.items()}, rng) for thing in things
-    ]
-    text, frame = _enumerate(phrases) + tail, _pick(rng, FRAMES)
-    text = frame.format(text) if len(text.split()) + len(frame.split()) <= MOST_WORDS else text
+    phrases = []
+    for thing in things:
+        words_of_thing = {name: words for name, (words, _) in thing.items()}
+        phrases.append(_noun_phrase(words_of_thing, rng))
+    text = _enumerate(phrases) + tail
+    frame = _pick(rng, FRAMES)
+    if len(text.split()) + len(frame.split()) <= MOST_WORDS:
+        text = frame.format(text)
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:] + "."
-    mentions = tuple({name: thing[name][1] for name in WORDS if name in thing} for thing in things)
-    return Caption(text, mentions, backgrounds)
+    mentions = []
+    for thing in things:
+        mentions.append({name: thing[name][1] for name in WORDS if name in thing})
+    return Caption(text, tuple(mentions), backgrounds)
 
 
 def _noun_phrase(words, rng):
@@ -350,12 +368,11 @@ def _enumerate(phrases):
         elif phrase in distinct:  # "something red" -> "something else red"
             phrase = f"{first} else {rest}".strip()
         distinct.append(phrase if phrase not in distinct else f"{phrase} as well")
-    comma = "," if any("," in phrase for phrase in distinct[:-1]) else ""
-    return (
-        distinct[0]
-        if len(distinct) == 1
-        else ", ".join(distinct[:-1]) + f"{comma} and {distinct[-1]}"
-    )
+    *first_phrases, last = distinct
+    if not first_phrases:
+        return last
+    comma = "," if any("," in phrase for phrase in first_phrases) else ""
+    return f"{', '.join(first_phrases)}{comma} and {last}"
 
 
 def _article(words):
@@ -368,32 +385,35 @@ def _pick(rng, shares):
 
 @functools.lru_cache(maxsize=4)
 def _reserved(seed):
-    """What the scenes of val and of the chains show: the train split shows none of it."""
-    splits = (("val", 1000), ("chains", 200))
-    return {
-        shown(draw_scene(random.Random(f"shapes/{seed}/{split}/{i}")))
-        for split, count in splits
-        for i in range(count)
-    }
+    """What the scenes of val and of the chains show; the train split shows none of it."""
+    reserved = set()
+    for split, count in (("val", 1000), ("chains", 200)):
+        for i in range(count):
+            rng = random.Random(f"shapes/{seed}/{split}/{i}")
+            reserved.add(shown(draw_scene(rng)))
+    return reserved
 
 
 def shown(scene):
-    """What a scene shows, without the small shifts, turns and shades that make no two pictures alike: a string."""
+    """What a scene shows, without the small shifts, turns and shades: a string."""
     things = [[thing[name] for name in WORDS] for thing in scene["objects"]]
     return json.dumps([scene["background"], sorted(things)])
 
 
 def make_split(seed, split, images, captions_per_image=5):
-    """One split in COCO's format, with the scene of every image and the content of every caption as further fields.
+    """One split in COCO's format; further fields have the scenes and what the captions say.
 
     Args: seed: int. split: name, part of the random seed. images, captions_per_image: counts.
     Returns: dict with "info", "images" and "annotations", plain types only.
     """
-    offset, entries, annotations = {"train": 100_000, "val": 1}.get(split, 0), [], []
+    offset = {"train": 100_000, "val": 1}.get(split, 0)
+    entries = []
+    annotations = []
     reserved = () if split == "val" else _reserved(seed)
     for i in range(images):
         rng = random.Random(f"shapes/{seed}/{split}/{i}")
-        scene, image_id = draw_scene(rng), offset + i
+        scene = draw_scene(rng)
+        image_id = offset + i
         while shown(scene) in reserved:
             scene = draw_scene(rng)
         entry = {
@@ -401,19 +421,20 @@ def make_split(seed, split, images, captions_per_image=5):
             "file_name": f"{image_id:012d}.png",
             "width": PIXELS,
             "height": PIXELS,
+            "scene": scene,
         }
-        entries.append(entry | {"scene": scene})
-        full = (
-            2 * FULL if rng.random() < 0.5 else 0.0
-        )  # some pictures are described with more care than others
+        entries.append(entry)
+        # Some images are described with more care than others.
+        full = 2 * FULL if rng.random() < 0.5 else 0.0
         for k in range(captions_per_image):
             caption = write_caption(scene, rng, full)
             entry = {
                 "id": image_id * captions_per_image + k,
                 "image_id": image_id,
                 "caption": caption.text,
+                "mentions": list(caption.mentions),
+                "backgrounds": list(caption.backgrounds),
             }
-            entry |= {"mentions": list(caption.mentions), "backgrounds": list(caption.backgrounds)}
             annotations.append(entry)
     info = {"description": "shapes, the built-in data set", "seed": seed, "split": split}
     return {"info": info, "images": entries, "annotations": annotations}
@@ -426,13 +447,12 @@ def relevant_images(document):
     Returns: {caption id as a string: [image ids, ascending]}, every list with at least one entry.
     """
     images = sorted(document["images"], key=lambda image: image["id"])
-    ids, most = np.array([image["id"] for image in images]), max(COUNTS)
-    things = np.zeros(
-        (len(images), most), dtype=bool
-    )  # which places of the lists of objects are taken
-    having = collections.defaultdict(
-        lambda: np.zeros_like(things)
-    )  # (attribute, value) -> by which objects it is had
+    ids = np.array([image["id"] for image in images])
+    most = max(COUNTS)
+    # Which places of the lists of objects are taken, (images, objects).
+    things = np.zeros((len(images), most), dtype=bool)
+    # (attribute, value) -> which objects have it, (images, objects).
+    having = collections.defaultdict(lambda: np.zeros_like(things))
     for row, image in enumerate(images):
         having["background", image["scene"]["background"]][row] = True
         for k, thing in enumerate(image["scene"]["objects"]):
@@ -442,37 +462,41 @@ def relevant_images(document):
 
     @functools.cache
     def fitting(mention):  # (images, objects)
-        allowed = [
-            np.any([having[name, value] for value in values], axis=0)
-            for name, values in json.loads(mention).items()
-        ]
-        return np.all([things, *allowed], axis=0)
+        fits = things
+        for name, values in json.loads(mention).items():
+            has_allowed_value = np.any([having[name, value] for value in values], axis=0)
+            fits = fits & has_allowed_value
+        return fits
 
     @functools.cache
     def described(mentions, backgrounds):  # ids, as a list
         masks = [fitting(mention) for mention in mentions]
-        orders = itertools.permutations(range(most), len(masks))  # the mentions' objects
-        pairings = [
-            np.all([mask[:, k] for mask, k in zip(masks, order, strict=True)], axis=0)
-            for order in orders
-        ]
-        behind = np.any([having["background", value][:, 0] for value in backgrounds], axis=0)
-        return ids[behind & np.any(pairings, axis=0)].tolist()
+        is_described = np.zeros(len(images), dtype=bool)
+        for objects in itertools.permutations(range(most), len(masks)):  # one per mention
+            fits = np.ones(len(images), dtype=bool)
+            for mask, k in zip(masks, objects, strict=True):
+                fits &= mask[:, k]
+            is_described |= fits
+        has_background = [having["background", value][:, 0] for value in backgrounds]
+        return ids[is_described & np.any(has_background, axis=0)].tolist()
 
-    return {
-        str(e["id"]): described(
-            tuple(sorted(map(json.dumps, e["mentions"]))), tuple(e["backgrounds"])
-        )
-        for e in document["annotations"]
-    }
+    relevant = {}
+    for annotation in document["annotations"]:
+        mentions = tuple(sorted(map(json.dumps, annotation["mentions"])))
+        backgrounds = tuple(annotation["backgrounds"])
+        relevant[str(annotation["id"])] = described(mentions, backgrounds)
+    return relevant
 
 
 def make(root, seed=0, train=10_000, val=1_000):
-    """Draw the data set in COCO's layout: train/ val/ annotations/{captions_train,captions_val,relevance_val}.json.
+    """Draw the data set in COCO's layout: train/, val/ and annotations/.
 
-    The folder appears complete or not at all. The JSON has the same bytes everywhere, the pictures the same pixels for
-    one Pillow version.
-    Args: root: a folder that does not exist yet. seed, train, val: the seed and the numbers of images.
+    The folder appears complete or not at all. The JSON has the same bytes everywhere, the images
+    the same pixels for one Pillow version.
+
+    Args:
+        root: a folder that does not exist yet.
+        train, val: numbers of images.
     """
     root = Path(root)
     remove_leftovers(root)

@@ -286,9 +286,8 @@ def rank_values(values: ArrayLike, weight: ArrayLike | None = None) -> np.ndarra
     sorted_values = np.asarray(values)[order]
     is_first = np.append(True, sorted_values[1:] != sorted_values[:-1])
     weight_in_order = _weight_of_queries(weight, len(order))[..., order]
-    count = np.add.reduceat(
-        weight_in_order, np.flatnonzero(is_first), axis=-1
-    )  # per distinct value
+    first_of_value = np.flatnonzero(is_first)
+    count = np.add.reduceat(weight_in_order, first_of_value, axis=-1)  # per distinct value
     rank_of_value = np.cumsum(count, axis=-1) - (count - 1) / 2
     group = np.empty(len(order), dtype=np.int64)
     group[order] = np.cumsum(is_first) - 1
