@@ -3,7 +3,7 @@
 # make tables DATASET=coco: six methods, three seeds, tables and plots of a cached data set; results/coco/README.md shows all.
 # make ablation DATASET=coco: the variants too, and one table of all; what is trained already is not trained again.
 # RESUME= trains all of it anew, as is needed after make demo, whose recipe is another.
-# make fair DATASET=coco: the rivals also as their own authors build and rank them, one table, and whose leads survive.
+# make fair DATASET=coco: the baselines also as their own authors build and rank them, one table, and whose leads survive.
 PYTHON ?= python3
 RESUME ?= --resume
 CONSTRAINTS ?= -c tests/constraints.txt
@@ -12,7 +12,7 @@ SEEDS ?= 0 1 2
 RECIPE ?= $(if $(filter shapes,$(DATASET)),small,paper)
 # Of the original recipes, as published; thousands of epochs are out of reach for a small machine.
 ORIGINAL_EPOCHS ?= $(if $(filter shapes,$(DATASET)),25)
-RIVALS := probvlm pfe pcmepp prolip
+BASELINES := probvlm pfe pcmepp prolip
 BIN := .venv/bin
 RUN := $(BIN)/python
 # What a CPU without native bfloat16 has.
@@ -24,11 +24,11 @@ demo: about-demo .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
 	$(RUN) train.py --dataset shapes --recipe demo
 	$(RUN) eval.py --dataset shapes --no-plots
-	$(RUN) train.py --dataset shapes --recipe demo --method asymvlm-vmf $(RIVALS)
+	$(RUN) train.py --dataset shapes --recipe demo --method asymvlm-vmf $(BASELINES)
 	$(RUN) eval.py --dataset shapes --method all
 
 about-demo:
-	@echo "draws pictures, embeds them, trains AsymVLM and its rivals (seed 0, a short recipe) and compares them: after the" \
+	@echo "draws images, embeds them, trains AsymVLM and the baselines (seed 0, a short recipe) and compares them: after the" \
 	"installation, the first table in 2 minutes at most and the last in 5, on two cores"
 
 tables: .venv/installed
@@ -43,14 +43,14 @@ ablation: .venv/installed
 
 fair: .venv/installed
 	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE) $(RESUME)
-	$(RUN) train.py --dataset $(DATASET) --method $(RIVALS) --seed $(SEEDS) --recipe original $(RESUME) \
+	$(RUN) train.py --dataset $(DATASET) --method $(BASELINES) --seed $(SEEDS) --recipe original $(RESUME) \
 	    $(addprefix --epochs ,$(ORIGINAL_EPOCHS))
 	$(RUN) eval.py --dataset $(DATASET) --method all originals --seed $(SEEDS) --score own --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all originals --seed $(SEEDS) --score frozen --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method originals --seed $(SEEDS) --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
 	$(RUN) -m utils.questions.compare --dataset $(DATASET) --seed $(SEEDS) --name fair --against asymvlm-psd \
-	    --method asymvlm-psd asymvlm-vmf $(foreach rival,$(RIVALS),$(rival) $(rival)-original) \
+	    --method asymvlm-psd asymvlm-vmf $(foreach baseline,$(BASELINES),$(baseline) $(baseline)-original) \
 	    --score published frozen own
 
 test: about-test .venv/installed-tests
