@@ -39,7 +39,10 @@ def resample(measure, images, resamples):
 
     with ThreadPoolExecutor() as threads:
         batches = list(threads.map(measure_batch, range(0, resamples, BATCH)))
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    resampled = {}
+    for name in batches[0]:
+        resampled[name] = np.concatenate([batch[name] for batch in batches])
+    return resampled
 
 
 @functools.lru_cache(maxsize=4)

@@ -76,7 +76,9 @@ class Section:
 
     def _with_shared_fields(self, view, weight=None):
         """A view with what several metrics share: the recall by level, and the AURC."""
-        needed = {field for figure in self.figures for field in figure.fields}
+        needed = set()
+        for figure in self.figures:
+            needed.update(figure.fields)
         view = dict(view)
         if "uncertainty" not in view:
             return view
@@ -314,8 +316,10 @@ def sections_of(direction):
 
 def _details():
     """The sections of `sections_of` in turn for both directions, kind by kind."""
-    pairs = zip(sections_of("t2i"), sections_of("i2t"), strict=True)
-    return [section for pair in pairs for section in pair]
+    sections = []
+    for pair in zip(sections_of("t2i"), sections_of("i2t"), strict=True):
+        sections += pair
+    return sections
 
 
 SECTIONS = (

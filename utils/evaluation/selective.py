@@ -81,7 +81,7 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
     from scipy.special import bdtr
 
     order = np.argsort(uncertainty, kind="stable")
-    thresholds = np.asarray(uncertainty)[order]
+    thresholds = np.asarray(uncertainty)[order]  # in ascending order, with ties
     errors = np.cumsum(np.asarray(is_wrong)[order])
     queries = np.arange(1, len(order) + 1)
     is_last_of_ties = np.append(thresholds[1:] != thresholds[:-1], True)
