@@ -68,17 +68,17 @@ class TarSplit(Split):
             _check_end(Path(url))
 
     def fingerprint(self):
-        """What the tars are called."""
+        """The names of the tars."""
         names = [Path(url).name if _is_file(url) else url for url in self.urls]
         return {"tars": f"{len(names)} tars, {digest(names)}"}
 
     def state(self):
-        """What they are now: other tars of the same names are others."""
+        """What the files are now, since tars of the same names may be others."""
         tars = [_identity(url) for url in self.urls]
         return {"tar_files": f"{sum(size for _, size, _ in tars)} bytes, {digest(tars)}"}
 
     def units(self):
-        """A tar each."""
+        """One unit per tar."""
         return [TarUnit(number, url) for number, url in enumerate(self.urls)]
 
     def assemble(self, store, folder, meta):
@@ -158,19 +158,15 @@ class TarUnit:
         notes = self.load(folder)
         if notes is None or notes["tar"] != _identity(self.url):
             return None
-        if notes["left_out"] and not _is_file(
-            self.url
-        ):  # it may be mended: a URL has no size or date
-            return None
-        files = [shard_file(folder, kind, self.number) for kind in KINDS]
-        files = [
-            file if file.exists() else folder.parent / file.name for file in files
-        ]  # it may have moved already
-        is_whole = (
-            all(file.exists() for file in files)
-            and [sha256(file) for file in files] == notes["sums"]
-        )
-        return dict(notes["left_out"]) if is_whole else None
+        if notes["left_out"] and not _is_file(self.url):
+            return None  # a URL has no size or date, so its broken samples may be mended
+        for kind, file_sum in zip(KINDS, notes["sums"], strict=False):
+            file = shard_file(folder, kind, self.number)
+            if not file.exists():
+                file = folder.parent / file.name  # `assemble` may have moved it already
+            if not file.exists() or sha256(file) != file_sum:
+                return None
+        return dict(notes["left_out"]) if len(notes["sums"]) == len(KINDS) else None
 
     def save(self, folder, embedded):
         """Keep what it became, an Embedded, in the folder of units; the notes come last."""

@@ -39,18 +39,13 @@ class UnitStore:
         self.settings = {**settings, "overwrite": overwrite}
         self.dtype = dtype
         self.max_broken = max_broken
-        found = None
-        with contextlib.suppress(
-            UserError, FileNotFoundError
-        ):  # unreadable: nothing tells what the units are
-            found = load_json(self.folder / "settings.json")
-        there = any(self.folder.glob("*.pt")) or any(self.folder.glob("notes-*.json"))
-        if isinstance(found, dict) and (there or not is_first()):
-            changed = differences(found, settings)
-            if not changed and (
-                found.get("overwrite") or not overwrite
-            ):  # one --overwrite goes on with another
-                self.settings = found
+        begun = self._begun_settings()
+        if begun is not None:
+            changed = differences(begun, settings)
+            # --overwrite goes on with units that an earlier --overwrite has begun, and no others.
+            may_go_on = begun.get("overwrite") or not overwrite
+            if not changed and may_go_on:
+                self.settings = begun
                 return
             cure = "finish it with those, give another --name, or --overwrite it"
             need(overwrite, f"{folder} was begun with other settings: {changed}; {cure}")
@@ -59,6 +54,20 @@ class UnitStore:
         self.remove()
         if world_size() > 1:  # two ranks must not write it at once
             self.begin()
+
+    def _begun_settings(self):
+        """The settings of the units in the folder; None if there are none to go on with.
+
+        The first rank does not go on with settings alone, the others wait for just these.
+        """
+        try:
+            begun = load_json(self.folder / "settings.json")
+        except (UserError, FileNotFoundError):
+            return None
+        has_units = any(self.folder.glob("*.pt")) or any(self.folder.glob("notes-*.json"))
+        if not isinstance(begun, dict) or (is_first() and not has_units):
+            return None
+        return begun
 
     def begin(self):
         """The folder for the files of a unit, in which the settings are written first."""

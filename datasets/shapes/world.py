@@ -205,18 +205,24 @@ def write_caption(scene, rng, full=FULL):
     """
     if rng.random() < full:
         return write_full_description(scene, rng)
-    wanted, told, said = rng.random() * NATS, 0.0, {}
+    wanted_nats = rng.random() * NATS
+    said = {}
+    said_nats = 0.0
     for row, name in _details(scene, rng):
         value = scene["background"] if row is None else scene["objects"][row][name]
         more = said | {row: said.get(row, {}) | {name: _say(name, value, rng, VAGUENESS)}}
-        nats = information(more)
-        if rng.random() * (nats - told) > wanted - told:  # so that what is told is right on average
+        more_nats = information(more)
+        # The detail that crosses the wanted information is added with a probability that makes the
+        # information equal to the wanted one on average.
+        if rng.random() * (more_nats - said_nats) > wanted_nats - said_nats:
             break
-        said, told = more, nats
+        said = more
+        said_nats = more_nats
     if not said:
         return Caption(_pick(rng, VAGUE), (), tuple(BACKGROUNDS))
     for row in range(len(scene["objects"])):
-        if said.keys() == {None} or rng.random() < EMPTY:  # a text speaks of one object at least
+        says_background_only = said.keys() == {None}
+        if says_background_only or rng.random() < EMPTY:
             said.setdefault(row, {})
     return _compose(said, rng)
 

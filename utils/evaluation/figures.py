@@ -1,7 +1,7 @@
 """Every metric of an evaluation, one row each: result files, tables and intervals follow from them.
 
-A `Figure` is one metric. A `Section` is a table of them, all computed from the same `view`: a
-function that selects from the answers to all queries the arrays that the metrics take.
+A `Figure` is one metric. A `Section` is a table of them. All metrics of a section are computed from
+one view, {field: array}, which a function selects from the answers to all queries.
 """
 
 from collections.abc import Callable

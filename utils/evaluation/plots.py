@@ -83,7 +83,9 @@ CAPTIONS = {
 
 
 def draw_all(results, examples, folder):
-    """Draw every plot that the results allow, and remove older ones. Second rows are left out.
+    """Draw every plot that the results allow, and remove older ones.
+
+    The second row of a method, "..., frozen score", is left out: it has the same uncertainty.
 
     Args:
         results: {Row: [Results, one per seed]}.

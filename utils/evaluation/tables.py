@@ -245,7 +245,7 @@ def differences(results):
 
     One table per section and one line per metric: both methods, their difference (first - second),
     its 95 % interval and its p-value. With one seed, the p-value is over queries and says nothing
-    of other seeds; with two seeds, there is none.
+    of other seeds. With two seeds there is none, since two do not show how much seeds vary.
     """
     labels = [row_label(row) for row in results]
     p_title = _p_value_title(results)
