@@ -35,7 +35,7 @@ def resample(measure, images, resamples):
 
     def measure_batch(first):
         weight = draws[first : first + BATCH, image_of_query]  # (r, Q)
-        return measure(weight.astype(np.float64))
+        return measure(weight.astype(np.int32))
 
     with ThreadPoolExecutor() as threads:
         batches = list(threads.map(measure_batch, range(0, resamples, BATCH)))
