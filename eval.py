@@ -362,10 +362,11 @@ def compare(args, folder):
     results = {row: load_results(folder, row, args.seed, args.split) for row in args.compare}
     names = [row_name(row) for row in results]
     differences = paired_bootstrap(results, args.uncer_levels, args.resamples)
+    over_seeds = " and Student's t over the seeds" if len(args.seed) > 1 else ""
     text = (
         f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}: "
-        f"{args.resamples} paired resamples of the images and, independently, of the seeds; "
-        f"{CONFIDENCE:.0%} intervals\n\n{differences}\n"
+        f"{CONFIDENCE:.0%} intervals, from {args.resamples} paired resamples of the images"
+        f"{over_seeds}; not corrected for their number\n\n{differences}\n"
     )
     save_texts({f"{'-against-'.join(names)}.txt": text}, folder)
     print(text, end="")
@@ -394,6 +395,8 @@ def ask_prompts(args, adaptors, cache, folder):
         )
         rows = prompts.describe_prompts(adaptor, cache, texts, z, args.score, decide)
         answers[f"{method}, seed {seed}"] = rows
+    if any("decision" in row for rows in answers.values() for row in rows):
+        logging.info(prompts.GUARANTEE)
     return answers
 
 

@@ -4,9 +4,11 @@ import doctest
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from tests.benchmarks import coverage
 from utils.evaluation import bootstrap
-from utils.evaluation.bootstrap import interval, over_seeds, p_value, resample
+from utils.evaluation.bootstrap import Estimate, interval, p_value, resample
 from utils.evaluation.figures import measure, measure_resamples
 
 
@@ -59,17 +61,75 @@ def test_captions_of_one_image_that_are_all_alike_tell_no_more_than_one():
     np.testing.assert_allclose(*draws)
 
 
-def test_an_interval_has_the_seeds_variance_in_it():
+def estimate_of(seeds, rng, resamples=1000, mean=0.7, seed_spread=0.1, image_spread=0.02):
+    values = mean + seed_spread * rng.standard_normal(seeds)
+    return Estimate.over_seeds(
+        values, values[:, None] + image_spread * rng.standard_normal((seeds, resamples))
+    )
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_an_interval_over_seeds_is_the_formulas(seeds):
     rng = np.random.default_rng(0)
-    draws = np.stack(
-        [rng.normal(0.7, 0.01, 1000), rng.normal(0.9, 0.01, 1000)]
-    )  # one of two seeds has collapsed
-    low, high = interval(over_seeds(draws))
-    assert (low, high) == (pytest.approx(0.69, abs=0.02), pytest.approx(0.91, abs=0.02))
-    assert (over_seeds(draws[:1]) == draws[0]).all()
-    assert set(np.round(over_seeds(np.array([[0.0] * 500, [1.0] * 500])), 9)) == {0.0, 0.5, 1.0}
-    assert (over_seeds(draws) == over_seeds(draws)).all()
-    assert (over_seeds(draws) != over_seeds(draws, side=1)).any()
+    values = rng.normal(0.7, 0.1, seeds)
+    draws = values[:, None] + rng.normal(0, 0.02, (seeds, 500))
+    low, high = Estimate.over_seeds(values, draws).interval()
+    v = np.var(draws.mean(axis=0), ddof=1)
+    t = stats.t(seeds - 1).ppf(0.975)
+    half_width = np.sqrt(stats.norm.ppf(0.975) ** 2 * v + t**2 * np.var(values, ddof=1) / seeds)
+    assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width))
+
+
+def test_a_difference_adds_the_variances_of_both_seeds_and_pairs_the_images():
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.7, 0.1, (2, 3))
+    noise = rng.normal(0, 0.5, 800)  # the same images are easy for both
+    draws = values[:, :, None] + noise + rng.normal(0, 0.01, (2, 3, 800))
+    first, second = map(Estimate.over_seeds, values, draws)
+    difference = first - second
+    v = np.var(draws[0].mean(axis=0) - draws[1].mean(axis=0), ddof=1)
+    s2 = np.var(values, axis=1, ddof=1).sum() / 3
+    half_width = np.sqrt(stats.norm.ppf(0.975) ** 2 * v + stats.t(4).ppf(0.975) ** 2 * s2)
+    low, high = difference.interval()
+    assert (high - low) / 2 == pytest.approx(half_width)
+    assert (high + low) / 2 == pytest.approx(values[0].mean() - values[1].mean())
+
+
+def test_one_seed_has_the_percentile_interval_and_a_collapsed_one_widens_it():
+    rng = np.random.default_rng(2)
+    draws = rng.normal(0.7, 0.01, (2, 1000))
+    one = Estimate.over_seeds([0.7], draws[:1])
+    assert one.interval() == interval(draws[0])
+    assert one.p_value() == p_value(draws[0])
+    low, high = Estimate.over_seeds([0.7, 0.9], draws).interval()
+    assert low < 0 and high > 1  # two seeds that disagree say nothing: t = 12.7
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_p_value_is_the_level_at_which_zero_leaves_the_interval(seeds, monkeypatch):
+    rng = np.random.default_rng(seeds)
+    difference = estimate_of(seeds, rng) - estimate_of(seeds, rng, mean=0.6)
+    p = difference.p_value()
+    assert 1e-6 < p < 1
+    monkeypatch.setattr(bootstrap, "CONFIDENCE", 1 - p)
+    assert min(map(abs, difference.interval())) == pytest.approx(0, abs=1e-6)
+
+
+def test_equal_rows_have_a_p_value_of_one_and_rows_without_noise_nearly_none():
+    same = estimate_of(3, np.random.default_rng(0))
+    assert Estimate(0.0, np.zeros(100), 0.0, 2).p_value() == 1.0
+    assert Estimate(0.1, np.full(100, 0.1), 0.0, 2).p_value() == pytest.approx(1e-12)
+    undefined = Estimate(0.1, np.array([np.nan, 0.1]), same.seed_variance, 2)
+    assert undefined.interval() is None and undefined.p_value() is None
+
+
+@pytest.mark.parametrize("spread", [0.003, 0.1])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_cover_the_truth_and_equal_methods_rarely_differ(seeds, spread):
+    assert coverage.coverage(seeds, spread, 200) >= 0.93
+    by_interval, by_p_value = coverage.false_positives(seeds, spread, 200)
+    assert by_interval <= 0.07
+    assert by_p_value == by_interval
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -25,6 +25,7 @@ class Figure:
     function: Callable  # (*fields) -> float, or None where it is undefined
     takes_weight: bool = True  # whether function takes the weight of the queries (metrics.py)
     column: bool = True  # whether tables show it
+    bold: bool = True  # whether tables set the best in bold
     min_queries: int = 1  # with fewer queries it is left out
     form: str = ".3f"  # how tables format it
 
@@ -388,7 +389,7 @@ def _guarantee(risk, confidence, k):
     error = partial(selective.error, **settings)
     threshold = partial(selective.threshold, **settings)
     return [
-        Figure(f"coverage at {risk:g}", True, fields, coverage),
+        Figure(f"coverage at {risk:g}", True, fields, coverage, bold=False),
         Figure(f"error at {risk:g}", None, fields, error),
         Figure(f"threshold at {risk:g}", None, fields, threshold, form=".3g"),
     ]

@@ -19,7 +19,7 @@ from utils.files import load_json
 RISKS = [0.1, 0.2, 0.3]  # default of --risk
 CONFIDENCE = 0.95  # default of --confidence
 RANKS = [1, 5]  # default of --risk-at
-MIN_QUERIES = 30  # calibration queries below the first threshold that is tested
+STARTS = (30, 60, 100, 150, 200)  # calibration queries kept at the first threshold that is tested
 BINS = 15  # of the expected calibration error
 KEEP = "keep"
 ABSTAIN = "ask back"
@@ -61,11 +61,16 @@ def _split_queries(image_bytes):
 def choose_threshold(uncertainty, is_wrong, risk, confidence):
     """The largest threshold at which the risk is guaranteed, or None if there is none.
 
-    Thresholds are tested in a fixed order, from the most certain with at least 30 queries on. For
-    threshold l, n_l queries have uncertainty <= l and k_l of them are wrong. The Clopper-Pearson
-    bound r+ solves BinomCDF(k_l; n_l, r+) = 1 - confidence. Testing goes on while r+ <= risk; a
-    fixed sequence of tests needs no correction. If queries are independent, the error among the
-    kept answers exceeds the risk in at most a share 1 - confidence of calibration sets.
+    At threshold l, n_l queries have uncertainty <= l, and k_l of them are wrong. The
+    Clopper-Pearson bound r+ solves BinomCDF(k_l; n_l, r+) = delta. A sequence of tests starts at
+    the threshold that keeps n queries, and goes on to less certain ones while r+ <= risk. Its order
+    is fixed beforehand, so that it needs no correction for the number of its tests.
+
+    A single sequence ends at once if a few of the surest answers are wrong. So there are several,
+    which start at n = 30, 60, 100, 150 and 200, and each has its share of the error:
+    delta = (1 - confidence) / (number of sequences). The largest threshold that any of them reached
+    is valid (union bound). If queries are independent, the error among the kept answers exceeds the
+    risk for at most a share 1 - confidence of calibration sets.
 
     Args:
         uncertainty: of the calibration queries, (C,).
@@ -76,21 +81,29 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
         Biometrika 26, 1934.
 
     >>> choose_threshold(np.arange(100), np.arange(100) >= 60, 0.1, 0.95)
-    61
+    60
     """
     from scipy.special import bdtr
 
+    starts = [start for start in STARTS if start <= len(uncertainty)]
+    if not starts:
+        return None
     order = np.argsort(uncertainty, kind="stable")
     thresholds = np.asarray(uncertainty)[order]  # in ascending order, with ties
-    errors = np.cumsum(np.asarray(is_wrong)[order])
-    queries = np.arange(1, len(order) + 1)
     is_last_of_ties = np.append(thresholds[1:] != thresholds[:-1], True)
-    is_tested = is_last_of_ties & (queries >= MIN_QUERIES)
-    thresholds = thresholds[is_tested]
-    probability = bdtr(errors[is_tested].astype(float), queries[is_tested], risk)
-    fails = probability > 1 - confidence  # the same as r+ > risk
-    passed = np.argmax(np.append(fails, True))  # tests before the first failure
-    return thresholds[passed - 1].item() if passed else None
+    thresholds = thresholds[is_last_of_ties]
+    queries = np.arange(1, len(order) + 1)[is_last_of_ties]
+    errors = np.cumsum(np.asarray(is_wrong)[order])[is_last_of_ties]
+    delta = (1 - confidence) / len(starts)
+    passes = bdtr(errors.astype(float), queries, risk) <= delta  # the same as r+ <= risk
+    reached = []
+    for start in starts:
+        first = np.searchsorted(queries, start)
+        fails = np.append(~passes[first:], True)
+        passed = np.argmax(fails)  # tests before the first failure
+        if passed:
+            reached.append(thresholds[first + passed - 1].item())
+    return max(reached, default=None)
 
 
 def threshold(rank, uncertainty, image, risk, confidence, k):

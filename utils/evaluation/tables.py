@@ -10,22 +10,29 @@ import io
 
 import numpy as np
 
-from utils.evaluation.bootstrap import interval, over_seeds, p_value
+from utils.evaluation.bootstrap import Estimate
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, guarantees, hierarchy
 from utils.evaluation.scorers import PUBLISHED
 from utils.evaluation.training_free import TRAINING_FREE
 
 COMPARED = [section for section in SECTIONS if section.compared]
 DETAILED = [section for section in SECTIONS if not section.compared]
-NOTE = """We resample images, each with all its captions, and with several seeds also the seeds; the
-interval is of the mean over seeds. Three seeds tell little of their variance: it is understated by
-a third. A resample is noisier than the sample: intervals of S, R2 and -S*R2 lie towards the worse
-side and may not contain the metric itself."""
+NOTE = """The intervals are of the mean over seeds, and hold for other images and other seeds: they
+add the variance over resampled images, each with all its captions, and the variance over seeds
+(Student's t). With a single seed they are the bootstrap's over images, and hold for this seed only;
+then those of S, R2 and -S*R2 lie towards the worse side and may not contain the metric itself,
+since a resample is noisier than the sample. No interval is corrected for the number of
+comparisons."""
 
 KEPT = """Answers are kept up to a threshold of uncertainty. It is chosen on half of the images such
 that at most a share of 0.1, ... of the kept answers is wrong, with {:.0%} confidence. Coverage (the
 share of answers that are kept) and error (the share of these that are wrong) are measured on the
-other half. Coverage 0, threshold undefined: no threshold qualifies, or not in every seed."""
+other half. Coverage 0, threshold undefined: on these images, in one of the seeds, no threshold
+passed the test; with more images one might.
+
+The guarantee holds for captions drawn like the data set's, and for one row, k and risk that were
+chosen beforehand. Who looks at the table and then takes the row of the largest coverage has no
+guarantee: so there is no bold here."""
 
 
 # Names of rows, and cells.
@@ -59,9 +66,9 @@ def number(mean, std=None, form=".3f"):
     return f"{mean:{form}} ± {std:{form}}"
 
 
-def between(draws, form=".3f"):
-    """The 95 % interval of resamples as text, " [0.388, 0.412]"; "" if undefined."""
-    limits = interval(draws)
+def between(estimate, form=".3f"):
+    """The 95 % interval of an Estimate as text, " [0.388, 0.412]"; "" if undefined."""
+    limits = estimate.interval()
     if limits is None:
         return ""
     low, high = limits
@@ -87,9 +94,8 @@ def _plain_cell(section, figure, row, cells):
 def _bold_cell(section, figure, row, cells):
     """The text of a cell, in bold if it is the best of its column."""
     text = _plain_cell(section, figure, row, cells)
-    if len(cells) > 1 and figure.more_is_better is not None and is_best(figure, row, cells):
-        return f"**{text}**"
-    return text
+    has_best = figure.bold and figure.more_is_better is not None and len(cells) > 1
+    return f"**{text}**" if has_best and is_best(figure, row, cells) else text
 
 
 # From results to tables.
@@ -122,20 +128,14 @@ def mean_and_std(runs, section, figure):
     return float(np.mean(values)), std
 
 
-def draws_of(runs, section, figure, side=0):
-    """The resamples of a metric, averaged over resampled seeds; None if it has none."""
+def estimate_of(runs, section, figure):
+    """The Estimate of a metric over seeds; None if it is undefined or has no resamples."""
     if figure.name not in runs[0].draws.get(section.key, {}):
         return None
-    return over_seeds([run.draws[section.key][figure.name] for run in runs], side)
-
-
-def paired_draws(runs, others, section, figure):
-    """The resamples of the difference of two methods, runs - others; None if one has none."""
-    draws = draws_of(runs, section, figure, side=0)
-    draws_of_others = draws_of(others, section, figure, side=1)
-    if draws is None or draws_of_others is None:
+    values = [run.content["metrics"][section.key][figure.name] for run in runs]
+    if None in values:
         return None
-    return draws - draws_of_others
+    return Estimate.over_seeds(values, [run.draws[section.key][figure.name] for run in runs])
 
 
 def risk_settings(results):
@@ -217,10 +217,8 @@ def interval_tables(results):
 
     def with_interval(section, figure, row, cells):
         mean, _ = cells[row]
-        draws = draws_of(results[row], section, figure)
-        if draws is None or mean is None:
-            return number(mean)
-        return number(mean) + between(draws)
+        estimate = estimate_of(results[row], section, figure)
+        return number(mean) + (between(estimate) if estimate is not None else "")
 
     tables = tables_of(results)
     text = markdown(tables, labels_of(results), with_interval, suffix=", 95 % interval")
@@ -245,7 +243,7 @@ def differences(results):
 
     One table per section and one line per metric: both methods, their difference (first - second),
     its 95 % interval and its p-value. With one seed, the p-value is over queries and says nothing
-    of other seeds. With two seeds there is none, since two do not show how much seeds vary.
+    of other seeds.
     """
     labels = [row_label(row) for row in results]
     p_title = _p_value_title(results)
@@ -255,7 +253,7 @@ def differences(results):
             continue
         lines = []
         for figure in section.figures:
-            line = _difference_line(results, section, figure, with_p_value=bool(p_title))
+            line = _difference_line(results, section, figure)
             if figure.column and line is not None:
                 lines.append(line)
         if lines:
@@ -265,27 +263,32 @@ def differences(results):
 
 
 def _p_value_title(results):
-    """The title of the column of p-values; "": there is none."""
-    seeds = {len(runs) for row, runs in results.items() if row.method not in TRAINING_FREE}
-    if 1 in seeds:
-        return "p over queries, this seed"
-    return "" if 2 in seeds else "p"
+    """The title of the column of p-values."""
+    for row, runs in results.items():
+        if len(runs) == 1 and row.method not in TRAINING_FREE:
+            return "p over queries, this seed"
+    return "p"
 
 
-def _difference_line(results, section, figure, with_p_value):
+def _difference_line(results, section, figure):
     """The cells of one metric of two methods, or None if one of them does not have it."""
-    runs, others = results.values()
-    draws = paired_draws(runs, others, section, figure)
-    if draws is None:
-        return None
-    mean, _ = mean_and_std(runs, section, figure)
-    other_mean, _ = mean_and_std(others, section, figure)
-    line = [figure.name, number(mean), number(other_mean)]
-    limits = between(draws, "+.3f").strip()
-    if not limits or mean is None or other_mean is None:
+    means = []
+    estimates = []
+    for runs in results.values():
+        if figure.name not in runs[0].draws.get(section.key, {}):
+            return None
+        mean, _ = mean_and_std(runs, section, figure)
+        means.append(number(mean))
+        estimates.append(estimate_of(runs, section, figure))
+    line = [figure.name, *means]
+    if None in estimates:
         return [*line, "undefined", "", ""]
-    p = f"{p_value(draws):.3f}" if with_p_value else ""
-    return [*line, f"{mean - other_mean:+.3f}", limits, p]
+    first, second = estimates
+    difference = first - second
+    limits = between(difference, "+.3f").strip()
+    if not limits:
+        return [*line, "undefined", "", ""]
+    return [*line, f"{difference.mean:+.3f}", limits, f"{difference.p_value():.3f}"]
 
 
 def screen(results):

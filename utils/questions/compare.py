@@ -17,18 +17,17 @@ import numpy as np
 
 from models import expand_groups
 from utils.cli import Parser, folder_name, need, run_script, seed_number, whole_number
-from utils.evaluation.bootstrap import MIN_RESAMPLES, RESAMPLES, interval
+from utils.evaluation.bootstrap import MIN_RESAMPLES, RESAMPLES
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, measure, measure_resamples
 from utils.evaluation.results import Results, check_same_queries, load_results, save_texts
 from utils.evaluation.scorers import OWN, PUBLISHED, SCORES, Row
 from utils.evaluation.tables import (
     between,
     differences,
-    draws_of,
+    estimate_of,
     is_best,
     markdown_table,
     number,
-    paired_draws,
     tables_of,
 )
 from utils.evaluation.training_free import TRAINING_FREE
@@ -49,12 +48,12 @@ LEVEL = "level"
 REVERSED = "reversed"
 RESERVED_NAMES = ("README", "comparison", "t2i", "details")  # of files that eval.py writes
 OWN_SCORES = "`models/README.md` says what each method's own score is and how it is computed.\n"
-HOW = """Differences, {leader} minus the baseline, are of means over seeds, over the same
-resamples of the images, each with all its captions; the seeds of each side are resampled
-independently; 95 % intervals, not corrected for the number of comparisons. A lead survives if
-the interval is on its side of 0, is level if the interval contains 0, and is reversed if the
-interval is on the other side. A baseline is represented by its row that is best in the metric on
-these very queries; this favours the baseline.
+HOW = """Differences, {leader} minus the baseline, are of means over seeds. Their 95 % intervals
+add the variance over resampled images, each with all its captions, and the variance over the seeds
+of both (Student's t). They are not corrected for the number of comparisons. A lead survives if the
+interval is on its side of 0, is level if the interval contains 0, and is reversed if the interval
+is on the other side. A baseline is represented by its row that is best in the metric on these very
+queries; this favours the baseline.
 """
 
 
@@ -239,9 +238,9 @@ def table(results, labels, title):
             text = number(mean)
             if is_best(figure, row, cells):
                 text = f"**{text}**"
-            draws = draws_of(runs, section, figure)
-            if draws is not None:
-                text += between(draws)
+            estimate = estimate_of(runs, section, figure)
+            if estimate is not None:
+                text += between(estimate)
             line.append(text)
         lines.append(line)
     return markdown_table(lines)
@@ -296,20 +295,20 @@ def _compare_with_best(results, labels, leader, rows, column):
         return mean
 
     best = max(rows, key=mean_of) if figure.more_is_better else min(rows, key=mean_of)
-    draws = paired_draws(results[leader], results[best], section, figure)
-    verdict = verdict_of(draws, figure.more_is_better)
-    difference = f"{mean_of(leader) - mean_of(best):+.3f}{between(draws, '+.3f')}"
-    return verdict, f"{verdict}, {difference}, over {labels[best]}"
+    estimate_of_leader = estimate_of(results[leader], section, figure)
+    difference = estimate_of_leader - estimate_of(results[best], section, figure)
+    verdict = verdict_of(difference, figure.more_is_better)
+    text = f"{difference.mean:+.3f}{between(difference, '+.3f')}"
+    return verdict, f"{verdict}, {text}, over {labels[best]}"
 
 
-def verdict_of(draws, more_is_better):
-    """What becomes of a lead with these resampled differences: SURVIVES, LEVEL or REVERSED."""
-    low, high = interval(draws if more_is_better else -draws)
-    if low > 0:
-        return SURVIVES
-    if high < 0:
-        return REVERSED
-    return LEVEL
+def verdict_of(difference, more_is_better):
+    """What becomes of a lead, the Estimate of a difference: SURVIVES, LEVEL or REVERSED."""
+    low, high = difference.interval()
+    if low <= 0 <= high:
+        return LEVEL
+    is_more = low > 0
+    return SURVIVES if is_more == more_is_better else REVERSED
 
 
 if __name__ == "__main__":

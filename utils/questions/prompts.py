@@ -14,6 +14,10 @@ from utils.evaluation.selective import decide, load_threshold
 from utils.files import load_json
 
 CLOSEST = 3  # images that are named for a text
+GUARANTEE = (
+    "note: the guarantee behind keep and ask back is for captions drawn like the data set's, and "
+    "for a method, k and risk chosen beforehand; it does not cover prompts that you make up"
+)
 
 
 def prompts_from(arguments):
