@@ -15,7 +15,7 @@ import torch
 from datasets.embedding import EmbeddingCache
 from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
-from models import GROUPS, METHODS, expand_groups, recipes_for
+from models import GROUPS, METHODS, expand_groups, former_recipe, recipes_for
 from models.base import total_loss
 from utils.checkpoint import checkpoint_path
 from utils.cli import (
@@ -63,9 +63,23 @@ def main(argv=None):
             config = run_config(args, seed, cache, precision)
             for method in args.method:
                 path = checkpoint_path(args.dataset, seed, method)
-                recipe = replace(METHODS[method].recipes[args.recipe], **args.changes)
-                with Run(path, recipe, config, args.resume, args.save_every) as run:
+                recipe = METHODS[method].recipes[args.recipe]
+                recipe = settle(recipe, args.changes, len(cache.text))
+                former = former_recipe(method, args.recipe)
+                if former is not None:
+                    former = settle(former, args.changes, len(cache.text))
+                with Run(path, recipe, config, args.resume, args.save_every, former) as run:
                     train(run, cache, prompts, precision, args.shuffle_buffer, held_out)
+
+
+def settle(recipe, changes, captions):
+    """The recipe for so many captions, with the changes {field: value} of the command line."""
+    recipe = replace(recipe, **changes)
+    if "batch_size" in changes:
+        recipe = replace(recipe, batch_share=None)
+    if "epochs" in changes:
+        recipe = replace(recipe, min_steps=None)
+    return recipe.fitted_to(captions)
 
 
 def run_config(args, seed, cache, precision):
@@ -113,7 +127,7 @@ def make_parser():
         "--recipe",
         default="paper",
         help="paper (made for COCO), original (by the authors of the baseline), small (for fewer "
-        "than about 100,000 captions) or demo (one epoch); default: paper",
+        "than about 100,000 captions) or demo (half as long); default: paper",
     )
     add("--epochs", type=positive, help="the number of passes over the captions")
     add("--batch-size", type=positive, help="the number of pairs per step")

@@ -1,5 +1,7 @@
 """The methods by the names that --method takes, and the groups of methods that it takes too."""
 
+from dataclasses import replace
+
 from models.asymvlm import variants
 from models.asymvlm.adaptor import PowerSphericalAdaptor, VonMisesFisherAdaptor
 from models.pcmepp.adaptor import PCMEPPAdaptor
@@ -7,7 +9,7 @@ from models.pcmepp.original import PCMEPPOriginal
 from models.pfe.adaptor import PFEAdaptor
 from models.pfe.original import PFEOriginal
 from models.probvlm.adaptor import ProbVLMAdaptor
-from models.probvlm.original import ProbVLMOriginal
+from models.probvlm.original import ProbVLMOriginal, ProbVLMOriginalDefaultWeight
 from models.prolip.adaptor import ProLIPAdaptor
 from models.prolip.original import ProLIPOriginal
 
@@ -37,11 +39,16 @@ VARIANTS = {
 # The baselines as their own authors build and train them.
 ORIGINALS = {
     "probvlm-original": ProbVLMOriginal,
+    "probvlm-original-default-weight": ProbVLMOriginalDefaultWeight,
     "pfe-original": PFEOriginal,
     "pcmepp-original": PCMEPPOriginal,
     "prolip-original": ProLIPOriginal,
 }
 METHODS = {**PAPER, **VARIANTS, **ORIGINALS}
+
+# The learning rates of `small` before there was one for all methods.
+FORMER_LR = {"probvlm": 3e-4, "pfe": 3e-4, "prolip": 3e-4}
+
 GROUPS = {"all": tuple(PAPER), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
 
 
@@ -70,6 +77,19 @@ def _original_of(method):
     """The name of the method as its own authors build it, if METHODS has it, else the same name."""
     name = f"{method}-original"
     return name if name in METHODS else method
+
+
+def former_recipe(method, name):
+    """What a recipe was in earlier versions, with which older runs are continued; None: the same.
+
+    `small` had a batch size of 1,024 and 10 epochs for all caches, and learning rates by method.
+    """
+    if name != "small":
+        return None
+    recipe = METHODS[method].recipes[name]
+    is_anchored = method.endswith("-anchored")
+    lr = recipe.lr if is_anchored else FORMER_LR.get(method, 3e-3)
+    return replace(recipe, lr=lr, batch_share=None, min_steps=None)
 
 
 def recipes_for(method):

@@ -29,6 +29,7 @@ class Recipe:
             tuple keeps it constant, None selects the cosine.
         warm_up: fraction of the steps in which the learning rate rises linearly from 0.
         betas: of Adam and AdamW.
+        eps: of Adam and AdamW.
         decayed_from: the smallest number of dimensions of a parameter that is decayed: 1 leaves
             out learned scalars, 2 leaves out all but matrices.
         clip_norm: the largest norm of the gradient. None does not clip it.
@@ -36,6 +37,8 @@ class Recipe:
         averaged_after: fraction of the epochs after which the weights are averaged, one set of
             weights per epoch.
         max_steps: the largest number of steps per epoch.
+        batch_share: the largest share of the captions in a batch. None sets no limit.
+        min_steps: the smallest number of steps of the whole run, for which epochs are added.
     """
 
     optimizer: str
@@ -54,6 +57,20 @@ class Recipe:
     ramped_epoch: int | None = None
     averaged_after: float = 1.0
     max_steps: int | None = None
+    batch_share: float | None = None
+    min_steps: int | None = None
+    eps: float = 1e-8
+
+    def fitted_to(self, captions):
+        """The recipe for so many captions: `batch_share` and `min_steps` are applied."""
+        batch_size = self.batch_size
+        if self.batch_share is not None:
+            batch_size = min(batch_size, max(2, int(self.batch_share * captions)))
+        fitted = replace(self, batch_size=batch_size)
+        if self.min_steps is None:
+            return fitted
+        epochs = math.ceil(self.min_steps / fitted.steps(captions))
+        return replace(fitted, epochs=max(self.epochs, epochs))
 
     def steps(self, captions):
         """Steps per epoch over this many captions. The last batch may be smaller."""
@@ -64,18 +81,23 @@ class Recipe:
 
 
 # For caches of fewer than about 100,000 captions, for which the paper's recipe has too few steps.
-SMALL = Recipe("adamw", lr=1e-3, weight_decay=0.05, batch_size=1024, epochs=10)
-# For a first look.
-DEMO = replace(SMALL, batch_size=256, epochs=1)
+# models/README.md says how it was chosen.
+SMALL = Recipe(
+    "adamw",
+    lr=1e-3,
+    weight_decay=0.05,
+    batch_size=1024,
+    epochs=10,
+    batch_share=1 / 8,
+    min_steps=150,
+)
+DEMO_EPOCHS = 5  # of `demo`, for a first look
 
 
-def recipes_of(paper, lr, start_variance=None):
-    """The recipes of a method: the paper repository's, SMALL with this learning rate, and DEMO."""
-    return {
-        "paper": paper,
-        "small": replace(SMALL, lr=lr, start_variance=start_variance),
-        "demo": replace(DEMO, start_variance=start_variance),
-    }
+def recipes_of(paper, lr=SMALL.lr, start_variance=None):
+    """The recipes of a method: the paper repository's, SMALL with this learning rate, and demo."""
+    small = replace(SMALL, lr=lr, start_variance=start_variance)
+    return {"paper": paper, "small": small, "demo": replace(small, epochs=DEMO_EPOCHS)}
 
 
 def total_loss(loss: Loss) -> Tensor:

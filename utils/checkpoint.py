@@ -55,8 +55,8 @@ def copied(content):
     return content
 
 
-def load_run(path, recipe, config):
-    """Read the checkpoint, or the state, of a run with this recipe and config.
+def load_run(path, recipes, config):
+    """Read the checkpoint, or the state, of a run with this config and one of these recipes.
 
     Returns: the content of the file, or None if there is no file.
     Raises: UserError that names the differences if it is of another run.
@@ -73,16 +73,23 @@ def load_run(path, recipe, config):
     if isinstance(saved_config.get("clip"), dict):
         # Older files lack the SHA-256 of the CLIP's files.
         current_config["clip"] = _entries_of(saved_config["clip"], current_config["clip"])
-    # Older files lack newer fields of the recipe.
-    current_recipe = _entries_of(content["recipe"], asdict(recipe))
     changed = differences(saved_config, current_config)
-    changed = changed or differences(content["recipe"], current_recipe)
+    changed = changed or _differences_of_recipes(content["recipe"], recipes)
     need(
         not changed,
         f"{path}: of a run with other settings: {changed}; "
         "resume it with those, or start again without --resume",
     )
     return content
+
+
+def _differences_of_recipes(saved, recipes):
+    """How the first of some recipes differs from a saved one; "" if any of them does not."""
+    changes = []
+    for recipe in recipes:
+        # Older files lack newer fields of the recipe.
+        changes.append(differences(saved, _entries_of(saved, asdict(recipe))))
+    return "" if "" in changes else changes[0]
 
 
 def _entries_of(saved, current):

@@ -30,6 +30,7 @@ def make_optimizer(adaptor, recipe, steps):
         options["momentum"] = recipe.momentum
     else:
         options["betas"] = recipe.betas
+        options["eps"] = recipe.eps
     optimizer = OPTIMIZERS[recipe.optimizer](groups, **options)
 
     if recipe.drops is None and recipe.warm_up == 0:

@@ -37,6 +37,8 @@ class Run:
             the average that the recipe asks for.
         resume: continue a saved run with this recipe and config.
         save_every: the state is saved every so many epochs.
+        former_recipe: what the recipe was in earlier versions; a run that was begun with it is
+            continued with it. None: the same.
     Attributes:
         recipe: the Recipe that applies, settled when the block is entered. A run that was begun
             before the recipe had some of its fields is continued with their defaults.
@@ -45,7 +47,7 @@ class Run:
         different one.
     """
 
-    def __init__(self, path, recipe, config, resume=False, save_every=10):
+    def __init__(self, path, recipe, config, resume=False, save_every=10, former_recipe=None):
         self.path = path
         self.state_path = path.with_suffix(".resume.pt")
         self.method = path.stem
@@ -53,6 +55,7 @@ class Run:
         self.config = config
         self.resume = resume
         self.save_every = save_every
+        self.known_recipes = [recipe] if former_recipe is None else [recipe, former_recipe]
         self.keeps_best = config.get("keep") == "best"
         self.is_finished = False
         self.log = []
@@ -94,9 +97,9 @@ class Run:
 
     def _find_saved(self):
         """Read the state of an unfinished run, or see that the run is finished."""
-        self.saved = load_run(self.state_path, self.recipe, self.config)
+        self.saved = load_run(self.state_path, self.known_recipes, self.config)
         if self.saved is None:
-            checkpoint = load_run(self.path, self.recipe, self.config)
+            checkpoint = load_run(self.path, self.known_recipes, self.config)
             self.is_finished = checkpoint is not None
             return
         with self._refuse_unfit_state():

@@ -20,7 +20,7 @@ class AsymVLM(Adaptor):
     Source: arXiv 2505.11029, sec. 3.
     """
 
-    recipes = {**recipes_of(PAPER_RECIPE, lr=3e-3), "original": PAPER_RECIPE}
+    recipes = {**recipes_of(PAPER_RECIPE), "original": PAPER_RECIPE}
     spread = ("text",)  # the modalities whose embeddings become distributions
 
     # The distribution: log p = log_normalizer(kappa) + kappa kernel(mu.x).

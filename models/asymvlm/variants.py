@@ -5,7 +5,6 @@ including the recipe, is the same.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -121,8 +120,6 @@ class Anchored(AsymVLM):
     mu = eta / kappa as usual. REACH slows mu down relative to kappa, so that the CLIP's ranking
     changes little if there are few data. RATE slows log kappa down.
     """
-
-    recipes = {**AsymVLM.recipes, "small": replace(AsymVLM.recipes["small"], lr=1e-3)}
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)

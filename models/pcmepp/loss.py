@@ -1,5 +1,6 @@
 """PCME++'s loss: the logit of a match is the expected squared distance of two Gaussians."""
 
+import torch
 from torch.nn import functional as F
 
 from models.layers import (
@@ -63,8 +64,8 @@ def original_loss(mean_image, log_var_image, mean_text, log_var_text, shift, neg
     distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)
     logits = shift - negative_scale * distance  # (B, B)
     match = same_rows(mean_image)  # (B, B)
-    by_row = match | pseudo_positives(logits)
-    by_column = match | pseudo_positives(logits.T).T
+    by_row = match | pseudo_positives(logits, match)
+    by_column = match | pseudo_positives(logits.T, match.T).T
     pseudo = soft_cross_entropy(logits, by_row) + soft_cross_entropy(logits, by_column)
     return {
         "matching": 2 * soft_cross_entropy(logits, match),
@@ -84,9 +85,15 @@ def soft_cross_entropy(logits, match):
     return -log_likelihood.mean()
 
 
-def pseudo_positives(logits):
-    """Which j of row i have at least the logit of the true pair (i, i): (B, B) -> (B, B), bool."""
-    return logits >= logits.diagonal()[:, None]
+def pseudo_positives(logits, match):
+    """Which j of row i have at least the logit of the row's first match: (B, B) -> (B, B), bool.
+
+    The first match is the true pair (i, i), unless an image is more than once in the batch.
+
+    Args: match: (B, B) bool, with at least one match per row.
+    """
+    first_match = match.to(torch.uint8).argmax(dim=1, keepdim=True)  # (B, 1)
+    return logits >= logits.gather(1, first_match)
 
 
 @full_precision

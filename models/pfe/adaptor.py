@@ -11,7 +11,7 @@ class PFEAdaptor(Adaptor):
     Source: arXiv 1904.09658, sec. 3.
     """
 
-    recipes = recipes_of(Recipe("sgd", lr=1e-3, weight_decay=5e-4), lr=3e-4)
+    recipes = recipes_of(Recipe("sgd", lr=1e-3, weight_decay=5e-4))
     ranks_by_frozen_cosine = True
 
     def __init__(self, embed_dim=512):

@@ -4,7 +4,7 @@ from torch import nn
 
 from models.base import Adaptor, Recipe, recipes_of
 from models.layers import HIDDEN, at_least_float32
-from models.probvlm.loss import mean_variance, positive, probvlm_loss
+from models.probvlm.loss import LIKELIHOOD_WEIGHT, mean_variance, positive, probvlm_loss
 
 
 class BayesCap(nn.Module):
@@ -58,9 +58,10 @@ class ProbVLMAdaptor(Adaptor):
     Source: arXiv 2307.00398, sec. 3.
     """
 
-    recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4), lr=3e-4)
+    recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4))
     bayescap = BayesCap
     inverted = True
+    likelihood_weight = LIKELIHOOD_WEIGHT
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
@@ -83,4 +84,4 @@ class ProbVLMAdaptor(Adaptor):
 
     def loss(self, *encoded):
         """The terms of the loss of the true pairs. There are no negatives."""
-        return probvlm_loss(*encoded)
+        return probvlm_loss(*encoded, self.likelihood_weight)

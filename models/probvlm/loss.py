@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from models.layers import full_precision, widest
 
 # In the loss.
+LIKELIHOOD_WEIGHT = 0.05  # relative to the absolute error: the default of the authors' function
+ORIGINAL_LIKELIHOOD_WEIGHT = 1e-4  # what the authors' README and notebook pass
 PARAMETER_EPS = 1e-4  # added to 1/alpha and beta, so that log and 1/beta are finite at 0
 RESIDUAL_RANGE = (1e-4, 1e3)  # so that one outlier does not dominate the batch
-LIKELIHOOD_WEIGHT = 0.05  # relative to the absolute error
 CROSS_WEIGHT = 1e-4  # of reconstructing the other modality
 
 # In the variance.
@@ -39,20 +40,26 @@ def probvlm_loss(
     inv_alpha_text,
     beta_text,
     z_text,
+    likelihood_weight=LIKELIHOOD_WEIGHT,
 ):
     """fit(image, z_image) + fit(text, z_text) + 1e-4 (fit(image, z_text) + fit(text, z_image)).
 
     fit(mean, t) = mean_bd |mean - t|
-                   + 0.05 mean_bd [ clamp(|mean - t| a b, 1e-4, 1e3) - log a + lgamma(1/b) - log b ]
+                   + w mean_bd [ clamp(|mean - t| a b, 1e-4, 1e3) - log a + lgamma(1/b) - log b ]
     with a = 1/alpha + 1e-4 and b = beta + 1e-4.
 
-    Args: (B, D) each.
+    Args:
+        likelihood_weight: w, a float. All other arguments are (B, D).
     Returns: the terms by name, () each, weighted so that their sum is the loss.
     Source: Upadhyay et al., "ProbVLM", arXiv 2307.00398, sec. 3, in the form of the authors' code,
         whose residual is multiplied by beta where the density raises it to that power.
     """
-    intra_image, cross_image = _fit(mean_image, inv_alpha_image, beta_image, z_image, z_text)
-    intra_text, cross_text = _fit(mean_text, inv_alpha_text, beta_text, z_text, z_image)
+    intra_image, cross_image = _fit(
+        mean_image, inv_alpha_image, beta_image, z_image, z_text, likelihood_weight
+    )
+    intra_text, cross_text = _fit(
+        mean_text, inv_alpha_text, beta_text, z_text, z_image, likelihood_weight
+    )
     return {
         "intra_image": intra_image,
         "intra_text": intra_text,
@@ -61,7 +68,7 @@ def probvlm_loss(
     }
 
 
-def _fit(mean, inv_alpha, beta, z, z_other):
+def _fit(mean, inv_alpha, beta, z, z_other, likelihood_weight):
     """fit(mean, z) and fit(mean, z_other), all (B, D) -> () and (), with the same normaliser."""
     a = inv_alpha + PARAMETER_EPS
     b = beta + PARAMETER_EPS
@@ -71,7 +78,7 @@ def _fit(mean, inv_alpha, beta, z, z_other):
     def fit(target):
         error = (mean - target).abs()  # (B, D)
         residual = (error * a * b).clamp(*RESIDUAL_RANGE).mean()
-        return error.mean() + LIKELIHOOD_WEIGHT * (residual + log_normalizer)
+        return error.mean() + likelihood_weight * (residual + log_normalizer)
 
     return fit(z), fit(z_other)
 

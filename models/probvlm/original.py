@@ -1,11 +1,19 @@
-"""ProbVLM as its own authors build and train it: `probvlm-original` (arXiv 2307.00398)."""
+"""ProbVLM as its own authors build and train it: `probvlm-original` (arXiv 2307.00398).
+
+Their commands weight the likelihood by 1e-4, with which the uncertainty is learned slowly: 500
+epochs are meant. Their function's default is 0.05, the weight of `probvlm-original-default-weight`.
+"""
 
 import torch
 
 from models.base import Recipe
 from models.layers import full_precision, unit
 from models.probvlm.adaptor import BayesCap, ProbVLMAdaptor
-from models.probvlm.loss import variance_of_passes
+from models.probvlm.loss import (
+    LIKELIHOOD_WEIGHT,
+    ORIGINAL_LIKELIHOOD_WEIGHT,
+    variance_of_passes,
+)
 
 LOGIT_SCALE = 100.0  # exp(logit scale) of OpenAI's CLIPs; an adaptor does not know the cache's own
 
@@ -56,6 +64,7 @@ class ProbVLMOriginal(ProbVLMAdaptor):
         )
     }
     bayescap = NarrowBayesCap
+    likelihood_weight = ORIGINAL_LIKELIHOOD_WEIGHT
     single_process_only = True  # dropout
 
     def encode_image(self, z):
@@ -72,6 +81,12 @@ class ProbVLMOriginal(ProbVLMAdaptor):
         if self.inverted:
             return mean, 1 / uncertainty
         return mean, uncertainty
+
+
+class ProbVLMOriginalDefaultWeight(ProbVLMOriginal):
+    """ProbVLMOriginal with the default weight of its authors' function, 0.05."""
+
+    likelihood_weight = LIKELIHOOD_WEIGHT
 
 
 @torch.no_grad()

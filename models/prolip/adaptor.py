@@ -9,7 +9,6 @@ class ProLIPAdaptor(GaussianAdaptor):
 
     recipes = recipes_of(
         Recipe("adamw", lr=5e-4, weight_decay=5e-4),
-        lr=3e-4,
         start_variance=1.0,
     )
 

@@ -24,7 +24,8 @@ class ProLIPOriginal(ProLIPAdaptor):
     left out, because they need the encoder.
     """
 
-    # The 200 epochs and the warm-up of a fiftieth of the steps are ours: theirs is pre-training.
+    # The 200 epochs and the warm-up of a fiftieth of the steps are ours: theirs is pre-training,
+    # with 512 pairs on each of 32 GPUs. The batch here is 512 on all ranks together.
     recipes = {
         "original": Recipe(
             "adamw",
@@ -34,6 +35,7 @@ class ProLIPOriginal(ProLIPAdaptor):
             betas=(0.9, 0.95),
             decayed_from=2,
             warm_up=0.02,
+            eps=1e-6,
         )
     }
 
