@@ -49,7 +49,10 @@ def main(argv=None):
         return
     # Ranks only tell each other that they are done; they never exchange tensors of a GPU.
     with joined(torch.device("cpu"), PATIENCE):
-        cache_data_set(args, DATASETS[args.dataset], device)
+        try:
+            cache_data_set(args, DATASETS[args.dataset], device)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on where it stopped") from None
         logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name)
 
 

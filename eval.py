@@ -20,7 +20,6 @@ from pathlib import Path
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
 from models import GROUPS, METHODS, expand_groups
-from utils.checkpoint import load_adaptors
 from utils.cli import (
     Parser,
     chance,
@@ -36,6 +35,7 @@ from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
 from utils.evaluation import selective, tables
 from utils.evaluation.bootstrap import CONFIDENCE, MIN_RESAMPLES, RESAMPLES
+from utils.evaluation.metrics import COUNT, SPACING
 from utils.evaluation.results import (
     evaluate,
     load_results,
@@ -50,6 +50,7 @@ from utils.questions import prompts
 from utils.questions.compare import paired_bootstrap
 from utils.questions.export import export, export_file, load_export_texts
 from utils.report import results_page
+from utils.trained import load_adaptors
 
 
 def main(argv=None):
@@ -129,7 +130,15 @@ def add_evaluation_flags(parser):
         "--uncer-levels",
         type=positive,
         default=10,
-        help="uncertainty levels, with equally many queries each (default: 10)",
+        help="number of uncertainty levels (default: 10)",
+    )
+    add(
+        "--levels-by",
+        "--levels_by",
+        choices=(COUNT, SPACING),
+        default=COUNT,
+        help="cut the levels by count, equally many queries each, or by spacing, intervals of "
+        "uncertainty of equal width (default: count)",
     )
     add(
         "--folds",
@@ -278,6 +287,7 @@ def evaluate_all(args, adaptors, cache, folder):
         "dataset": args.dataset,
         "split": args.split,
         "uncer_levels": args.uncer_levels,
+        "levels_by": args.levels_by,
         "resamples": args.resamples,
         "folds": args.folds,
         "cache": cache.digest,
@@ -289,9 +299,11 @@ def evaluate_all(args, adaptors, cache, folder):
     reference = open_reference(load_train_split, cache, args.reference)
     results = {}
     for scorer in every_scorer(cache, adaptors, args.score, reference):
-        run = evaluate(scorer, cache, args.uncer_levels, args.folds, ladder, chains, risk)
+        run = evaluate(
+            scorer, cache, args.uncer_levels, args.folds, ladder, chains, risk, args.levels_by
+        )
         if run.is_uncertain:
-            run.bootstrap(args.uncer_levels, args.resamples)
+            run.bootstrap(args.uncer_levels, args.resamples, args.levels_by)
             run.save(folder, {**config, **scorer.config})
         results.setdefault(scorer.row, []).append(run)
     return results
@@ -302,6 +314,9 @@ def report(args, results, adaptors, cache, folder):
     images = len(cache.image)
     captions = len(cache.text)
     title = f"{args.dataset}/{args.split}: {images} images, {captions} captions; {seeds_of(args)}"
+    trained = tables.recipe_title(results)
+    if trained:
+        title += f"; {trained}"
     if args.score != PUBLISHED:
         title += f"; {SCORES[args.score]}"
         folder = folder / args.score
@@ -337,6 +352,7 @@ def command_of(args):
         "resamples": args.resamples,
     }
     defaults = {
+        "levels_by": COUNT,
         "score": PUBLISHED,
         "reference": None,
         "risk": selective.RISKS,
@@ -361,7 +377,7 @@ def compare(args, folder):
     """Print and save how two methods differ over the same queries."""
     results = {row: load_results(folder, row, args.seed, args.split) for row in args.compare}
     names = [row_name(row) for row in results]
-    differences = paired_bootstrap(results, args.uncer_levels, args.resamples)
+    differences = paired_bootstrap(results, args.uncer_levels, args.resamples, args.levels_by)
     over_seeds = " and Student's t over the seeds" if len(args.seed) > 1 else ""
     text = (
         f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}: "

@@ -17,7 +17,7 @@ from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
 from models import GROUPS, METHODS, expand_groups, former_recipe, recipes_for
 from models.base import total_loss
-from utils.checkpoint import checkpoint_path
+from utils.checkpoint import check_replaceable, checkpoint_path
 from utils.cli import (
     Parser,
     folder_name,
@@ -33,9 +33,9 @@ from utils.distributed import average_gradients, gather, joined, share_of_rank
 from utils.optimizer import OPTIMIZERS, make_optimizer
 from utils.run import Run, check_finite
 from utils.seed import seed_everything
+from utils.trained import RECIPE_FLAGS
 
 SMALL_CACHE = 100_000  # captions; --recipe small is the better choice for fewer
-RECIPE_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "weight_decay")
 
 
 def main(argv=None):
@@ -58,18 +58,37 @@ def main(argv=None):
             len(cache.text),
         )
 
+    if cache.is_normalised():
+        logging.warning(
+            "note: all embeddings of %s have norm 1; heads are made for raw embeddings and train "
+            "worse on normalised ones: cache raw ones if you can",
+            cache.folder,
+        )
+
+    runs = planned_runs(args, cache, precision)
+    if not args.resume and not args.overwrite:
+        for run in runs:
+            check_replaceable(run.path, run.recipe, run.config)
     with joined(device):
-        for seed in args.seed:
-            config = run_config(args, seed, cache, precision)
-            for method in args.method:
-                path = checkpoint_path(args.dataset, seed, method)
-                recipe = METHODS[method].recipes[args.recipe]
-                recipe = settle(recipe, args.changes, len(cache.text))
-                former = former_recipe(method, args.recipe)
-                if former is not None:
-                    former = settle(former, args.changes, len(cache.text))
-                with Run(path, recipe, config, args.resume, args.save_every, former) as run:
-                    train(run, cache, prompts, precision, args.shuffle_buffer, held_out)
+        for run in runs:
+            with run:
+                train(run, cache, prompts, precision, args.shuffle_buffer, held_out)
+
+
+def planned_runs(args, cache, precision):
+    """The Runs of all seeds and methods, a list."""
+    runs = []
+    captions = len(cache.text)
+    for seed in args.seed:
+        config = run_config(args, seed, cache, precision)
+        for method in args.method:
+            path = checkpoint_path(args.dataset, seed, method)
+            recipe = settle(METHODS[method].recipes[args.recipe], args.changes, captions)
+            former = former_recipe(method, args.recipe)
+            if former is not None:
+                former = settle(former, args.changes, captions)
+            runs.append(Run(path, recipe, config, args.resume, args.save_every, former))
+    return runs
 
 
 def settle(recipe, changes, captions):
@@ -163,6 +182,11 @@ def make_parser():
         "--resume",
         action="store_true",
         help="continue from the saved state; the result equals that of an unbroken run",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace finished checkpoints that were trained with other settings",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 and so on (default: auto)")
     add(

@@ -42,31 +42,42 @@ def existing(path):
 
 
 def load_embeddings(path):
-    """An embedding matrix, (N, D), finite."""
+    """An embedding matrix, (N, D), finite and without rows of zeros."""
     z = load_tensors(existing(path))
     expected = "expected a float tensor of shape (rows, width)"
     is_tensor = isinstance(z, torch.Tensor)
     need(is_tensor, f"{path}: {expected}, found {type(z).__name__}")
     is_matrix = z.ndim == 2 and z.dtype in FLOATS and 0 not in z.shape
     need(is_matrix, f"{path}: {expected}, found shape {tuple(z.shape)}, {z.dtype}")
-    check_finite(z, path)
+    check_rows(z, path)
     return z.detach()  # a tensor saved with requires_grad would get a gradient in training
 
 
-def check_finite(z, file):
-    """Raise a UserError that names the first row of a file, (n, D), that is not finite."""
-    if z.numel() == 0:
-        return
-    # NaN is both minimum and maximum. isfinite of everything would take longer, and a copy.
-    if torch.isfinite(torch.stack(z.aminmax())).all():
-        return
+def check_rows(z, file):
+    """Raise a UserError that names the first row of a file, (n, D), that is not finite or zero."""
     start = 0
     for part in z.split(65536):
-        bad = ~torch.isfinite(part).all(dim=1)
-        if bad.any():
-            row = start + int(bad.nonzero()[0])
-            raise UserError(f"{file}: row {row} is not finite; {ANEW}, in --precision fp32")
+        bad, problem = first_bad_row(part)
+        if problem:
+            raise UserError(f"{file}: row {start + bad} {problem}")
         start += len(part)
+
+
+def first_bad_row(z):
+    """The first row of z (n, D) that is not finite or zero, and what is wrong; (None, "")."""
+    if z.numel() == 0:
+        return None, ""
+    low = z.amin(dim=1)  # NaN if one of the row is
+    high = z.amax(dim=1)
+    is_finite = torch.isfinite(low) & torch.isfinite(high)
+    is_zero = (low == 0) & (high == 0)
+    bad = (~is_finite | is_zero).nonzero().flatten()
+    if not len(bad):
+        return None, ""
+    row = int(bad[0])
+    if is_zero[row]:
+        return row, f"is all zeros, which has no direction; leave it out, and {ANEW}"
+    return row, f"is not finite; {ANEW}, in --precision fp32"
 
 
 def check_sum(file, expected):

@@ -120,6 +120,15 @@ class EmbeddingCache:
         """The ClipId that meta.json names, as far as it does."""
         return ClipId.of_meta(self.meta)
 
+    def is_normalised(self) -> bool:
+        """Whether the first 1,000 images and captions all have norm 1."""
+        for rows in (self.image, self.text):
+            first_rows = torch.arange(min(1000, len(rows)), device=rows.device)
+            norm = rows[first_rows].float().norm(dim=1)
+            if not ((norm - 1).abs() < 1e-3).all():
+                return False
+        return True
+
     @property
     def embed_dim(self) -> int:
         """D."""

@@ -13,7 +13,15 @@ from collections import OrderedDict
 
 import torch
 
-from datasets.checks import ANEW, check_finite, check_index, check_sum, existing, load_embeddings
+from datasets.checks import (
+    ANEW,
+    check_index,
+    check_rows,
+    check_sum,
+    existing,
+    first_bad_row,
+    load_embeddings,
+)
 from utils.cli import UserError, need
 from utils.files import load_tensors
 
@@ -73,8 +81,8 @@ class RowsInMemory:
 class RowsOnDisk:
     """The rows of many shards, each read when it is asked for; row numbers are on the CPU.
 
-    A shard is compared with its SHA-256 when it is first opened, and a row is checked to be finite
-    when it is read.
+    A shard is compared with its SHA-256 when it is first opened, and a row is checked when it is
+    read: it is finite, and not zero.
 
     Args: folder, kind as for `open_rows`, index [rows, SHA-256] of each, width D, dtype.
     Raises: UserError if a shard is missing; later, if one is not what the index says.
@@ -103,12 +111,11 @@ class RowsOnDisk:
         for shard in shard_of.unique().tolist():
             there = shard_of == shard
             z[there] = self._shard(shard)[rows[there] - self.starts[shard]]
-        finite = torch.isfinite(z).all(dim=1)
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
-            file = self.files[shard_of[bad]]
-            row = rows[bad] - self.starts[shard_of[bad]]
-            raise UserError(f"{file}: row {row} is not finite; {ANEW}, in --precision fp32")
+        bad, problem = first_bad_row(z)
+        if problem:
+            shard = shard_of[bad]
+            row = rows[bad] - self.starts[shard]
+            raise UserError(f"{self.files[shard]}: row {row} {problem}")
         return z.to(self._target, non_blocking=True)  # (B, D)
 
     def to(self, device):
@@ -120,7 +127,7 @@ class RowsOnDisk:
         """All of them, (N, D), in memory."""
         shards = [self._shard(number) for number in range(len(self.files))]
         for z, file in zip(shards, self.files, strict=True):
-            check_finite(z, file)
+            check_rows(z, file)
         return torch.cat(shards).to(self._target)
 
     def order(self, generator, buffer=BUFFER):

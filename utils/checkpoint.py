@@ -1,6 +1,5 @@
 """Checkpoints of trained adaptors: written by us, read also from the paper's repository."""
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,10 +7,9 @@ import torch
 
 from models import METHODS
 from models.base import Adaptor
-from utils.cli import need
+from utils.cli import UserError, need
 from utils.files import differences, load_tensors, save_tensors, sha256
 from utils.paper import translate
-from utils.preprocess import ClipId
 
 UNVALIDATED = {"validation": None, "keep": None}  # what a config without these stands for
 LARGEST_WIDTH = 65536
@@ -20,6 +18,11 @@ LARGEST_WIDTH = 65536
 def checkpoint_path(name, seed, method):
     """checkpoints/<name>/<seed>/<method>.pt"""
     return Path("checkpoints", name, str(seed), f"{method}.pt")
+
+
+def lock_path(path):
+    """The file that a run locks while it trains a checkpoint."""
+    return path.with_name(f".{path.stem}.lock")
 
 
 def save_adaptor(adaptor, method, recipe, config, path):
@@ -55,9 +58,10 @@ def copied(content):
     return content
 
 
-def load_run(path, recipes, config):
+def load_run(path, recipes, config, cure):
     """Read the checkpoint, or the state, of a run with this config and one of these recipes.
 
+    Args: cure: what to do if it is of another run.
     Returns: the content of the file, or None if there is no file.
     Raises: UserError that names the differences if it is of another run.
     """
@@ -66,7 +70,7 @@ def load_run(path, recipes, config):
     content = load_tensors(path)
     for key in ("config", "recipe"):
         is_run = isinstance(content, dict) and isinstance(content.get(key), dict)
-        need(is_run, f"{path}: does not say which run it is of; start again without --resume")
+        need(is_run, f"{path}: does not say which run it is of; {cure}")
 
     saved_config = {**UNVALIDATED, **content["config"]}
     current_config = {**UNVALIDATED, **config}
@@ -75,12 +79,22 @@ def load_run(path, recipes, config):
         current_config["clip"] = _entries_of(saved_config["clip"], current_config["clip"])
     changed = differences(saved_config, current_config)
     changed = changed or _differences_of_recipes(content["recipe"], recipes)
-    need(
-        not changed,
-        f"{path}: of a run with other settings: {changed}; "
-        "resume it with those, or start again without --resume",
-    )
+    need(not changed, f"{path}: of a run with other settings: {changed}; {cure}")
     return content
+
+
+def check_replaceable(path, recipe, config):
+    """Raise a UserError if a new run would replace the checkpoint of another one.
+
+    A damaged checkpoint may be replaced.
+    """
+    try:
+        load_tensors(path)
+    except (FileNotFoundError, UserError):
+        return
+    load_run(
+        path, [recipe], config, "add --overwrite to replace it, or rename its folder to keep it"
+    )
 
 
 def _differences_of_recipes(saved, recipes):
@@ -106,19 +120,23 @@ def load_adaptor(
         device: where the adaptor goes.
         method: its name in METHODS. It is needed only if neither the file nor the file's name says
             it: the two asymvlm methods have the same parameters in the paper's repository.
-    Returns: Adaptor in eval mode, float32. Its attribute `method` is its name, `config` what the
-        file says of its training, or {}, and `checkpoint` the SHA-256 of the file.
+    Returns: Adaptor in eval mode, float32. Its attribute `method` is its name, `config` and
+        `recipe` are what the file says of its training, or {}, and `checkpoint` is the SHA-256 of
+        the file.
     Raises: UserError that names the file and what is wrong with it; FileNotFoundError if there is
         none.
     """
     content = load_tensors(path)
     config = {}
+    recipe = {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         name = content.get("method")
         embed_dim = content.get("embed_dim")
         weights = content["state_dict"]
         if isinstance(content.get("config"), dict):
             config = content["config"]
+        if isinstance(content.get("recipe"), dict):
+            recipe = content["recipe"]
     else:
         name, embed_dim, weights = translate(content, Path(path), method)
 
@@ -133,6 +151,7 @@ def load_adaptor(
     adaptor.load_state_dict(dict(weights))
     adaptor.method = name
     adaptor.config = config
+    adaptor.recipe = recipe
     adaptor.checkpoint = sha256(path)
     return adaptor.to(device).eval()
 
@@ -160,47 +179,3 @@ def check_weights(path, weights, method, embed_dim):
         )
         need(fits, f"{path}: {key!r} does not fit {method} at width {embed_dim}; train again")
         need(torch.isfinite(tensor).all(), f"{path}: {key!r} is not finite; train again")
-
-
-def check_fits(adaptor, path, cache, other_clip=False):
-    """Check that an adaptor is for the embeddings of a cache. Note it if their CLIPs are unknown.
-
-    Args: other_clip: accept an adaptor that was trained on embeddings of another CLIP.
-    Raises: UserError if it is not.
-    """
-    need(
-        adaptor.embed_dim == cache.embed_dim,
-        f"{path}: trained on embeddings {adaptor.embed_dim} wide, those of {cache.folder} are "
-        f"{cache.embed_dim} wide; train again",
-    )
-    trained_on = ClipId.of_meta(adaptor.config.get("clip"))
-    if not trained_on.pretrained or not cache.clip_id.pretrained:
-        logging.warning(
-            "note: nothing says whether %s was trained on the CLIP of %s", path, cache.folder
-        )
-        return
-    need(
-        other_clip or not trained_on.contradicts(cache.clip_id),
-        f"{path}: trained on embeddings of {trained_on.readable()}, those of {cache.folder} are "
-        f"of {cache.clip_id.readable()}; train again, or use it anyway with --other-clip",
-    )
-
-
-def load_adaptors(dataset, methods, seeds, cache, other_clip):
-    """The trained adaptors of a data set: {(method, seed): Adaptor}.
-
-    Raises: UserError if one is missing or does not fit the cache.
-    """
-    adaptors = {}
-    for method in methods:
-        for seed in seeds:
-            path = checkpoint_path(dataset, seed, method)
-            need(
-                path.exists(),
-                f"{path}: no such checkpoint; make it with "
-                f"python train.py --dataset {dataset} --method {method} --seed {seed}",
-            )
-            adaptor = load_adaptor(path, cache.device, method)
-            check_fits(adaptor, path, cache, other_clip)
-            adaptors[method, seed] = adaptor
-    return adaptors

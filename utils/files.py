@@ -110,6 +110,18 @@ def locked(path, what):
                 folder.rmdir()
 
 
+def is_locked(path):
+    """Whether a process, this one or another, holds the lock `locked(path, ...)`."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _is_file_at(path, file):
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from utils.checkpoint import copied, describe, load_run, save_adaptor
+from utils.checkpoint import copied, describe, load_run, lock_path, save_adaptor
 from utils.cli import UserError
 from utils.distributed import barrier, is_first
 from utils.files import locked, save_tensors
@@ -67,8 +67,7 @@ class Run:
     def __enter__(self):
         with contextlib.ExitStack() as exits:
             if is_first():
-                lock = self.path.with_name(f".{self.method}.lock")
-                exits.enter_context(locked(lock, self.path))
+                exits.enter_context(locked(lock_path(self.path), self.path))
             # torchrun and Slurm stop a process with SIGTERM. It is treated like Ctrl-C.
             handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
             exits.callback(signal.signal, signal.SIGTERM, handler)
@@ -88,18 +87,25 @@ class Run:
             if self.state is not None and is_first():
                 save_tensors(self.state, self.state_path)
             if isinstance(error, KeyboardInterrupt):
-                outcome = f"no epoch was finished, and {self.state_path} is unchanged"
-                if self.state is not None:
-                    outcome = f"saved after epoch {len(self.state['log'])}"
-                raise KeyboardInterrupt(
-                    f"{outcome}; the same command with --resume goes on from there"
-                ) from None
+                raise KeyboardInterrupt(self._outcome()) from None
+
+    def _outcome(self):
+        """What was saved when the run was interrupted, and how to go on."""
+        if self.state is not None:
+            saved = f"saved after epoch {len(self.state['log'])}"
+        elif self.state_path.exists():
+            saved = f"no epoch was finished, and {self.state_path} is as it was"
+        else:
+            return "no epoch was finished, and nothing was saved; give the same command again"
+        return f"{saved}; the same command with --resume goes on from there"
 
     def _find_saved(self):
         """Read the state of an unfinished run, or see that the run is finished."""
-        self.saved = load_run(self.state_path, self.known_recipes, self.config)
+        cure = "resume it with those, or start again without --resume"
+        self.saved = load_run(self.state_path, self.known_recipes, self.config, cure)
         if self.saved is None:
-            checkpoint = load_run(self.path, self.known_recipes, self.config)
+            cure = "give --overwrite in place of --resume to replace it"
+            checkpoint = load_run(self.path, self.known_recipes, self.config, cure)
             self.is_finished = checkpoint is not None
             return
         with self._refuse_unfit_state():

@@ -85,7 +85,7 @@ class Section:
             return view
         if "recall_by_level" in needed:
             view["recall_by_level"] = metrics.recall_by_level(
-                view["correct"], view["uncertainty"], view["levels"], weight
+                view["correct"], view["uncertainty"], view["levels"], weight, view["levels_by"]
             )
         if "aurc" in needed:
             view["aurc"] = metrics.aurc(view["correct"], view["uncertainty"], weight)
@@ -395,38 +395,40 @@ def _guarantee(risk, confidence, k):
     ]
 
 
-def measure(answers, levels, sections=SECTIONS):
+def measure(answers, levels, sections=SECTIONS, levels_by=metrics.COUNT):
     """The metrics of sections: {section key: {metric name: float or None}}.
 
     Args:
         answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
         levels: K.
+        levels_by: how the queries are cut into levels (`metrics.recall_by_level`).
     """
     measured = {}
     for section in sections:
-        values = section.measure(_view_of(section, answers, levels))
+        values = section.measure(_view_of(section, answers, levels, levels_by))
         if values:
             measured.setdefault(section.key, {}).update(values)
     return measured
 
 
-def measure_resamples(answers, levels, resamples, sections=SECTIONS):
+def measure_resamples(answers, levels, resamples, sections=SECTIONS, levels_by=metrics.COUNT):
     """The metrics of resampled queries: {section key: {metric name: (resamples,)}}.
 
     NaN means undefined. Sections without intervals are left out.
     """
     draws = {}
     for section in sections:
-        values = section.resample(_view_of(section, answers, levels), resamples)
+        values = section.resample(_view_of(section, answers, levels, levels_by), resamples)
         if values:
             draws[section.key] = values
     return draws
 
 
-def _view_of(section, answers, levels):
+def _view_of(section, answers, levels, levels_by):
     """What the metrics of a section are computed from; {} if the answers do not have it."""
     if section.view is None:
         return {}
     if section.direction is not None and section.direction not in answers:
         return {}
-    return section.view(answers, section.direction, levels)
+    view = section.view(answers, section.direction, levels)
+    return {**view, "levels_by": levels_by} if view else {}

@@ -53,14 +53,26 @@ def rsum(*ranks: np.ndarray) -> float:
 # Recall by uncertainty level.
 
 
+COUNT = "count"
+SPACING = "spacing"
+
+
 def recall_by_level(
-    correct: np.ndarray, uncertainty: np.ndarray, levels: int, weight: ArrayLike | None = None
+    correct: np.ndarray,
+    uncertainty: np.ndarray,
+    levels: int,
+    weight: ArrayLike | None = None,
+    by: str = COUNT,
 ) -> list[float] | np.ndarray:
     """R@1 in each uncertainty level, least uncertain first.
 
-    Queries are sorted by uncertainty (ties keep the order of the queries) and cut into levels of
-    equal size. No query is dropped: a remainder makes the first levels larger by one. With a
-    weight, a query that counts several times may be shared by two levels.
+    By COUNT, queries are sorted by uncertainty (ties keep the order of the queries) and cut into
+    levels of equal size. No query is dropped: a remainder makes the first levels larger by one.
+    (The paper's code drops the remainder.) With a weight, a query that counts several times may be
+    shared by two levels.
+
+    By SPACING, levels are intervals of uncertainty of equal width, from the smallest to the
+    largest. A level without a query is NaN.
 
     Args:
         correct: (Q,) bool.
@@ -68,7 +80,8 @@ def recall_by_level(
         levels: K.
     Returns: a list of K floats in [0, 1]; with a weight (R, Q), an array (R, K).
     Raises: ValueError if K > Q or K < 1.
-    Source: the protocol of ProbVLM (arXiv 2307.00398, sec. 4.1).
+    Source: the protocol of ProbVLM (arXiv 2307.00398, sec. 4.1). The paper's repository cuts by
+        count, the code of ProbVLM by spacing.
 
     >>> recall_by_level(np.array([True, False, True, True]), np.array([0.3, 0.9, 0.1, 0.5]), 2)
     [1.0, 0.5]
@@ -76,15 +89,30 @@ def recall_by_level(
     queries = len(correct)
     if not 1 <= levels <= queries:
         raise ValueError(f"{levels} levels for {queries} queries")
+    correct = np.asarray(correct, dtype=bool)
+    weight = _weight_of_queries(weight, queries)
+    cut = _recall_by_spacing if by == SPACING else _recall_by_count
+    recall = cut(correct, np.asarray(uncertainty), levels, weight)
+    return recall.tolist() if recall.ndim == 1 else recall
+
+
+def _recall_by_count(correct, uncertainty, levels, weight):
     order = np.argsort(uncertainty, kind="stable")
-    weight_in_order = _weight_of_queries(weight, queries)[..., order]
-    correct_in_order = np.asarray(correct, dtype=bool)[order]
+    weight_in_order = weight[..., order]
     count = _cumulative_from_zero(weight_in_order)  # (..., Q + 1): queries so far
-    hits = _cumulative_from_zero(weight_in_order * correct_in_order)
+    hits = _cumulative_from_zero(weight_in_order * correct[order])
     bounds = _level_bounds(count[..., -1], levels)  # (..., K + 1)
     hits_at_bounds = _interpolate_rows(bounds, count, hits)
-    recall = np.diff(hits_at_bounds) / np.diff(bounds)
-    return recall.tolist() if recall.ndim == 1 else recall
+    return np.diff(hits_at_bounds) / np.diff(bounds)
+
+
+def _recall_by_spacing(correct, uncertainty, levels, weight):
+    inner_bounds = np.linspace(uncertainty.min(), uncertainty.max(), levels + 1)[1:-1]
+    level_of_query = np.searchsorted(inner_bounds, uncertainty, side="right")
+    is_in_level = level_of_query[:, None] == np.arange(levels)  # (Q, K)
+    count = weight @ is_in_level  # (..., K)
+    hits = weight @ (is_in_level & correct[:, None])
+    return np.where(count > 0, hits / np.maximum(count, 1), np.nan)
 
 
 def _level_bounds(total, levels):
@@ -98,7 +126,8 @@ def level_spearman(recall: ArrayLike) -> Metric:
     """S: the Spearman correlation of level and recall, in [-1, 1]; -1 is best.
 
     Args:
-        recall: (..., K), least uncertain level first, as `recall_by_level` returns it.
+        recall: (..., K), least uncertain level first, as `recall_by_level` returns it. Levels
+            without a query (NaN) are left out.
     Returns: undefined if there is one level, or if recall is the same in all levels.
     Source: ProbVLM, sec. 4.1.
 
@@ -106,9 +135,12 @@ def level_spearman(recall: ArrayLike) -> Metric:
     -1.0
     """
     recall = np.asarray(recall, dtype=np.float64)
+    is_known = ~np.isnan(recall)
     # The rank of a value, up to a constant: how many are smaller minus how many are larger.
     is_larger = np.sign(recall[..., :, None] - recall[..., None, :])
-    return _result(_correlation_with_level(is_larger.sum(axis=-1)))
+    rank = np.nansum(is_larger, axis=-1)
+    rank_of_level = np.cumsum(is_known, axis=-1)
+    return _result(_correlation(np.where(is_known, rank, np.nan), rank_of_level))
 
 
 def level_r2(recall: ArrayLike) -> Metric:
@@ -119,7 +151,8 @@ def level_r2(recall: ArrayLike) -> Metric:
     >>> level_r2([0.9, 0.6, 0.3])
     1.0
     """
-    return _result(_correlation_with_level(np.asarray(recall, dtype=np.float64)) ** 2)
+    recall = np.asarray(recall, dtype=np.float64)
+    return _result(_correlation(recall, np.arange(recall.shape[-1])) ** 2)
 
 
 def level_score(recall: ArrayLike) -> Metric:
@@ -134,16 +167,25 @@ def level_score(recall: ArrayLike) -> Metric:
     return -spearman_of_levels * level_r2(recall)
 
 
-def _correlation_with_level(values):
-    """Pearson correlation of values (..., K) with 0..K-1: (...); NaN where values are constant."""
-    levels = values.shape[-1]
-    centred_level = np.arange(levels) - (levels - 1) / 2
-    centred = values - values.mean(axis=-1, keepdims=True)
-    spread = np.sqrt((centred**2).sum(axis=-1) * (centred_level**2).sum())
-    is_constant = np.ptp(values, axis=-1) == 0
-    spread = np.where(is_constant, np.nan, spread)
-    correlation = centred @ centred_level / spread
+def _correlation(values, position):
+    """Pearson correlation of values (..., K) with positions (..., K) or (K,): (...).
+
+    Values that are NaN are left out. The result is NaN where the others are constant.
+    """
+    is_known = ~np.isnan(values)
+    is_constant = np.nanmax(values, axis=-1) == np.nanmin(values, axis=-1)
+    centred = _centred(values, is_known)
+    centred_position = _centred(position, is_known)
+    spread = np.sqrt((centred**2).sum(axis=-1) * (centred_position**2).sum(axis=-1))
+    correlation = (centred * centred_position).sum(axis=-1) / np.where(is_constant, np.nan, spread)
     return np.clip(correlation, -1, 1)  # rounding
+
+
+def _centred(values, is_known):
+    """Values minus the mean of those that are known; 0 where they are not."""
+    values = np.where(is_known, values, 0.0)
+    mean_of_known = values.sum(axis=-1, keepdims=True) / is_known.sum(axis=-1, keepdims=True)
+    return np.where(is_known, values - mean_of_known, 0.0)
 
 
 # Selective prediction: the most certain queries are answered first.

@@ -407,7 +407,7 @@ def looks_of(names):
 
 def _steps(values):
     """Values against 1, 2, ..."""
-    return np.arange(1, len(values) + 1), values
+    return np.arange(1, len(values) + 1), np.array(values, dtype=float)
 
 
 def _draw_lines(panels, x_label, y_label, size=(3.4, 2.9), y_limits=None, marker=None):

@@ -18,12 +18,13 @@ from utils.evaluation.figures import (
     measure_resamples,
     uncertainty_of,
 )
-from utils.evaluation.metrics import recall_by_level, uncertainty_by_depth
+from utils.evaluation.metrics import COUNT, recall_by_level, uncertainty_by_depth
 from utils.evaluation.ranking import rank_queries
 from utils.evaluation.scorers import PUBLISHED, SCORES, Row, answer
 from utils.evaluation.selective import split_queries
 from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import load_arrays, load_json, save_json, written_aside
+from utils.trained import difference_of_settings
 
 FIELDS = ("query", "rank", "top1")  # that the answers of both directions have
 
@@ -49,17 +50,19 @@ class Results:
     needs: str = ""
 
     @classmethod
-    def of(cls, answers: dict, levels: int) -> "Results":
+    def of(cls, answers: dict, levels: int, levels_by: str = COUNT) -> "Results":
         """The results that follow from answers alone."""
-        content = {"metrics": measure(answers, levels), "by_image": {}}
+        content = {"metrics": measure(answers, levels, levels_by=levels_by), "by_image": {}}
         for direction, answered in answers.items():
             correct = answered["rank"] == 1
             if "image_uncertainty" in answered:
-                by_image = recall_by_level(correct, answered["image_uncertainty"], levels)
-                content["by_image"][direction] = by_image
+                by_image = answered["image_uncertainty"]
+                recall = recall_by_level(correct, by_image, levels, by=levels_by)
+                content["by_image"][direction] = _without_nan(recall)
             uncertainty = uncertainty_of(answered)
             if uncertainty is not None:
-                content[direction] = recall_by_level(correct, uncertainty, levels)
+                recall = recall_by_level(correct, uncertainty, levels, by=levels_by)
+                content[direction] = _without_nan(recall)
         return cls(answers, content)
 
     @property
@@ -72,9 +75,9 @@ class Results:
         """Whether texts have an uncertainty."""
         return "uncertainty" in self.answers["t2i"]
 
-    def bootstrap(self, levels: int, resamples: int) -> "Results":
+    def bootstrap(self, levels: int, resamples: int, levels_by: str = COUNT) -> "Results":
         """Add resamples and intervals; returns itself."""
-        self.draws = measure_resamples(self.answers, levels, resamples)
+        self.draws = measure_resamples(self.answers, levels, resamples, levels_by=levels_by)
         intervals = {}
         for key, draws in self.draws.items():
             intervals[key] = {name: interval(values) for name, values in draws.items()}
@@ -87,9 +90,10 @@ class Results:
         Args:
             config: how the results were made, with the scorer's own config.
         """
+        self.content["config"] = config
         row = Row(config["method"], config.get("score", PUBLISHED))
         document, table = result_files(folder, row, config["seed"])
-        save_json({**self.content, "config": config}, document, indent=1)
+        save_json(self.content, document, indent=1)
         arrays = {}
         for direction, answered in self.answers.items():
             for name, values in answered.items():
@@ -158,6 +162,11 @@ class Results:
         return cls(answers, content)
 
 
+def _without_nan(values):
+    """A list with None for NaN, which JSON does not have."""
+    return [None if np.isnan(value) else value for value in values]
+
+
 def _check_answers(answered, table):
     """Raise a UserError if the answers of one direction are not complete."""
     names = f"{', '.join(FIELDS)} and uncertainty"
@@ -217,7 +226,23 @@ def load_results(folder, row, seeds, split):
         for path in (table, document):
             need(path.exists(), f"{path}: no such results; make them with {command}")
         results.append(Results.load(document, table, split))
+    check_seeds_alike(results, files, command)
     return results
+
+
+def check_seeds_alike(results, files, command):
+    """Raise a UserError if the seeds of a row were trained differently.
+
+    Args:
+        results: list of Results, one per seed.
+        files: the .json and .npz of each.
+        command: that makes them.
+    """
+    settings = [(run.content["config"] or {}).get("training", {}) for run in results]
+    for number, (document, _) in enumerate(files):
+        changed = difference_of_settings(settings[0], settings[number])
+        problem = f"{document}: its head was not trained as that of the first seed ({changed})"
+        need(not changed, f"{problem}; train it again, and evaluate with {command}")
 
 
 def check_same_queries(results, flag):
@@ -254,7 +279,7 @@ def save_texts(texts, folder):
 
 
 @torch.inference_mode()
-def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None):
+def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None, levels_by=COUNT):
     """All metrics of one scorer on one split.
 
     Args:
@@ -265,9 +290,10 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None
         ladder: prompts, as `load_texts` returns them, or None.
         chains: caption chains, as `load_chains` returns them, or None.
         risk: arguments of `guarantees`, a dict; None: no thresholds.
+        levels_by: how the queries are cut into levels (`metrics.recall_by_level`).
     Returns: Results.
     """
-    results = Results.of(answer(scorer, cache), levels)
+    results = Results.of(answer(scorer, cache), levels, levels_by)
     results.needs = scorer.needs
     metrics = results.content["metrics"]
     if folds > 1:

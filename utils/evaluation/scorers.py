@@ -11,6 +11,7 @@ import torch
 
 from models.layers import pairwise_products, unit
 from utils.evaluation.ranking import rank_queries, rank_relevant
+from utils.trained import training_of
 
 BATCH = 4096  # rows that are encoded at a time
 PUBLISHED = "published"
@@ -124,6 +125,7 @@ class AdaptorScorer(Scorer):
     def __init__(self, adaptor, cache, method=None, seed=None, score=PUBLISHED):
         row = Row(method, OWN if score == OWN else PUBLISHED)
         super().__init__(cache, row, seed, getattr(adaptor, "checkpoint", None))
+        self.config.update(training_of(adaptor))
         self.adaptor = adaptor
         self.match = adaptor.own_score if score == OWN else adaptor.score
         self.image = self.encode(adaptor.encode_image, read(cache.image))
@@ -167,6 +169,7 @@ class FrozenScore(RankedByFrozen):
     def __init__(self, frozen, scorer):
         checkpoint = scorer.config["checkpoint"]
         super().__init__(frozen, Row(scorer.row.method, FROZEN), scorer.seed, checkpoint)
+        self.config.update(training_of(scorer.adaptor))
         self.needs = scorer.needs
         self.on_ladder = scorer.on_ladder
         self.caption_uncertainty = scorer.caption_uncertainty

@@ -55,6 +55,40 @@ def labels_of(results):
     return {row: row_label(row, shared_score) for row in results}
 
 
+def recipe_label(config):
+    """How a head was trained, "small, 10 epochs", by the config of its results; "" if unknown."""
+    if "recipe" not in config or "epochs" not in config:
+        return ""
+    epochs = config["epochs"]
+    planned = config.get("planned_epochs")
+    of_planned = f" of {planned}" if planned else ""
+    return f"{config['recipe']}, {epochs}{of_planned} {'epoch' if epochs == 1 else 'epochs'}"
+
+
+def recipes_of(results):
+    """How the rows were trained: {label: [Row, ...]}, without rows that are not trained."""
+    recipes = {}
+    for row, runs in results.items():
+        label = recipe_label(runs[0].content.get("config") or {})
+        if label:
+            recipes.setdefault(label, []).append(row)
+    return recipes
+
+
+def recipe_title(results):
+    """What a title says of the training, such as "recipe small, 10 epochs"; "" if unknown."""
+    recipes = recipes_of(results)
+    if not recipes:
+        return ""
+    if len(recipes) == 1:
+        return f"recipe {next(iter(recipes))}"
+    parts = []
+    for label, rows in recipes.items():
+        methods = dict.fromkeys(row.method for row in rows)
+        parts.append(f"{', '.join(methods)}: {label}")
+    return f"recipes {'; '.join(parts)}"
+
+
 def number(mean, std=None, form=".3f"):
     """A metric as text: "0.613", or "0.613 ± 0.004"; "undefined" for None, "-" for NaN."""
     if mean is None:
@@ -172,14 +206,23 @@ def write_all(results, title):
     selective = tables_of(results, risk_sections(results))
     needs = needs_of(results)
     labels = labels_of(results)
+    recipe = suffix_of(results)
     return {
-        "comparison.md": markdown(compared, labels, needs=needs),
-        "t2i.md": markdown(short_table(results), labels, needs=needs),
+        "comparison.md": markdown(compared, labels, needs=needs, suffix=recipe),
+        "t2i.md": markdown(short_table(results), labels, needs=needs, suffix=recipe),
         "risk.md": risk_text(results),
-        "details.md": markdown(detailed, labels) + interval_tables(results),
+        "details.md": markdown(detailed, labels, suffix=recipe) + interval_tables(results),
         "comparison.csv": comma_separated({**compared, **detailed, **selective}, labels),
         "report.txt": f"{title}\n\n{screen(results)}\n",
     }
+
+
+def suffix_of(results):
+    """What the title of every table says of the training: ", small, 10 epochs"."""
+    recipes = recipes_of(results)
+    if len(recipes) > 1:
+        return ", several recipes"
+    return "".join(f", {label}" for label in recipes)
 
 
 def short_table(results):
@@ -206,7 +249,8 @@ def risk_text(results):
     if not tables:
         return ""
     head = KEPT.format(risk_settings(results)["confidence"])
-    return f"{head}\n\n{markdown(tables, labels_of(results), needs=needs_of(results))}"
+    text = markdown(tables, labels_of(results), needs=needs_of(results), suffix=suffix_of(results))
+    return f"{head}\n\n{text}"
 
 
 def interval_tables(results):
@@ -221,7 +265,8 @@ def interval_tables(results):
         return number(mean) + (between(estimate) if estimate is not None else "")
 
     tables = tables_of(results)
-    text = markdown(tables, labels_of(results), with_interval, suffix=", 95 % interval")
+    suffix = f"{suffix_of(results)}, 95 % interval"
+    text = markdown(tables, labels_of(results), with_interval, suffix=suffix)
     return f"\n{text}\n{NOTE}\n"
 
 
@@ -298,7 +343,7 @@ def screen(results):
     tables = {**tables_of(results), **tables_of(results, risk_sections(results)[:1])}
     for section, table in tables.items():
         header, *rows = _text_rows(section, table, labels, _plain_cell, needs_of(results))
-        parts.append(f"{section.title}\n{text_table(header, rows)}")
+        parts.append(f"{section.title}{suffix_of(results)}\n{text_table(header, rows)}")
     ladder = _ladder_text(results)
     if ladder:
         parts.append(ladder)
@@ -311,7 +356,8 @@ def _level_text(results, direction):
     rows = []
     for row, runs in results.items():
         if runs[0].content.get(direction):
-            recall = np.mean([run.content[direction] for run in runs], axis=0)
+            recall_of_seeds = np.array([run.content[direction] for run in runs], dtype=float)
+            recall = recall_of_seeds.mean(axis=0)
             rows.append([labels[row], *(number(value, form=".2f") for value in recall)])
     header = ["", *map(str, range(1, len(rows[0])))]
     title = f"{DIRECTIONS[direction]}: R@1 by uncertainty level"

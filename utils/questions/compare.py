@@ -19,6 +19,7 @@ from models import expand_groups
 from utils.cli import Parser, folder_name, need, run_script, seed_number, whole_number
 from utils.evaluation.bootstrap import MIN_RESAMPLES, RESAMPLES
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, measure, measure_resamples
+from utils.evaluation.metrics import COUNT
 from utils.evaluation.results import Results, check_same_queries, load_results, save_texts
 from utils.evaluation.scorers import OWN, PUBLISHED, SCORES, Row
 from utils.evaluation.tables import (
@@ -28,6 +29,7 @@ from utils.evaluation.tables import (
     is_best,
     markdown_table,
     number,
+    recipes_of,
     tables_of,
 )
 from utils.evaluation.training_free import TRAINING_FREE
@@ -57,13 +59,14 @@ queries; this favours the baseline.
 """
 
 
-def paired_bootstrap(results, levels, resamples):
+def paired_bootstrap(results, levels, resamples, levels_by=COUNT):
     """How two methods differ over the same queries, as `tables.differences` writes it.
 
     Args:
         results: {Row: [Results, one per seed]}, of two rows.
         levels: K.
         resamples: how many.
+        levels_by: how the queries are cut into levels (`metrics.recall_by_level`).
     Raises: UserError if the queries or the caches are not the same, or if there are fewer queries
         than levels.
     """
@@ -73,7 +76,8 @@ def paired_bootstrap(results, levels, resamples):
     resampled = {}
     for row, runs in results.items():
         resampled[row] = [
-            Results.of(run.answers, levels).bootstrap(levels, resamples) for run in runs
+            Results.of(run.answers, levels, levels_by).bootstrap(levels, resamples, levels_by)
+            for run in runs
         ]
     return differences(resampled)
 
@@ -92,7 +96,15 @@ def main(argv=None):
     for row, runs in results.items():
         results[row] = [shown(run, args.resamples) for run in runs]
     seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
-    parts = [table(results, labels, f"{args.dataset}/{args.split}, {seeds}")]
+    title = f"{args.dataset}/{args.split}, {seeds}"
+    recipes = recipes_of(results)
+    if len(recipes) == 1:
+        title += f", {next(iter(recipes))}"
+    else:
+        for recipe, rows in recipes.items():
+            for row in rows:
+                labels[row] += f" ({recipe})"
+    parts = [table(results, labels, title)]
     if OWN in args.score:
         parts.append(OWN_SCORES)
     if args.against is not None:
@@ -217,7 +229,10 @@ def family(method):
 
 def shown(run, resamples):
     """The Results of the same answers with the metrics of the table, resampled."""
-    content = {"metrics": measure(run.answers, 1, SHOWN)}
+    content = {
+        "metrics": measure(run.answers, 1, SHOWN),
+        "config": run.content.get("config"),
+    }
     return Results(run.answers, content, measure_resamples(run.answers, 1, resamples, SHOWN))
 
 

@@ -1,0 +1,186 @@
+"""The trained heads of a data set: how they were trained, and whether they belong together."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from models import METHODS
+from utils.checkpoint import UNVALIDATED, checkpoint_path, load_adaptor, lock_path
+from utils.cli import UserError, need
+from utils.device import pick_device, pick_precision, precision_name
+from utils.files import is_locked, load_tensors
+from utils.preprocess import ClipId
+
+# Fields of a recipe that train.py has a flag for; of another method, only the first two apply.
+RECIPE_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "weight_decay")
+FLAGS_FOR_ALL_METHODS = ("epochs", "batch_size")
+
+
+def load_adaptors(dataset, methods, seeds, cache, other_clip):
+    """The trained adaptors of a data set: {(method, seed): Adaptor}.
+
+    Raises: UserError if one is missing or does not fit the cache, or if seeds of a method were
+        trained differently.
+    """
+    adaptors = {}
+    for method in methods:
+        for seed in seeds:
+            path = checkpoint_path(dataset, seed, method)
+            check_exists(path, dataset, method, seed)
+            adaptor = load_adaptor(path, cache.device, method)
+            check_fits(adaptor, path, cache, other_clip)
+            adaptors[method, seed] = adaptor
+        check_trained_alike(dataset, method, {seed: adaptors[method, seed] for seed in seeds})
+    return adaptors
+
+
+def check_exists(path, dataset, method, seed):
+    """Raise a UserError if there is no checkpoint; note it if a later training is unfinished."""
+    state = path.with_suffix(".resume.pt")
+    is_running = is_locked(lock_path(path))
+    command = training_command(dataset, method, seed)
+    if is_running:
+        problem = "a training is at work on it"
+        cure = "wait until it has ended"
+    elif state.exists():
+        problem = f"its training was interrupted, and {state} has what was done"
+        cure = "finish it with the command that began it and --resume"
+    else:
+        need(path.exists(), f"{path}: no such checkpoint; make it with {command}")
+        return
+    need(path.exists(), f"{path}: no such checkpoint yet, {problem}; {cure}")
+    logging.warning("note: %s is of an earlier training: %s; %s", path, problem, cure)
+
+
+def check_fits(adaptor, path, cache, other_clip=False):
+    """Check that an adaptor is for the embeddings of a cache. Note it if their CLIPs are unknown.
+
+    Args: other_clip: accept an adaptor that was trained on embeddings of another CLIP.
+    Raises: UserError if it is not.
+    """
+    need(
+        adaptor.embed_dim == cache.embed_dim,
+        f"{path}: trained on embeddings {adaptor.embed_dim} wide, those of {cache.folder} are "
+        f"{cache.embed_dim} wide; train again",
+    )
+    trained_on = ClipId.of_meta(adaptor.config.get("clip"))
+    if not trained_on.pretrained or not cache.clip_id.pretrained:
+        logging.warning(
+            "note: nothing says whether %s was trained on the CLIP of %s", path, cache.folder
+        )
+        return
+    need(
+        other_clip or not trained_on.contradicts(cache.clip_id),
+        f"{path}: trained on embeddings of {trained_on.readable()}, those of {cache.folder} are "
+        f"of {cache.clip_id.readable()}; train again, or use it anyway with --other-clip",
+    )
+
+
+def settings_of(adaptor):
+    """The settings that a head was trained with besides its seed: {name: value}; {} if unknown."""
+    if not adaptor.config:
+        return {}
+    settings = {**UNVALIDATED, **adaptor.config, **adaptor.recipe}
+    settings["recipe"] = adaptor.config.get("recipe")
+    settings.pop("seed", None)
+    return settings
+
+
+def training_of(adaptor):
+    """How a head was trained, for the results: recipe, epochs, and all settings; {} if unknown.
+
+    "planned_epochs" are those of the recipe, where it was stopped before.
+    """
+    config = getattr(adaptor, "config", {})
+    recipe = getattr(adaptor, "recipe", {})
+    if "recipe" not in config or "epochs" not in recipe:
+        return {}
+    training = {"recipe": config["recipe"], "epochs": recipe["epochs"]}
+    planned = METHODS[adaptor.method].recipes.get(config["recipe"])
+    if planned is not None and planned.epochs > recipe["epochs"]:
+        training["planned_epochs"] = planned.epochs
+    return {**training, "training": settings_of(adaptor)}
+
+
+def check_trained_alike(dataset, method, adaptors):
+    """Raise a UserError if the seeds of a method, {seed: Adaptor}, were trained differently."""
+    first_seed, *other_seeds = adaptors
+    expected = settings_of(adaptors[first_seed])
+    for seed in other_seeds:
+        changed = difference_of_settings(expected, settings_of(adaptors[seed]))
+        if changed:
+            path = checkpoint_path(dataset, seed, method)
+            command = training_command(dataset, method, seed, like=first_seed)
+            raise UserError(
+                f"{path}: not trained as seed {first_seed} was ({changed}), so their mean says "
+                f"nothing; train it again with {command} --overwrite, or leave it out of --seed"
+            )
+
+
+def difference_of_settings(expected, settings):
+    """How settings differ: "epochs is 1, not 2; ...". What only one of them names does not count.
+
+    Older files lack newer settings.
+    """
+    changes = []
+    for name in sorted(expected.keys() & settings.keys()):
+        if name == "clip":  # older files lack checksums; `check_fits` compares CLIPs
+            continue
+        if settings[name] != expected[name]:
+            changes.append(f"{name} is {settings[name]}, not {expected[name]}")
+    return "; ".join(changes)
+
+
+def training_command(dataset, method, seed, like=None):
+    """The command that trains a head as the other seeds or methods of the data set were trained.
+
+    Args:
+        like: the seed of the same method to follow; None: whatever is found first.
+    """
+    command = f"python train.py --dataset {dataset} --method {method} --seed {seed}"
+    content = _similar_checkpoint(dataset, method, like)
+    if content is None:
+        return command
+    config = content["config"]
+    recipe_name = config.get("recipe", "paper")
+    if recipe_name != "paper":
+        command += f" --recipe {recipe_name}"
+    is_same_method = content["method"] == method
+    recipe = METHODS[content["method"]].recipes[recipe_name].fitted_to(config.get("captions", 1))
+    for field in RECIPE_FLAGS if is_same_method else FLAGS_FOR_ALL_METHODS:
+        value = content["recipe"].get(field)
+        if value != asdict(recipe)[field]:
+            command += f" --{field.replace('_', '-')} {value}"
+    if config.get("validation"):
+        command += f" --validation {config['validation']:g}"
+    if config.get("keep") == "best":
+        command += " --keep best"
+    precision = precision_name(pick_precision("auto", pick_device("auto")))
+    if config.get("precision", precision) != precision:
+        command += f" --precision {config['precision']}"
+    return command
+
+
+def _similar_checkpoint(dataset, method, like=None):
+    """The content of a checkpoint whose recipe a method could have, of the same method if any."""
+    folder = Path("checkpoints", dataset)
+    paths = sorted(folder.glob(f"*/{method}.pt"))
+    if like is not None:
+        paths = [checkpoint_path(dataset, like, method)]
+    paths += [path for path in sorted(folder.glob("*/*.pt")) if path.suffixes == [".pt"]]
+    for path in paths:
+        try:
+            content = load_tensors(path, check_sums=False)
+        except (UserError, OSError):
+            continue
+        has_settings = isinstance(content, dict) and all(
+            isinstance(content.get(key), dict) for key in ("config", "recipe")
+        )
+        if not has_settings or content.get("method") not in METHODS:
+            continue
+        recipe_name = content["config"].get("recipe")
+        if recipe_name in METHODS[method].recipes and (
+            recipe_name in METHODS[content["method"]].recipes
+        ):
+            return content
+    return None
