@@ -93,12 +93,14 @@ def planned_runs(args, cache, precision):
 
 def settle(recipe, changes, captions):
     """The recipe for so many captions, with the changes {field: value} of the command line."""
-    recipe = replace(recipe, **changes)
+    changed = replace(recipe, **changes)
     if "batch_size" in changes:
-        recipe = replace(recipe, batch_share=None)
+        changed = replace(changed, batch_share=None)
     if "epochs" in changes:
-        recipe = replace(recipe, min_steps=None)
-    return recipe.fitted_to(captions)
+        changed = replace(changed, min_steps=None)
+    fitted = changed.fitted_to(captions)
+    settled = {**changes, "batch_size": fitted.batch_size, "epochs": fitted.epochs}
+    return replace(recipe, **settled)
 
 
 def run_config(args, seed, cache, precision):

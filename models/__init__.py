@@ -46,7 +46,7 @@ ORIGINALS = {
 }
 METHODS = {**PAPER, **VARIANTS, **ORIGINALS}
 
-# The learning rates of `small` before there was one for all methods.
+# Learning rates of `small` in earlier versions.
 FORMER_LR = {"probvlm": 3e-4, "pfe": 3e-4, "prolip": 3e-4}
 
 GROUPS = {"all": tuple(PAPER), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
@@ -87,8 +87,9 @@ def former_recipe(method, name):
     if name != "small":
         return None
     recipe = METHODS[method].recipes[name]
-    is_anchored = method.endswith("-anchored")
-    lr = recipe.lr if is_anchored else FORMER_LR.get(method, 3e-3)
+    lr = FORMER_LR.get(method, recipe.lr)
+    if method.startswith("asymvlm") and not method.endswith("-anchored"):
+        lr = 3e-3
     return replace(recipe, lr=lr, batch_share=None, min_steps=None)
 
 

@@ -60,13 +60,14 @@ def workdir(tmp_path, monkeypatch):
 def script(workdir, capsys):
     """Calls a script's main as its command line does.
 
-    script(main, "--flag", value, ...) -> (exit status, stdout, last line of stderr)
+    script(main, "--flag", value, ...) -> (exit status, stdout, last line of stderr); script.stderr is all of it
     """
 
     def call(main, *arguments):
         capsys.readouterr()
         status = run_script(main, [str(argument) for argument in arguments])
         captured = capsys.readouterr()
+        call.stderr = captured.err
         return status, captured.out, (captured.err.splitlines() or [""])[-1]
 
     return call

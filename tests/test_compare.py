@@ -64,11 +64,14 @@ def test_every_cell_is_eval_pys_figure_and_interval(evaluated, script):
     assert status == 0
     assert printed == Path("results/tiny/ablation.md").read_text()
     assert printed.startswith(
-        "| tiny/val, seeds 0, 1 | R@1 t2i | AURC t2i | R@1 i2t | AURC i2t |\n"
+        "| tiny/val, seeds 0, 1, small, 2 of 19 epochs "
+        "| R@1 t2i | AURC t2i | R@1 i2t | AURC i2t |\n"
     )
     details = Path("results/tiny/details.md").read_text()
     for direction, title in (("t2i", "text-to-image"), ("i2t", "image-to-text")):
-        section = details[details.index(f"{title}, 95 % interval") :].split("\n\n")[0]
+        section = details[details.index(f"{title}, small, 2 of 19 epochs, 95 % interval") :].split(
+            "\n\n"
+        )[0]
         for figure in ("R@1", "AURC"):
             found, expected = cells_of(printed, f"{figure} {direction}"), cells_of(section, figure)
             assert list(found) == ["pfe", "asymvlm-psd", "caption-length"]
@@ -117,7 +120,10 @@ def test_scores_that_answer_alike_are_one_row(evaluated, script, monkeypatch):
     assert printed == Path("results/tiny/fair.md").read_text()
     rows = ["pfe, published and frozen score", "pfe, own score"]
     rows += ["asymvlm-psd, published and own score", "asymvlm-psd, frozen score"]
-    assert list(cells_of(printed, "tiny/val, seeds 0, 1")) == [*rows, "softmax-entropy"]
+    assert list(cells_of(printed, "tiny/val, seeds 0, 1, small, 2 of 19 epochs")) == [
+        *rows,
+        "softmax-entropy",
+    ]
     for row in rows[2:]:
         leads = leads_of(printed, row)
         assert list(leads) == ["pfe", "softmax-entropy"]

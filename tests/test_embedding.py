@@ -10,7 +10,7 @@ import torch
 
 import eval as eval_script
 import train as train_script
-from datasets.checks import check_finite
+from datasets.checks import check_rows
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.write import write_split
 from tests.conftest import Trap, make_cache
@@ -318,14 +318,18 @@ def test_the_first_row_that_is_not_finite_is_named(dtype, value):
     largest = torch.finfo(dtype).max
     z = torch.from_numpy(rng.normal(size=(70, 33))).to(dtype)
     z[3, 5], z[4, 5], z[5, 5] = largest, -largest, largest  # whose sum is not finite
-    check_finite(z, "image.pt")
+    check_rows(z, "image.pt")
     for row in (0, 41, 69):
         z[row, rng.integers(33)] = value
         z[69, 1] = value
         with pytest.raises(UserError, match=rf"image\.pt: row {row} is not finite"):
-            check_finite(z, "image.pt")
-        z[[row, 69]] = 0.0
-    check_finite(z[:0], "image.pt")
+            check_rows(z, "image.pt")
+        z[[row, 69]] = 1.0
+    check_rows(z[:0], "image.pt")
+    z[50] = 0.0
+    z[50, 3] = -0.0
+    with pytest.raises(UserError, match=r"image\.pt: row 50 is all zeros"):
+        check_rows(z, "image.pt")
 
 
 @pytest.mark.parametrize("file", ["captions.json", "images.json", "relevance.json"])

@@ -32,6 +32,7 @@ TRAIN = (
     "1",
     "--validation",
     "0.2",
+    "--overwrite",
 )
 EVAL = ("eval.py", "--dataset", "tiny", "--resamples", "10", "--uncer_levels", "4")
 

@@ -191,6 +191,33 @@ def weighted(request):
     return rng.random(60) < 0.6, uncertainty, rng.random(60), rng.integers(0, 4, size=(5, 60))
 
 
+def test_levels_by_spacing_equal_a_plain_loop_and_scipys_correlations():
+    rng = np.random.default_rng(4)
+    uncertainty = rng.standard_normal(300) ** 3  # the outer levels are empty or nearly so
+    correct = rng.random(300) > 0.5 + 0.1 * uncertainty
+    weights = rng.integers(0, 3, (4, 300))
+    together = metrics.recall_by_level(correct, uncertainty, 10, weights, metrics.SPACING)
+    for weight, found in zip([np.ones(300, int), *weights], [None, *together], strict=True):
+        if found is None:
+            found = metrics.recall_by_level(correct, uncertainty, 10, by=metrics.SPACING)
+        width = np.ptp(uncertainty) / 10
+        expected = []
+        for level in range(10):
+            low = uncertainty.min() + level * width
+            inside = (uncertainty >= low) & ((uncertainty < low + width) | (level == 9))
+            has_query = (weight * inside).any()
+            expected.append(np.average(correct, weights=weight * inside) if has_query else np.nan)
+        np.testing.assert_allclose(found, expected)
+        known = np.flatnonzero(~np.isnan(expected))
+        assert 2 < len(known) < 10
+        values = np.array(expected)[known]
+        spearman = stats.spearmanr(known, values).statistic
+        assert metrics.level_spearman(found) == pytest.approx(spearman)
+        assert metrics.level_r2(found) == pytest.approx(
+            stats.pearsonr(known, values).statistic ** 2
+        )
+
+
 def test_a_weighted_metric_is_that_of_repeated_queries(weighted):
     correct, x, y, weights = weighted
     for function, columns in (

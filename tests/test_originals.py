@@ -184,9 +184,11 @@ def slow_pcmepp(mean_image, log_var_image, mean_text, log_var_text, shift, negat
         for j in range(batch):
             if same_image(mean_image, i, j):
                 match[i][j] = rows[i][j] = columns[i][j] = 1 - 1e-4
-            if logits[i, j] >= logits[i, i]:
+            first_of_row = min(k for k in range(batch) if same_image(mean_image, i, k))
+            first_of_column = min(k for k in range(batch) if same_image(mean_image, k, j))
+            if logits[i, j] >= logits[i, first_of_row]:
                 rows[i][j] = 1 - 1e-4
-            if logits[i, j] >= logits[j, j]:
+            if logits[i, j] >= logits[first_of_column, j]:
                 columns[i][j] = 1 - 1e-4
     assert match != rows != columns != match
     kl = 0
@@ -203,9 +205,30 @@ def test_pcmepps_loss_equals_a_slow_loop():
     agree(pcmepp.original_loss, slow_pcmepp, (*gaussians(), *scalars))
 
 
-def test_pseudo_positives_are_what_beats_the_true_pair_of_a_row():
+def test_pcmepps_loss_of_an_image_that_is_twice_in_the_batch_is_the_authors():
+    angles = {"image": [0.0, 0.0, np.pi / 2], "text": [0.1, 0.9, 0.5]}
+    image, text = (
+        torch.tensor(np.stack([np.cos(angle), np.sin(angle)], axis=1)) for angle in angles.values()
+    )
+    log_var = torch.full((3, 2), -5.0, dtype=torch.float64)
+    terms = pcmepp.original_loss(image, log_var, text, log_var, 5.0, 5.0)
+    assert sum(terms.values()).item() == pytest.approx(2.6932, abs=5e-5)
+
+
+def test_pseudo_positives_are_what_beats_the_first_match_of_a_row():
     logits = torch.tensor([[1.0, 2.0, 0.0], [3.0, 3.0, -1.0], [0.0, 0.0, 0.5]])
-    assert pcmepp.pseudo_positives(logits).tolist() == [
+    twice = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
+    assert pcmepp.pseudo_positives(logits.T, twice).tolist() == [
+        [True, True, False],
+        [True, True, False],
+        [False, False, True],
+    ]
+    assert pcmepp.pseudo_positives(logits.T, torch.eye(3, dtype=bool)).tolist() == [
+        [True, True, False],
+        [False, True, False],
+        [False, False, True],
+    ]
+    assert pcmepp.pseudo_positives(logits, torch.eye(3, dtype=bool)).tolist() == [
         [True, True, False],
         [True, True, False],
         [False, False, True],
@@ -441,7 +464,14 @@ def test_recipes_are_the_authors():
             **{"clip_norm": 2.0, "ramped_epoch": 3, "averaged_after": 0.64},
         ),
         "prolip": Recipe(
-            "adamw", 5e-4, 0.2, batch_size=512, betas=(0.9, 0.95), decayed_from=2, warm_up=0.02
+            "adamw",
+            5e-4,
+            0.2,
+            batch_size=512,
+            betas=(0.9, 0.95),
+            decayed_from=2,
+            warm_up=0.02,
+            eps=1e-6,
         ),
     }
     for method, recipe in expected.items():

@@ -495,14 +495,14 @@ def test_a_finished_run_is_not_trained_again_by_resume(script, one_thread):
     assert path.stat().st_mtime_ns == before
     status, _, last = script(train_script.main, *LONG, "--resume", "--lr", 0.5)
     assert status == 2
-    assert f"{path}: of a run with other settings: lr was 0.003, now 0.5" in last
+    assert f"{path}: of a run with other settings: lr was 0.001, now 0.5" in last
     assert path.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     ("flags", "changes", "expected"),
     [
-        (("--lr", 0.5), {}, "lr was 0.003, now 0.5"),
+        (("--lr", 0.5), {}, "lr was 0.001, now 0.5"),
         (("--epochs", 9), {}, "epochs was 7, now 9"),
         (("--precision", "bf16"), {}, "precision was fp32, now bf16"),
         ((), {"images": 41}, "captions was 120, now 123; images was 40, now 41"),
@@ -640,7 +640,96 @@ def test_a_state_from_before_sums_were_kept_is_resumed_and_one_of_another_clip_i
             if refused
             else contextlib.nullcontext()
         ):
-            assert load_run(tmp_path / "state.pt", recipe, {"seed": 0, "clip": clip}) == content
+            assert (
+                load_run(tmp_path / "state.pt", [recipe], {"seed": 0, "clip": clip}, "cure")
+                == content
+            )
+
+
+@pytest.mark.parametrize("lr", [3e-3, 2e-3])
+def test_a_state_of_the_former_small_recipe_goes_on_as_it_was_begun(script, monkeypatch, lr):
+    make_cache("tiny")
+    run = ("--dataset", "tiny", "--recipe", "small")
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 4, interrupt)
+        former = ("--lr", lr, "--batch-size", 1024, "--epochs", 10)
+        assert script(train_script.main, *run, *former)[0] == 130
+    path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
+    state = torch.load(path.with_suffix(".resume.pt"), weights_only=True)
+    for field in ("batch_share", "min_steps", "eps"):
+        del state["recipe"][field]
+    save_tensors(state, path.with_suffix(".resume.pt"))
+    status, _, last = script(train_script.main, *run, "--resume")
+    if lr != 3e-3:  # that was never the recipe
+        assert status == 2
+        assert "lr was 0.002, now 0.001" in last
+        return
+    assert status == 0
+    recipe = torch.load(path, weights_only=True)["recipe"]
+    assert (recipe["lr"], recipe["batch_size"], recipe["epochs"]) == (3e-3, 1024, 10)
+    assert script(train_script.main, *run, "--resume")[0] == 0  # finished already
+    assert load_adaptor(path).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("captions", "batch_size", "epochs"),
+    [(1_400, 175, 19), (17_500, 1024, 10), (50_000, 1024, 10), (120, 15, 19), (10, 2, 30)],
+)
+def test_the_small_recipe_fits_the_cache(captions, batch_size, epochs):
+    recipe = METHODS["asymvlm-psd"].recipes["small"].fitted_to(captions)
+    assert (recipe.batch_size, recipe.epochs) == (batch_size, epochs)
+    assert recipe.steps(captions) * recipe.epochs >= 150
+    changed = train_script.settle(SMALL, {"epochs": 1, "batch_size": 7}, captions)
+    assert (changed.batch_size, changed.epochs) == (7, 1)
+
+
+def test_a_finished_checkpoint_is_not_replaced_by_another(script):
+    make_cache("tiny")
+    run = (*QUICK, "--precision", "fp32")
+    assert script(train_script.main, *run)[0] == 0
+    path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
+    first = path.read_bytes()
+    assert script(train_script.main, *run)[0] == 0  # the same settings
+    for change, words in (
+        (("--epochs", 1), "epochs was 2, now 1"),
+        (("--lr", 0.5), "lr was 0.001, now 0.5"),
+        (("--precision", "bf16"), "precision was fp32, now bf16"),
+        (("--validation", 0.1), "validation was None, now 0.1"),
+    ):
+        status, _, last = script(train_script.main, *run, "--method", "pfe", "asymvlm-psd", *change)
+        assert status == 2
+        assert words in last and "--overwrite" in last
+        assert path.read_bytes() == first
+        assert not path.with_name("pfe.pt").exists()  # nothing was trained before
+    make_cache("tiny", seed=3)
+    status, _, last = script(train_script.main, *run)
+    assert status == 2 and "cache was" in last
+    assert script(train_script.main, *run, "--overwrite")[0] == 0
+    assert path.read_bytes() != first
+    path.write_bytes(b"damaged")
+    assert script(train_script.main, *run, "--epochs", 1)[0] == 0
+
+
+def test_ctrl_c_before_the_first_epoch_says_that_nothing_was_saved(script, monkeypatch):
+    make_cache("tiny")
+    stop_in_epoch(monkeypatch, 1, interrupt)
+    status, _, last = script(train_script.main, *LONG)
+    assert status == 130
+    assert "nothing was saved; give the same command again" in last
+
+
+def test_normalised_embeddings_are_told_and_raw_ones_are_not(script):
+    make_cache("tiny")
+    assert script(train_script.main, *QUICK)[0] == 0
+    assert "norm 1" not in script.stderr
+    cache = EmbeddingCache("tiny", "train")
+    z = [
+        torch.nn.functional.normalize(rows.read().float(), dim=1)
+        for rows in (cache.image, cache.text)
+    ]
+    make_cache("unit", image=z[0].half(), text=z[1].half())
+    assert script(train_script.main, *QUICK, "--dataset", "unit")[0] == 0
+    assert "all embeddings of embeddings/unit/train have norm 1" in script.stderr
 
 
 def test_a_state_from_before_variances_could_be_started_goes_on_as_it_was_begun(script):

@@ -96,9 +96,11 @@ def training_of(adaptor):
     if "recipe" not in config or "epochs" not in recipe:
         return {}
     training = {"recipe": config["recipe"], "epochs": recipe["epochs"]}
-    planned = METHODS[adaptor.method].recipes.get(config["recipe"])
-    if planned is not None and planned.epochs > recipe["epochs"]:
-        training["planned_epochs"] = planned.epochs
+    planned = getattr(adaptor, "recipes", {}).get(config["recipe"])
+    if planned is not None:
+        planned_epochs = planned.fitted_to(config.get("captions", 1)).epochs
+        if planned_epochs > recipe["epochs"]:
+            training["planned_epochs"] = planned_epochs
     return {**training, "training": settings_of(adaptor)}
 
 
@@ -179,8 +181,7 @@ def _similar_checkpoint(dataset, method, like=None):
         if not has_settings or content.get("method") not in METHODS:
             continue
         recipe_name = content["config"].get("recipe")
-        if recipe_name in METHODS[method].recipes and (
-            recipe_name in METHODS[content["method"]].recipes
-        ):
+        methods = (method, content["method"])
+        if all(recipe_name in getattr(METHODS[name], "recipes", {}) for name in methods):
             return content
     return None

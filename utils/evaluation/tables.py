@@ -61,8 +61,9 @@ def recipe_label(config):
         return ""
     epochs = config["epochs"]
     planned = config.get("planned_epochs")
-    of_planned = f" of {planned}" if planned else ""
-    return f"{config['recipe']}, {epochs}{of_planned} {'epoch' if epochs == 1 else 'epochs'}"
+    if planned:
+        return f"{config['recipe']}, {epochs} of {planned} epochs"
+    return f"{config['recipe']}, {epochs} {'epoch' if epochs == 1 else 'epochs'}"
 
 
 def recipes_of(results):
