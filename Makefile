@@ -2,7 +2,7 @@
 # All make their own environment in .venv first.
 # make tables DATASET=coco: six methods, three seeds, tables and plots of a cached data set; results/coco/README.md shows all.
 # make ablation DATASET=coco: the variants too, and one table of all; what is trained already is not trained again.
-# RESUME= trains all of it anew, as is needed after make demo, whose recipe is another.
+# RESUME=--overwrite trains all of it anew, as is needed after make demo, whose recipe is another.
 # make fair DATASET=coco: the baselines also as their own authors build and rank them, one table, and whose leads survive.
 PYTHON ?= python3
 RESUME ?= --resume
@@ -13,6 +13,7 @@ RECIPE ?= $(if $(filter shapes,$(DATASET)),small,paper)
 # Of the original recipes, as published; thousands of epochs are out of reach for a small machine.
 ORIGINAL_EPOCHS ?= $(if $(filter shapes,$(DATASET)),25)
 BASELINES := probvlm pfe pcmepp prolip
+ORIGINALS := probvlm-original probvlm-original-default-weight pfe-original pcmepp-original prolip-original
 BIN := .venv/bin
 RUN := $(BIN)/python
 # What a CPU without native bfloat16 has.
@@ -32,7 +33,7 @@ about-demo:
 	"installation, the first table in 2 minutes at most and the last in 5, on two cores"
 
 tables: .venv/installed
-	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE)
+	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE) $(RESUME)
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
 
 ablation: .venv/installed
@@ -43,14 +44,14 @@ ablation: .venv/installed
 
 fair: .venv/installed
 	$(RUN) train.py --dataset $(DATASET) --method all --seed $(SEEDS) --recipe $(RECIPE) $(RESUME)
-	$(RUN) train.py --dataset $(DATASET) --method $(BASELINES) --seed $(SEEDS) --recipe original $(RESUME) \
+	$(RUN) train.py --dataset $(DATASET) --method $(ORIGINALS) --seed $(SEEDS) --recipe original $(RESUME) \
 	    $(addprefix --epochs ,$(ORIGINAL_EPOCHS))
 	$(RUN) eval.py --dataset $(DATASET) --method all originals --seed $(SEEDS) --score own --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all originals --seed $(SEEDS) --score frozen --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method originals --seed $(SEEDS) --no-plots --resamples 0
 	$(RUN) eval.py --dataset $(DATASET) --method all --seed $(SEEDS)
 	$(RUN) -m utils.questions.compare --dataset $(DATASET) --seed $(SEEDS) --name fair --against asymvlm-psd \
-	    --method asymvlm-psd asymvlm-vmf $(foreach baseline,$(BASELINES),$(baseline) $(baseline)-original) \
+	    --method asymvlm-psd asymvlm-vmf $(BASELINES) $(ORIGINALS) \
 	    --score published frozen own
 
 test: about-test .venv/installed-tests
