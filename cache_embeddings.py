@@ -114,6 +114,17 @@ def add_table_flags(parser):
         help="column of a class, for example: images and captions of one are right for each other",
     )
     add(
+        "--csv-quoting",
+        choices=("minimal", "none"),
+        default="minimal",
+        help="none: quotation marks are part of the text, as in CC3M and CC12M (default: minimal)",
+    )
+    add(
+        "--csv-caption-lists",
+        action="store_true",
+        help="take a caption that is a list in JSON as several captions of the image",
+    )
+    add(
         "--csv-separator",
         help="what separates the columns (default: a comma in .csv, a tab in .tsv)",
     )
@@ -213,7 +224,11 @@ def open_splits(args, data_set):
         if data_set.make and not Path(root).exists():
             data_set.make(Path(root))
     flags = {flag: getattr(args, flag) for flag in data_set.flags}
-    return {name: data_set.reader(root, name, data_set.layout, **flags) for name in args.split}
+    splits = {}
+    for name in args.split:
+        splits[name] = data_set.reader(root, name, data_set.layout, **flags)
+        splits[name].check_broken(args.max_broken)
+    return splits
 
 
 def settings_of(args, split, clip_id):

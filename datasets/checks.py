@@ -4,6 +4,7 @@ Every message names the file, and what to do.
 """
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -207,40 +208,59 @@ def check_widths(meta, image, text):
     need(image == text, f"--model {meta['model']}: {problem}; choose a CLIP")
 
 
-def check_fields(entry, fields, where):
-    """Check the fields of an entry of a JSON file.
+def check_fields(entry, fields, where, may_be_blank=()):
+    """Check the fields of an entry, {name: int or str}, of which the first one names the entry.
+
+    An id may be a whole float or a text of digits; it is replaced by the whole number.
 
     Args:
-        fields: {name: int or str}, the one that identifies the entry first.
         where: file and place, for the message.
+        may_be_blank: texts that may be blank.
     Raises: UserError if the entry is no object, or a field is missing, of another type or blank.
     """
     need(isinstance(entry, dict), f"{where} is not an object")
     name = next(iter(fields))
     for field, kind in fields.items():
         value = entry.get(field)
-        is_kind = isinstance(value, kind) and not isinstance(value, bool)
-        if not is_kind or (kind is str and not value.strip()):
-            found = f"'{field}' is {json.dumps(value)[:80]}"
+        if kind is int:
+            value = whole_number(value)
+            is_right = value is not None
+        else:
+            is_right = isinstance(value, str) and (value.strip() or field in may_be_blank)
+        if not is_right:
+            found = f"'{field}' is {json.dumps(entry.get(field))[:80]}"
             expected = "a whole number" if kind is int else "a text that is not blank"
             raise UserError(f"{where} ({name} {entry.get(name)}): {found}, expected {expected}")
+        entry[field] = value
 
 
-def inside(folder, name, where):
-    """The path of an image that a file names; it must lie in the folder, also after links.
+def whole_number(value):
+    """An id as an int: 7, 7.0 as pandas writes it, or "7"; None if it is no whole number."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return value if isinstance(value, int) else None
+
+
+def image_path(folder, name, where):
+    """The path of an image that a file names: absolute, or relative to a folder.
+
+    Links are followed. A relative name must not leave the folder by "..", since the file that names
+    it may come from elsewhere.
 
     Args:
         where: file and place, for the message.
     """
-    path = folder / name
-    try:
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (ValueError, RuntimeError):  # an impossible character, or a link to itself
-        problem = f"the image file {name!r} cannot be the name of a file"
-        raise UserError(f"{where}: {problem}; mend it") from None
-    problem = f"the image file {name!r} lies outside {folder}"
-    need(is_inside, f"{where}: {problem}; give names inside it")
-    return path
+    path = Path(name)
+    leaves = not path.is_absolute() and ".." in path.parts
+    problem = f"the image file {name!r} leads out of {folder} by '..'"
+    need(not leaves, f"{where}: {problem}; give names inside it, or absolute ones")
+    problem = f"the image file {name!r} cannot be the name of a file"
+    need("\0" not in name, f"{where}: {problem}; mend it")
+    return folder / path
 
 
 def listing(folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from datasets.checks import check_fields, inside, listing, need
+from datasets.checks import check_fields, image_path, listing, need
 from datasets.source import ListSplit
 from utils.cli import UserError
 from utils.files import load_json
@@ -43,7 +43,7 @@ class CocoCaptions(ListSplit):
             if not path.exists():
                 expected = f"expected {path.relative_to(root)}, found {listing(root)}"
                 raise UserError(f"--data-root {root}: {expected}")
-        coco = _read(file)
+        coco, broken = _read(file)
         image_ids = sorted(coco.getImgIds())
         caption_ids = sorted(coco.getAnnIds())
         annotations = coco.loadAnns(caption_ids)
@@ -51,11 +51,12 @@ class CocoCaptions(ListSplit):
         row_of_image = {image_id: row for row, image_id in enumerate(image_ids)}
         super().__init__(
             image_ids=image_ids,
-            image_files=[inside(folder, name, file) for name in names],
+            image_files=[image_path(folder, name, file) for name in names],
             image_names=names,
             caption_ids=caption_ids,
             captions=[annotation["caption"] for annotation in annotations],
             image_of_caption=[row_of_image[annotation["image_id"]] for annotation in annotations],
+            broken=broken,
         )
         relevance_file = root / layout.relevance.format(split=split)
         if relevance_file.exists():
@@ -63,15 +64,24 @@ class CocoCaptions(ListSplit):
 
 
 def _read(file):
-    """A checked captions file as pycocotools has it."""
+    """A checked captions file as pycocotools has it, and what is broken: its blank captions."""
     document = load_json(file)
     _check(document, file)
+    broken = []
+    sound = []
+    for row, entry in enumerate(document["annotations"]):
+        if entry["caption"].strip():
+            sound.append(entry)
+        else:
+            place = f"{file}: annotations[{row}] (id {entry['id']})"
+            broken.append([place, "has a blank caption; fill it in or remove it"])
+    need(sound, f"{file}: all captions are blank; fill them in")
     coco = COCO()
     # Other sections, which are not checked, are left out.
-    coco.dataset = {"images": document["images"], "annotations": document["annotations"]}
+    coco.dataset = {"images": document["images"], "annotations": sound}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
         coco.createIndex()
-    return coco
+    return coco, broken
 
 
 def _load_relevance(path, caption_ids, row_of_image):
@@ -113,7 +123,7 @@ def _check_section(document, section, fields, path):
     ids = set()
     for row, entry in enumerate(entries):
         place = f"{path}: {section}[{row}]"
-        check_fields(entry, fields, place)
+        check_fields(entry, fields, place, may_be_blank=("caption",))
         is_new = entry["id"] not in ids
         need(is_new, f"{place}: the id {entry['id']} comes twice; ids must be unique")
         ids.add(entry["id"])

@@ -33,13 +33,9 @@ def judgements(image_ids, caption_ids, image_of_caption, path):
     Raises: UserError if a caption belongs to another image in the package, or if the package is of
         another version.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns if the optional ujson is missing
-            from eccv_caption import Metrics
-    except ImportError:
+    metrics = _load_metrics()
+    if metrics is None:
         return {}
-    metrics = Metrics()
     sets = {}
     try:
         images_of_caption_id = dict(metrics.coco_gts["t2i"])
@@ -65,6 +61,25 @@ def judgements(image_ids, caption_ids, image_of_caption, path):
         if any(right_images) and any(right_captions):
             found[name] = {"t2i": right_images, "i2t": right_captions}
     return found
+
+
+def _load_metrics():
+    """The Metrics of the package, or None if it is not installed.
+
+    Raises: UserError if it is installed, but cannot be used.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns if the optional ujson is missing
+            from eccv_caption import Metrics
+        return Metrics()
+    except Exception as error:  # noqa: BLE001  a package that it needs is missing, a file of it, ...
+        if isinstance(error, ModuleNotFoundError) and error.name == "eccv_caption":
+            return None
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        problem = f"the package eccv_caption is installed, but cannot be used ({reason})"
+        cure = "pip install --force-reinstall eccv-caption==0.1.0, or uninstall it"
+        raise UserError(f"{problem}; {cure}") from None
 
 
 def _rows(right, queries, answers):

@@ -23,7 +23,7 @@ import torch
 from datasets.checks import ANEW, check_meta, load_image_of_caption, load_list, load_relevance
 from datasets.rows import BUFFER, RowsInMemory, SomeRows, in_batches, open_rows, shard_file
 from utils.cli import UserError, need
-from utils.files import digest, load_json
+from utils.files import clean_text, digest, load_json
 from utils.preprocess import ClipId
 
 ROOT = Path("embeddings")
@@ -107,13 +107,17 @@ class EmbeddingCache:
             kind: "captions" or "images".
             of: "text" or "image".
         """
-        if "shards" not in self.meta:
-            path = self.folder / f"{kind}.json"
-            return load_list(path, len(getattr(self, of)), str) if path.exists() else None
         names = []
-        for number, (rows, _) in enumerate(self.meta["shards"][of]):
-            names += load_list(shard_file(self.folder, kind, number), rows, str)
-        return names
+        if "shards" in self.meta:
+            for number, (rows, _) in enumerate(self.meta["shards"][of]):
+                names += load_list(shard_file(self.folder, kind, number), rows, str)
+        else:
+            path = self.folder / f"{kind}.json"
+            if not path.exists():
+                return None
+            names = load_list(path, len(getattr(self, of)), str)
+        # Older caches may hold texts that cannot be encoded.
+        return [name if name.isascii() else clean_text(name) for name in names]
 
     @property
     def clip_id(self) -> ClipId:

@@ -4,6 +4,7 @@ The JSON is {"images": [{"filename", "split", "imgid", "sentences": [{"raw", "se
 fields are ignored.
 
     <root>/dataset_flickr30k.json  <root>/flickr30k-images/*.jpg or <root>/images/*.jpg
+    <root>/dataset_flickr8k.json   <root>/Flicker8k_Dataset/*.jpg or <root>/images/*.jpg
     <root>/dataset_coco.json       <root>/train2014/*.jpg  <root>/val2014/*.jpg
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import eccv
-from datasets.checks import check_fields, inside, listing, need
+from datasets.checks import check_fields, image_path, listing, need, whole_number
 from datasets.source import ListSplit
 from utils.cli import UserError
 from utils.files import load_json
@@ -31,6 +32,10 @@ class KarpathyLayout:
 
 FLICKR30K = KarpathyLayout(
     captions="dataset_flickr30k.json", folders=("flickr30k-images", "images")
+)
+FLICKR8K = KarpathyLayout(
+    captions="dataset_flickr8k.json",
+    folders=("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),
 )
 COCO = KarpathyLayout(
     captions="dataset_coco.json",
@@ -64,13 +69,19 @@ class KarpathyCaptions(ListSplit):
         names = []
         files = []
         sentences = []  # (sentid, caption, image row)
+        broken = []
         for row, image in enumerate(images):
             folder = _folder_of(image, layout, root)
             name = image["filename"]
             names.append(f"{folder}/{name}" if layout.by_filepath else name)
-            files.append(inside(root / folder, name, f"{path}: images[{image['position']}]"))
+            files.append(image_path(root / folder, name, f"{path}: images[{image['position']}]"))
             for sentence in image["sentences"]:
-                sentences.append((sentence["sentid"], sentence["raw"], row))
+                sentid = sentence["sentid"]
+                if sentence["raw"].strip():
+                    sentences.append((sentid, sentence["raw"], row))
+                else:
+                    place = f"{path}: images[{image['position']}], sentid {sentid}"
+                    broken.append([place, "is a blank sentence; fill it in or remove it"])
         problem = f"the images of the split {split} have no captions"
         need(sentences, f"{path}: {problem}; choose another with --split")
         sentences.sort()
@@ -81,6 +92,7 @@ class KarpathyCaptions(ListSplit):
             caption_ids=[sentid for sentid, _, _ in sentences],
             captions=[caption for _, caption, _ in sentences],
             image_of_caption=[row for _, _, row in sentences],
+            broken=broken,
         )
         if layout.judgements and split == "test":
             judgements = layout.judgements(
@@ -155,10 +167,10 @@ def _check_image(image, layout, place, seen):
 
 
 def _check_sentence(sentence, image, place, seen):
-    check_fields(sentence, {"sentid": int, "raw": str}, place)
+    check_fields(sentence, {"sentid": int, "raw": str}, place, may_be_blank=("raw",))
     _check_new("sentid", sentence["sentid"], place, seen)
-    imgid = sentence.get("imgid", image["imgid"])
-    problem = f"says imgid {imgid!r} but stands under imgid {image['imgid']}"
+    imgid = whole_number(sentence.get("imgid", image["imgid"]))
+    problem = f"says imgid {sentence.get('imgid')!r} but stands under imgid {image['imgid']}"
     is_own = imgid == image["imgid"]
     need(is_own, f"{place} (sentid {sentence['sentid']}) {problem}")
 

@@ -1,18 +1,23 @@
 """Decode image files to tensors for a CLIP, for every data set. A broken file never stops a run."""
 
+import os
 import re
+import unicodedata
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from utils.embed import Samples
+
+# Colour profiles and texts in a PNG may be longer than Pillow's 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 
 
 def decode_file(path, transform):
     """The transformed image of a file and None; or None and what is wrong, the path first."""
-    image, reason = decode(str(path), transform)
+    image, reason = decode(find_file(str(path)), transform)
     if reason is not None:
         reason = f"{path}: {reason}"
     return image, reason
@@ -23,11 +28,32 @@ def decode(file, transform):
     try:
         return transform(read_rgb(file)), None
     except FileNotFoundError:
-        return None, "no such file"
+        return None, f"no such file{_likely_cause(file)}"
     except Exception as error:  # noqa: BLE001  Pillow raises nearly anything on a broken file
         reason = re.sub(r"<_io.BytesIO.*?>", "the image", str(error))
         reason = reason.replace(repr(file), "the file")
         return None, reason or type(error).__name__
+
+
+def find_file(path):
+    """The path itself, or that of the same name in another Unicode normal form if that exists."""
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, path)
+        if other != path and not os.path.exists(path) and os.path.exists(other):
+            return other
+    return path
+
+
+def _likely_cause(path):
+    """Why a file may not be there, for a message."""
+    name = str(path)
+    if re.search(r"https?:/", name):
+        return "; it is a URL: download the images first, and name the files"
+    if "\\" in name:
+        return "; it has backslashes: write the path with /"
+    if name != name.rstrip():
+        return "; its name ends in a space: remove it"
+    return ""
 
 
 def picture_stream(files, first, transform):
@@ -40,7 +66,7 @@ def picture_stream(files, first, transform):
 def collate(decoded):
     """Stack what `decode` returned for B files.
 
-    It is one tensor because every tensor that a worker hands over takes an open file.
+    It is a numpy array because workers hand tensors over in shared memory, which may be small.
 
     Returns: images (B, 3, H, W), black where one is broken, or None if all are; B reasons or None.
     """
@@ -51,7 +77,7 @@ def collate(decoded):
         return None, reasons
     black = torch.zeros_like(good[0])
     stacked = torch.stack([black if image is None else image for image in images])
-    return stacked, reasons
+    return stacked.numpy(), reasons
 
 
 def read_rgb(path):

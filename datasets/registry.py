@@ -19,7 +19,14 @@ PHOTO_LADDER = (
     "a photo of a black cat with green eyes",
     "a photo of a black cat with big dark green eyes",
 )
-CSV_FLAGS = ("csv_img_key", "csv_caption_key", "csv_separator", "csv_group_key")
+CSV_FLAGS = (
+    "csv_img_key",
+    "csv_caption_key",
+    "csv_separator",
+    "csv_group_key",
+    "csv_quoting",
+    "csv_caption_lists",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ DATASETS = {
     ),
     "coco-karpathy": DataSet(KarpathyCaptions, karpathy.COCO),
     "csv": DataSet(TableCaptions, ("{split}.csv", "{split}.tsv"), flags=CSV_FLAGS),
+    "flickr8k": DataSet(KarpathyCaptions, karpathy.FLICKR8K),
     "flickr30k": DataSet(KarpathyCaptions, karpathy.FLICKR30K),
     "shapes": DataSet(
         CocoCaptions,

@@ -7,7 +7,8 @@ embed_units(split.units(), clip, store)      utils/embed.py
 split.assemble(store, folder, meta)          the finished units become embeddings/<name>/<split>/
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,8 +17,8 @@ from datasets.checks import check_widths, has_fields
 from datasets.pictures import picture_stream
 from datasets.write import write_split
 from utils.cli import UserError, need
-from utils.embed import distinct_texts, say_notes, versions
-from utils.files import digest, load_tensors, save_tensors
+from utils.embed import Broken, distinct_texts, say_notes, versions
+from utils.files import clean_text, digest, load_tensors, save_tensors
 
 UNIT = 4096  # images or texts: a whole number of chunks, which takes seconds to minutes
 TEXT_NOTES = {"cut": int, "unknown": int, "example": str}  # as `embed_texts` returns them
@@ -40,6 +41,9 @@ class Split:
         Units compare it by themselves.
         """
         return {}
+
+    def check_broken(self, allowed):
+        """Raise a UserError if more samples are known to be broken than may be left out."""
 
     def units(self):
         """The units that are encoded at once and kept when a run stops: a list of `embed.Unit`."""
@@ -75,6 +79,21 @@ class ListSplit(Split):
     captions: list
     image_of_caption: list  # image rows
     relevance: list | dict | None = None
+    broken: list = field(default_factory=list)  # [place, problem] of rows that are left out already
+
+    def __post_init__(self):
+        cleaned = [clean_text(caption) for caption in self.captions]
+        changed = sum(a != b for a, b in zip(cleaned, self.captions, strict=True))
+        if changed:
+            message = "note: %d captions have half a character (a surrogate), which became U+FFFD"
+            logging.warning(message, changed)
+        self.captions = cleaned
+
+    def check_broken(self, allowed):
+        """Raise a UserError, after naming them, if more rows are broken than may be left out."""
+        broken = Broken(allowed)
+        broken.add([f"{place} {problem}" for place, problem in self.broken])
+        broken.check()
 
     def fingerprint(self):
         """The numbers of images and captions, with digests of all lists but the paths."""
@@ -97,7 +116,8 @@ class ListSplit(Split):
         broken = {}  # image row -> reason
         for content in image_units:
             broken.update(content["left_out"])
-        store.check_broken(broken.values())
+        left_out = [f"{place} {problem}" for place, problem in self.broken]
+        store.check_broken([*left_out, *broken.values()])
         say_notes(text_units, meta["context_length"])
         left = self.without(broken)
         problem = f"without the {len(broken)} broken image files no caption is left"
@@ -140,7 +160,7 @@ class ListSplit(Split):
 
     def skipped(self, broken):
         """What meta.json says of broken images, {row: reason}: a list of [name, reason]."""
-        skipped = []
+        skipped = [list(row) for row in self.broken]
         for row, reason in broken.items():
             reason_alone = reason.removeprefix(f"{self.image_files[row]}: ")
             skipped.append([self.image_names[row], reason_alone])

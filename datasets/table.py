@@ -5,14 +5,14 @@ The expected layout:
     <root>/train.csv  <root>/val.csv (or .tsv)  and image files, named by their paths from <root>
 """
 
-import csv
+import json
+import logging
 from pathlib import Path
 
-from datasets.checks import inside, listing
+from datasets.checks import image_path, listing
+from datasets.delimited import SEPARATORS, read_lines
 from datasets.source import ListSplit
 from utils.cli import UserError, need
-
-SEPARATORS = {".csv": ",", ".tsv": "\t"}  # unless --csv-separator says otherwise
 
 
 class TableCaptions(ListSplit):
@@ -25,6 +25,8 @@ class TableCaptions(ListSplit):
         csv_img_key: the column of image files.
         csv_caption_key: the column of captions.
         csv_separator: one character; None: it follows from the table's suffix.
+        csv_quoting: "minimal" or "none", as `read_lines` has it.
+        csv_caption_lists: whether a caption that is a JSON list of texts is several captions.
         csv_group_key: the column of a class, a product or a label. Images and captions of one group
             are right for each other; without it, an image is right for its own captions only.
     Raises: UserError that says what was expected and what was found.
@@ -39,14 +41,17 @@ class TableCaptions(ListSplit):
         csv_caption_key="title",
         csv_separator=None,
         csv_group_key="",
+        csv_quoting="minimal",
+        csv_caption_lists=False,
     ):
         root = Path(root)
         path = _find_table(root, [name.format(split=split) for name in layout])
         columns = {"--csv-img-key": csv_img_key, "--csv-caption-key": csv_caption_key}
         if csv_group_key:
             columns["--csv-group-key"] = csv_group_key
-        rows = list(_rows(path, columns, _separator(csv_separator, path)))
-        need(rows, f"{path}: it has no rows; give one per caption, or choose another --split")
+        lines = list(read_lines(path, _separator(csv_separator, path), columns, csv_quoting))
+        need(lines, f"{path}: it has no rows; give one per caption, or choose another --split")
+        rows, broken = _sound_rows(path, lines, columns, csv_caption_lists)
         row_of_image = {}
         names = []
         files = []
@@ -58,7 +63,7 @@ class TableCaptions(ListSplit):
             if image not in row_of_image:
                 row_of_image[image] = len(row_of_image)
                 names.append(name)
-                files.append(inside(root, name, f"{path}: line {line}"))
+                files.append(image_path(root, name, f"{path}: line {line}"))
             captions.append(values[1])
             image_of_caption.append(row_of_image[image])
         super().__init__(
@@ -68,10 +73,62 @@ class TableCaptions(ListSplit):
             caption_ids=list(range(len(captions))),
             captions=captions,
             image_of_caption=image_of_caption,
+            broken=broken,
         )
         if csv_group_key:
             groups = [values[2] for _, values in rows]
             self.relevance = _images_of_group(groups, image_of_caption)
+
+
+def _sound_rows(path, lines, columns, take_lists_apart):
+    """The rows of a table that can be used, (line, values of the columns), and what is broken.
+
+    Args:
+        take_lists_apart: give a row for each caption of a JSON list.
+    """
+    rows = []
+    broken = []
+    listed = []  # lines whose caption looks like a list of captions
+    for line in lines:
+        problem = line.problem
+        values = [line.values.get(name, "") for name in columns.values()]
+        blank = [
+            name for name, value in zip(columns.values(), values, strict=True) if not value.strip()
+        ]
+        if not problem and blank:
+            problem = f"has a blank {blank[0]!r}; fill it in or remove the row"
+        if problem:
+            broken.append([f"{path}: line {line.number}", problem])
+            continue
+        captions = _list_of_texts(values[1])
+        if captions and take_lists_apart:
+            for caption in captions:
+                rows.append((line.number, [values[0], caption, *values[2:]]))
+            continue
+        rows.append((line.number, values))
+        if captions:
+            listed.append(line.number)
+    if listed:
+        logging.warning(
+            "note: %s: %d captions, such as that of line %d, are lists of captions in JSON; each "
+            "is taken as one caption: give --csv-caption-lists to take them apart",
+            path,
+            len(listed),
+            listed[0],
+        )
+    return rows, broken
+
+
+def _list_of_texts(text):
+    """The texts of a cell that is a JSON list of texts, without blank ones; else an empty list."""
+    if not text.lstrip().startswith("["):
+        return []
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    is_list = isinstance(content, list) and all(isinstance(entry, str) for entry in content)
+    return [entry for entry in content if entry.strip()] if is_list else []
 
 
 def _images_of_group(groups, image_of_caption):
@@ -100,49 +157,3 @@ def _separator(flag, path):
     cure = "give one character that is no quotation mark, or \\t for a tab"
     need(is_separator, f"--csv-separator {flag!r}: {cure}")
     return separator
-
-
-def _rows(path, columns, separator):
-    """Yield (line, values of the columns) for every row of a table.
-
-    Args:
-        columns: {flag: name of the column}.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=separator, strict=True)
-            header = reader.fieldnames or []
-            _check_header(path, header, columns, separator)
-            for row in reader:
-                _check_row(row, header, columns, f"{path}: line {reader.line_num}")
-                yield reader.line_num, [row[name] for name in columns.values()]
-    except UnicodeDecodeError as error:
-        message = f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8"
-        raise UserError(message) from None
-    except csv.Error as error:
-        place = f"{path}: line {reader.reader.line_num}"
-        message = f"{place}: not readable as a table ({error}); mend the quotation marks"
-        raise UserError(message) from None
-
-
-def _check_header(path, header, columns, separator):
-    """Raise a UserError if a column does not appear exactly once."""
-    found = ", ".join(map(repr, header)) or "nothing"
-    for flag, name in columns.items():
-        how_many = "more than one" if name in header else "no"
-        problem = f"{how_many} column {name!r}, separated by {separator!r} (found: {found})"
-        cure = f"name the right one with {flag}, and the separator with --csv-separator"
-        need(header.count(name) == 1, f"{path}: {problem}; {cure}")
-
-
-def _check_row(row, header, columns, place):
-    """Raise a UserError if a row has too many or too few fields, or a blank one."""
-    missing = sum(value is None for value in row.values())
-    extra = len(row.get(None, ()))  # csv.DictReader puts them under None
-    if missing or extra:
-        fields = len(header) + extra - missing
-        cure = "quote a text that contains the separator"
-        raise UserError(f"{place} has {fields} fields, the header {len(header)}; {cure}")
-    for name in columns.values():
-        is_blank = not row[name].strip()
-        need(not is_blank, f"{place} has a blank {name!r}; fill it in or remove the row")

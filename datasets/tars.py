@@ -1,14 +1,15 @@
 """WebDataset tar files: their images and captions, and the cache that they become.
 
 A sample is <key>.jpg (or .jpeg, .png, .webp) and <key>.txt, or a <key>.json with a "caption", side
-by side in the tar, as img2dataset writes them: one caption per image. A key has no dot, as
-everywhere in WebDataset. Nothing is unpickled.
+by side in the tar, as img2dataset writes them. Each line of the .txt, or each entry of a list in
+the .json, is a caption. A key has no dot, as everywhere in WebDataset. Nothing is unpickled.
 """
 
 import glob
 import io
 import itertools
 import json
+import logging
 import os
 import re
 from functools import partial
@@ -23,9 +24,12 @@ from datasets.source import TEXT_NOTES, Split
 from datasets.write import clear_meta, finish_shards
 from utils.cli import UserError, need
 from utils.embed import Samples, say_notes, versions
-from utils.files import digest, load_json, save_json, save_tensors, sha256
+from utils.files import clean_text, digest, load_json, save_json, save_tensors, sha256
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
+NO_IMAGE = "no image beside it in the tar, where links are not followed"
+NO_CAPTION = "no caption in UTF-8 beside it in the tar"
+MISSING = (NO_IMAGE, NO_CAPTION)
 # A complete tar ends in 1 KB of zeros or more. With more than 1 MB of them it is a download that
 # reserved its space and was not finished.
 END = 1024
@@ -56,7 +60,7 @@ class TarSplit(Split):
     def __init__(self, root, split=None, layout=None):
         self.root, folder = str(root), Path(root)
         if folder.is_dir():
-            self.urls = sorted(str(path) for path in folder.glob("*.tar"))
+            self.urls = sorted(str(path) for path in folder.glob("[!.]*.tar"))
         elif _is_file(self.root) and ("*" in self.root or "?" in self.root):
             self.urls = sorted(glob.glob(self.root))
         else:
@@ -90,6 +94,7 @@ class TarSplit(Split):
                 skipped.append([f"{note['tar'][0]}: {key}", reason])
         store.check_broken(": ".join(sample) for sample in skipped)
         say_notes(notes, meta["context_length"])
+        image_of_caption = _image_of_caption(notes)
         count = sum(note["rows"] for note in notes)
         need(
             count,
@@ -99,7 +104,7 @@ class TarSplit(Split):
         check_widths(meta, *notes[0]["width"])
         meta["embed_dim"] = notes[0]["width"][0]
         meta["image_count"] = count
-        meta["caption_count"] = count
+        meta["caption_count"] = len(image_of_caption)
         meta.update(self.state())
         meta["skipped"] = skipped
         meta["versions"] = versions()
@@ -112,9 +117,37 @@ class TarSplit(Split):
         for note in notes:
             sums = dict(zip(KINDS, note["sums"], strict=True))
             index["image"].append([note["rows"], sums["image"]])
-            index["text"].append([note["rows"], sums["text"]])
-        finish_shards(folder, index, torch.arange(count), meta)
+            index["text"].append([note.get("captions", note["rows"]), sums["text"]])
+        finish_shards(folder, index, image_of_caption, meta)
+        self._tell_repeated_keys(folder, len(notes))
         return meta
+
+    def _tell_repeated_keys(self, folder, tars):
+        """Note it if a key is in more than one tar: a filter by keys would not tell them apart."""
+        seen = set()
+        repeated = []
+        for number in range(tars):
+            keys = load_json(shard_file(folder, "images", number))
+            repeated += [key for key in keys if key in seen]
+            seen.update(keys)
+        if repeated:
+            message = "note: %d keys are in more than one tar, such as %s; tell their rows apart "
+            logging.warning(message + "by the row, not by the key", len(repeated), repeated[0])
+
+
+def _image_of_caption(notes):
+    """The image row of every caption of a split, (M,) int64.
+
+    Args:
+        notes: of all tars. Older ones have one caption per image.
+    """
+    parts = []
+    first_image = 0
+    for note in notes:
+        rows = note.get("image_of_caption", range(note["rows"]))
+        parts.append(torch.tensor(list(rows), dtype=torch.int64) + first_image)
+        first_image += note["rows"]
+    return torch.cat(parts)
 
 
 class TarUnit:
@@ -180,6 +213,8 @@ class TarUnit:
         notes = {
             "tar": _identity(self.url),
             "rows": len(embedded.image),
+            "captions": len(embedded.text),
+            "image_of_caption": embedded.image_of_caption,
             "width": [embedded.image.shape[1], embedded.text.shape[1]],
             "left_out": [list(sample) for sample in embedded.left_out.items()],
             **embedded.notes,
@@ -203,31 +238,99 @@ def tar_stream(url, size, transform):
 
 
 def _decoded(url, transform, error):
-    """Yield what `_decode_sample` returns for every sample of a tar.
+    """Yield (key, captions, what `decode` gives of the image) for every sample of a tar.
 
-    If the tar cannot be read, the reason is appended to the list error.
+    Incomplete samples come last: only then it is known whether their other half lay elsewhere. If
+    the tar cannot be read, the reason is appended to the list error.
     """
+    seen = set()
+    incomplete = {}  # key -> what is missing
     try:
-        for sample in _read(url):
-            yield _decode_sample(sample, transform)
+        for key, members in _read(url):
+            dotted = _dotted_images(members)
+            for suffix in dotted:
+                yield f"{key}.{suffix}", [], (None, "it has a dot in its key; name it without")
+            if dotted:
+                continue
+            problem = _problem(key, members)
+            if key in seen:
+                need_sorted(key, problem, incomplete)
+                problem = "its key comes twice in the tar; give every sample its own"
+                yield f"{key} (again)", [], (None, problem)
+                continue
+            seen.add(key)
+            if problem in MISSING:
+                incomplete[key] = problem
+            elif problem:
+                yield key, [], (None, problem)
+            else:
+                image, reason = decode(io.BytesIO(_image(members)), transform)
+                yield key, captions_of(members), (image, reason and reason[:200])
+        for key, problem in incomplete.items():
+            yield key, [], (None, problem)
     except Exception as broken:  # noqa: BLE001  a broken tar, a lost connection, ...
         reason = " ".join(str((broken.args or (broken,))[0]).split())
         reason = re.sub(r" @ <.*", "", reason)[:200] or type(broken).__name__
         error.append(f"{url}: cannot be used to its end: {reason}; mend it, or fetch it again")
 
 
-def _decode_sample(sample, transform):
-    """(key, caption, what `decode` gives of the picture) of a sample, a dict of bytes."""
-    key, caption = sample["__key__"], _caption(sample)
-    picture = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
-    dotted = next((name for name in sample if name.rpartition(".")[2] in PICTURES), None)
-    if picture is None and dotted:
-        raise ValueError(f"{key}.{dotted} has a dot in its key; name it without")
-    if picture is None or caption is None:
-        missing = "picture" if picture is None else "caption in UTF-8"
-        return key, "", (None, f"no {missing} beside it in the tar")
-    picture, reason = decode(io.BytesIO(picture), transform)
-    return key, caption, (picture, reason and reason[:200])
+def need_sorted(key, problem, incomplete):
+    """Raise a ValueError if image and text of a key lie apart, because the tar is not sorted."""
+    if {problem, incomplete.get(key)} == set(MISSING):
+        raise ValueError(
+            f"image and text of {key} lie apart: it is not sorted by name; make it with "
+            "tar --sort=name"
+        )
+
+
+def _dotted_images(members):
+    """The suffixes of images whose key has a dot, such as "000.png"; empty if one has none."""
+    suffixes = [suffix for suffix, _ in members]
+    if any(suffix in IMAGES for suffix in suffixes):
+        return []
+    return [suffix for suffix in suffixes if suffix.rpartition(".")[2] in IMAGES]
+
+
+def _problem(key, members):
+    """What is wrong with a sample, before its image is decoded; "" if nothing is.
+
+    Args:
+        members: its files, a list of (suffix, bytes).
+    """
+    suffixes = [suffix for suffix, _ in members]
+    for suffix in suffixes:
+        if suffixes.count(suffix) > 1:
+            return f"{key}.{suffix} is twice in the tar; keep one"
+    images = [suffix for suffix in suffixes if suffix in IMAGES]
+    if len(images) > 1:
+        return f"it has several images ({', '.join(images)}); keep one"
+    if not images:
+        return NO_IMAGE
+    return "" if captions_of(members) else NO_CAPTION
+
+
+def _image(members):
+    """The bytes of a sample's image."""
+    return next(content for suffix, content in members if suffix in IMAGES)
+
+
+def captions_of(members):
+    """The captions of a sample: the lines of its .txt, else the "caption" of its .json.
+
+    Args:
+        members: its files, a list of (suffix, bytes).
+    Returns: list of texts that are not blank; empty if there are none, or they are not UTF-8.
+    """
+    contents = dict(members)
+    try:
+        captions = re.split(r"\r\n|\r|\n", contents.get("txt", b"").decode("utf-8-sig"))
+        if not any(caption.strip() for caption in captions):
+            captions = json.loads(contents.get("json", b"null"))["caption"]
+        if isinstance(captions, str):
+            captions = [captions]
+        return [clean_text(caption.strip()) for caption in captions if caption.strip()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 class _Watched:
@@ -247,18 +350,38 @@ class _Watched:
 
 
 def _read(url):
-    """Yield the samples of a tar, dicts of bytes; raises whatever happens on the way."""
+    """Yield (key, files) of the samples of a tar, files as a list of (suffix, bytes).
+
+    Raises: whatever happens on the way.
+    """
     webdataset = _webdataset()
     with webdataset.gopen(url) as stream:
         watched = _Watched(stream)
-        files = webdataset.tariterators.tar_file_expander(iter([{"url": url, "stream": watched}]))
-        yield from webdataset.tariterators.group_by_keys(files)
+        tars = iter([{"url": url, "stream": watched}])
+        files = webdataset.tariterators.tar_file_expander(tars, select_files=_is_visible)
+        for key, group in itertools.groupby(filter(None, files), key=_key_of):
+            if key is not None:
+                yield clean_text(key), [(_suffix_of(file), file["data"]) for file in group]
         while watched.read(2**16):
             pass
         if hasattr(stream, "wait_for_child"):
             stream.wait_for_child()
     if not watched.beginning.startswith(PACKED) and not END <= watched.zeros <= MOST:
         raise ValueError("it is cut off: it does not end as a tar")
+
+
+def _is_visible(name):
+    """Whether a file is none of those that macOS adds, ._0.jpg or .DS_Store."""
+    return not name.rpartition("/")[2].startswith(".")
+
+
+def _key_of(file):
+    """The name of a file up to the first dot, with its folder; None without a dot."""
+    return _webdataset().tariterators.base_plus_ext(file["fname"])[0]
+
+
+def _suffix_of(file):
+    return _webdataset().tariterators.base_plus_ext(file["fname"])[1].lower()
 
 
 def _webdataset():
@@ -308,13 +431,3 @@ def _check_end(path):
         file.seek(-min(END, size), io.SEEK_END)
         is_whole = packed or (size >= END and not any(file.read()))
     need(is_whole, f"{path}: is cut off, or no tar: it does not end as one; fetch it again")
-
-
-def _caption(sample):
-    """The caption of a sample, or None."""
-    try:
-        if "txt" in sample:
-            return sample["txt"].decode("utf-8-sig").strip() or None
-        return json.loads(sample.get("json", b"null"))["caption"].strip() or None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None

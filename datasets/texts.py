@@ -5,17 +5,17 @@
               "clip": what embedded them}
 """
 
-import csv
-
 from datasets.checks import are_rows, is_list, load_embeddings
+from datasets.delimited import SEPARATORS, read_lines
 from datasets.embedding import ROOT
 from utils.cli import UserError, need
-from utils.files import load_json, save_json, save_tensors
+from utils.files import load_json, save_json, save_tensors, text_lines
 from utils.preprocess import ClipId
 
 LADDER = "ladder"  # the stem of the prompt ladder
 CHAINS = "chains"  # that of a data set's own chains
 AGAIN = "run cache_embeddings.py again"
+OTHER_FORMATS = (".json", ".jsonl", ".ndjson", ".parquet", ".npy", ".pt", ".xlsx", ".gz", ".zip")
 
 
 def write_texts(name, stem, embeddings, texts, meta, chains=None):
@@ -106,36 +106,36 @@ def are_written(name, stem, texts, chains, clip_id):
 
 
 def read_texts(path):
-    """The texts of a file: one per line, or chains in the column "captions" of a .csv file.
+    """The texts of a file: a text per line, or the column "captions" of a .csv or .tsv file.
 
-    " => " joins the texts of a chain, general first.
+    In that column, " => " joins the texts of a chain, general first.
 
     Returns: (texts, chains); chains are lists of rows of the texts, or None.
-    Raises: UserError that names file and row.
+    Raises: UserError that names file and line.
     """
     need(path.is_file(), f"--texts {path}: no such file")
-    chains = None
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                texts, chains = flatten(list(_read_chains(path, csv.DictReader(file))))
-            else:
-                texts = [line.strip() for line in file if line.strip()]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--texts {path}: not readable as UTF-8 text ({error})") from None
+    suffix = path.suffix.lower()
+    if suffix in SEPARATORS:
+        texts, chains = flatten(list(_read_chains(path, SEPARATORS[suffix])))
+    else:
+        expected = (
+            "give a text file with a text per line, or a .csv or .tsv with a column 'captions'"
+        )
+        need(
+            suffix not in OTHER_FORMATS, f"--texts {path}: {suffix} files are not read; {expected}"
+        )
+        texts, chains = text_lines(path), None
     need(texts, f"--texts {path}: holds no text")
     return texts, chains
 
 
-def _read_chains(path, reader):
-    """Yield the chains of a .csv file, lists of strings."""
-    columns = reader.fieldnames or ("nothing",)
-    problem = f"no column 'captions' (found: {', '.join(columns)})"
-    need("captions" in columns, f"--texts {path}: {problem}")
-    for row in reader:
-        chain = [text.strip() for text in (row["captions"] or "").split("=>")]
-        problem = "has an empty caption in its chain"
-        need(all(chain), f"--texts {path}: line {reader.line_num} {problem}")
+def _read_chains(path, separator):
+    """Yield the chains of a table, lists of strings."""
+    for line in read_lines(path, separator, {"": "captions"}):
+        place = f"--texts {path}: line {line.number}"
+        need(not line.problem, f"{place} {line.problem}")
+        chain = [text.strip() for text in line.values["captions"].split("=>")]
+        need(all(chain), f"{place} has an empty caption in its chain; fill it in or remove it")
         yield chain
 
 

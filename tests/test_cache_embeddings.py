@@ -354,9 +354,8 @@ def test_long_captions_and_unknown_words_are_told_once(call, tmp_path, tiny):
     )
     assert status == 0
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert (
-        len(notes) == 3
-    )  # the third is on the ladder, whose last prompt is too long for this CLIP
+    assert len(notes) == 4  # the last is on the ladder, whose last prompt is too long for this CLIP
+    assert notes.pop(0).startswith("note: 1 captions have half a character")
     assert notes[0].startswith("note: 1 texts are longer than the model reads (16 tokens)")
     assert notes[1].startswith(
         "note: 1 texts have words that this CLIP has never seen, such as 'a zebra"

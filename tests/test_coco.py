@@ -9,7 +9,7 @@ from PIL import Image
 from datasets.coco import CocoCaptions
 from datasets.pictures import decode_file, read_rgb
 from datasets.registry import DATASETS
-from tests.conftest import TRAIN_IDS, draw_data
+from tests.conftest import TRAIN_IDS, draw, draw_data
 from utils.cli import UserError
 
 LAYOUT = DATASETS["shapes"].layout
@@ -57,7 +57,7 @@ def load(root):
 def refusal(root):
     """The message with which a data set is refused; it is one line."""
     with pytest.raises(UserError) as caught:
-        load(root)
+        load(root).check_broken(0)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -139,7 +139,7 @@ def test_what_is_not_json_is_refused(tmp_path, text):
 def test_bytes_that_are_not_utf8_are_refused(tmp_path):
     write(tmp_path, document())
     (tmp_path / "annotations" / "captions_val.json").write_bytes(b'{"images": "\xff\xfe"}')
-    assert "captions_val.json: not valid JSON" in refusal(tmp_path)
+    assert "captions_val.json: line 1: byte 0xff is not UTF-8" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ BROKEN = {
     ),
     "a blank caption": (
         set_field("annotations", 2, "caption", " \n\t"),
-        ["annotations[2]", "44", "'caption'"],
+        ["annotations[2]", "44", "blank caption"],
     ),
     "an empty caption": (
         set_field("annotations", 2, "caption", ""),
-        ["annotations[2]", "44", "'caption'"],
+        ["annotations[2]", "44", "blank caption"],
     ),
     "a number for a caption": (
         set_field("annotations", 2, "caption", 17),
@@ -205,8 +205,8 @@ BROKEN = {
         set_field("annotations", 0, "image_id", 8),
         ["annotations[0]", "501", "image 8"],
     ),
-    "a text for an id": (set_field("images", 0, "id", "30"), ["images[0]", '"30"']),
-    "a fraction for an id": (set_field("images", 0, "id", 30.0), ["images[0]", "30.0"]),
+    "a word for an id": (set_field("images", 0, "id", "thirty"), ["images[0]", '"thirty"']),
+    "a fraction for an id": (set_field("images", 0, "id", 30.5), ["images[0]", "30.5"]),
     "true for an id": (set_field("images", 0, "id", True), ["images[0]", "true"]),
     "no file name": (set_field("images", 2, "file_name", ...), ["images[2]", "12", "'file_name'"]),
     "a blank file name": (
@@ -215,23 +215,15 @@ BROKEN = {
     ),
     "the folder above": (
         set_field("images", 2, "file_name", "../../secret.png"),
-        ["../../secret.png", "outside"],
+        ["../../secret.png", "leads out of"],
     ),
     "the folder above, on a detour": (
         set_field("images", 2, "file_name", "sub/../../val2/a.png"),
-        ["sub/../../val2/a.png", "outside"],
-    ),
-    "an absolute file name": (
-        set_field("images", 2, "file_name", "/etc/hostname"),
-        ["/etc/hostname", "outside"],
+        ["sub/../../val2/a.png", "leads out of"],
     ),
     "a file name with a null character": (
         set_field("images", 2, "file_name", "a\0.png"),
         ["a\\x00.png"],
-    ),
-    "a file name with half a surrogate pair": (
-        set_field("images", 2, "file_name", "\ud800.png"),
-        ["\\ud800.png"],
     ),
 }
 
@@ -253,11 +245,49 @@ def test_an_entry_that_is_no_object_is_named(tmp_path):
     assert "annotations[1]" in refusal(write(tmp_path, content))
 
 
-def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path):
+def test_links_and_absolute_names_are_read_wherever_they_lead(tmp_path):
     write(tmp_path, document())
-    (tmp_path / "secret.png").touch()
-    (tmp_path / "val" / "z.png").symlink_to(tmp_path / "secret.png")
-    assert "'z.png' lies outside" in refusal(tmp_path)
+    draw(tmp_path / "elsewhere.png", 1)
+    (tmp_path / "val" / "z.png").symlink_to(tmp_path / "elsewhere.png")
+    assert decode_file(load(tmp_path).image_files[0], np.asarray)[1] is None
+    content = document()
+    content["images"][2]["file_name"] = str(tmp_path / "elsewhere.png")
+    write(tmp_path, content)
+    assert tmp_path / "elsewhere.png" in load(tmp_path).image_files
+
+
+@pytest.mark.parametrize("kind", [str, float])
+def test_ids_may_be_texts_or_whole_floats(tmp_path, kind):
+    expected = load(write(tmp_path, document()))
+    content = document()
+    for section, names in (("images", ["id"]), ("annotations", ["id", "image_id"])):
+        for entry in content[section]:
+            for name in names:
+                entry[name] = kind(entry[name])
+    found = load(write(tmp_path, content))
+    assert found.fingerprint() == expected.fingerprint()
+    mark = (tmp_path / "annotations" / "captions_val.json").read_text()
+    (tmp_path / "annotations" / "captions_val.json").write_text(mark, encoding="utf-8-sig")
+    assert load(tmp_path).fingerprint() == expected.fingerprint()
+
+
+def test_blank_captions_are_left_out_if_they_may_be(tmp_path):
+    content = document()
+    content["annotations"][2]["caption"] = " "
+    split = load(write(tmp_path, content))
+    split.check_broken(1)
+    with pytest.raises(UserError, match="1 broken samples in all"):
+        split.check_broken(0)
+    assert len(split.captions) == len(content["annotations"]) - 1
+    assert len(split.image_ids) == len(content["images"])
+
+
+def test_half_a_surrogate_pair_in_a_caption_becomes_a_mark_that_can_be_written(tmp_path, caplog):
+    content = document()
+    content["annotations"][2]["caption"] = "a \ud83d cat \U0001f408"
+    split = load(write(tmp_path, content))
+    assert "a \ufffd cat \U0001f408" in split.captions
+    assert "1 captions have half a character" in caplog.text
 
 
 def test_a_link_that_leads_to_itself_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -67,10 +68,10 @@ class Unit:
                 0.0 if error else transform(self.values[row])
                 for row, error in zip(rows, errors, strict=True)
             ]
-            pictures = torch.tensor(whole)[:, None, None, None].expand(-1, 3, 2, 2)
+            pictures = np.tile(np.float32(whole)[:, None, None, None], (1, 3, 2, 2))
             yield Samples(
                 list(rows),
-                [f"of {row}" for row in rows] if self.texts == () else [],
+                [[f"of {row}"] for row in rows] if self.texts == () else [],
                 pictures,
                 errors,
             )

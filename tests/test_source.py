@@ -34,10 +34,16 @@ def tars(root):
         )
 
 
+def flickr8k(root):
+    write_flickr30k(root, "Flicker8k_Dataset")
+    (root / "dataset_flickr30k.json").rename(root / "dataset_flickr8k.json")
+
+
 MAKE = {  # the files of the split val of every data set, under a folder
     "coco": lambda root: drawn("coco", root),
     "coco-karpathy": write_karpathy_coco,
     "csv": table,
+    "flickr8k": flickr8k,
     "flickr30k": write_flickr30k,
     "shapes": lambda root: drawn("shapes", root),
     "webdataset": tars,
@@ -46,6 +52,7 @@ COUNTS = {
     "coco": (70, 140),
     "coco-karpathy": (1, 1),
     "csv": (2, 3),
+    "flickr8k": (1, 1),
     "flickr30k": (1, 1),
     "shapes": (70, 140),
 }

@@ -46,7 +46,7 @@ def load(root, split="val", **flags):
 def refusal(root, **flags):
     """The message with which a data set is refused; it is one line."""
     with pytest.raises(UserError) as caught:
-        load(root, **flags)
+        load(root, **flags).check_broken(0)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -155,16 +155,21 @@ BROKEN = {
     "bytes that are not UTF-8": (b"filepath,title\na.png,\xff\xfe\n", ["UTF-8"]),
     "the folder above": (
         "filepath,title\na.png,one\n../b.png,two\n",
-        ["line 3", "'../b.png' lies outside"],
+        ["line 3", "'../b.png' leads out of"],
     ),
     "the folder above, on a detour": (
         "filepath,title\na/../../b.png,two\n",
-        ["line 2", "'a/../../b.png' lies outside"],
+        ["line 2", "'a/../../b.png' leads out of"],
     ),
-    "an absolute name": (
-        "filepath,title\n/etc/hostname,one\n",
-        ["line 2", "'/etc/hostname' lies outside"],
+    "marks that swallow rows": (
+        'filepath,title\na.png,"the rest\nb.png,x\nc.png,this is 24"\nd.png,ok\n',
+        ["lines 2 to 4", "quotation mark", "--csv-quoting none"],
     ),
+    "marks that swallow rows in the image column": (
+        'filepath,title\n"a.png,x\nb.png",y\n',
+        ["lines 2 to 3", "quotation mark"],
+    ),
+    "a Latin-1 line": (b"filepath,title\na.png,one\nb.png,caf\xe9\n", ["line 3", "0xe9"]),
     "a null character": ("filepath,title\na\0.png,one\n", ["line 2"]),
 }
 
@@ -177,10 +182,51 @@ def test_a_broken_row_is_named(tmp_path, case):
         assert part in message
 
 
-def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path):
-    draw(tmp_path / "secret.png", 1)
-    (write(tmp_path / "root") / "1.png").symlink_to(tmp_path / "secret.png")
-    assert "line 3: the image file '1.png' lies outside" in refusal(tmp_path / "root")
+def test_links_and_absolute_names_are_read_wherever_they_lead(tmp_path):
+    draw(tmp_path / "elsewhere.png", 1)
+    (write(tmp_path / "root") / "1.png").symlink_to(tmp_path / "elsewhere.png")
+    assert load(tmp_path / "root").image_files
+    split = load(write_text(tmp_path, f"filepath,title\n{tmp_path}/elsewhere.png,one\n"))
+    assert split.image_files == [tmp_path / "elsewhere.png"]
+
+
+def test_quotation_marks_can_be_part_of_the_text(tmp_path):
+    write_text(tmp_path, 'filepath,title\na.png,"big sale" sign\nb.png,24" screen\n')
+    assert "--csv-quoting none" in refusal(tmp_path)
+    assert load(tmp_path, csv_quoting="none").captions == ['"big sale" sign', '24" screen']
+
+
+def test_a_quoted_text_may_go_on_over_lines_and_be_long(tmp_path):
+    long = "a" * 200_000
+    write_text(tmp_path, f'filepath,title\na.png,"two\nlines"\nb.png,{long}\n')
+    assert load(tmp_path).captions == ["two\nlines", long]
+
+
+def test_a_space_before_a_quotation_mark_is_told(tmp_path, caplog):
+    write_text(tmp_path, 'filepath,title\na.png, "a dog"\nb.png, "a cat"\n')
+    assert load(tmp_path).captions == [' "a dog"', ' "a cat"']
+    assert caplog.text.count("a space stands before a quotation mark") == 1
+    assert "line 2" in caplog.text
+
+
+def test_lists_of_captions_are_told_and_taken_apart_on_demand(tmp_path, caplog):
+    cell = '"[""a dog"", ""a big dog"", "" ""]"'
+    write_text(tmp_path, f"filepath,title\na.png,{cell}\nb.png,[1] a cat\n")
+    assert len(load(tmp_path).captions) == 2
+    assert "1 captions, such as that of line 2, are lists" in caplog.text
+    split = load(tmp_path, csv_caption_lists=True)
+    assert split.captions == ["a dog", "a big dog", "[1] a cat"]
+    assert split.image_of_caption == [0, 0, 1]
+
+
+def test_broken_rows_are_left_out_if_they_may_be(tmp_path):
+    text = "filepath|title|n\na.png|one|1\nb.png| 4   A dog runs\nc.png| |3\nd.png|four|4\n"
+    split = load(write_text(tmp_path, text), csv_separator="|")
+    assert split.captions == ["one", "four"]
+    split.check_broken(2)
+    with pytest.raises(UserError, match="2 broken samples in all"):
+        split.check_broken(1)
+    assert [place.rpartition(": ")[2] for place, _ in split.broken] == ["line 3", "line 4"]
 
 
 @pytest.mark.parametrize("separator", ["", "ab", '"', "\n", "\\n"])

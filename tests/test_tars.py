@@ -204,7 +204,7 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     assert status == 2
     for key, reason in (
         ("0", "cannot identify"),
-        ("1", "no picture"),
+        ("1", "no image"),
         ("2", "no caption"),
         ("3", "no caption in UTF-8 beside it"),
     ):
@@ -306,7 +306,9 @@ def test_keys_with_dots_are_refused_and_other_fields_are_not(call, pictures):
         {name.replace("00000000", "img.00"): content for name, content in files.items()},
     )
     status, stderr = call("--name", "dots")
-    assert (status, "img.000.png has a dot in its key" in stderr.splitlines()[-1]) == (2, True)
+    assert status == 2
+    assert "img.000.png: it has a dot in its key; name it without" in stderr
+    assert "(3 broken samples in all" in stderr.splitlines()[-1]
 
 
 def test_other_tars_of_the_same_names_are_other_tars(call, pictures):

@@ -89,14 +89,21 @@ def test_a_csv_whose_first_column_is_the_captions_may_start_with_a_mark(tmp_path
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b" \n\n", "holds no text"),
-        ("a.txt", b"\xff\xfe\x00", "not readable as UTF-8"),
+        ("a.txt", b"\xff\xfe\x00", "line 1: byte 0xff is not UTF-8"),
         ("a.csv", b"", "no column 'captions'"),
-        ("a.csv", b"id,texts\n1,a\n", "found: id, texts"),
+        ("a.csv", b"id,texts\n1,a\n", "found: 'id', 'texts'"),
         ("a.csv", b"id,captions\n", "holds no text"),
         ("a.csv", b"id,captions\n1,a => b\n2,a => => b\n", "line 3 has an empty caption"),
-        ("a.csv", b"id,captions\n1\n", "line 2 has an empty caption"),
-        ("a.csv", b"captions\n\xe9\n", "not readable as UTF-8"),
-        ("a.csv", b'captions\n"' + b"a" * 200_000 + b'"\n', "not readable"),
+        ("a.csv", b"id,captions\n1\n", "line 2 has 1 fields, the header 2"),
+        ("a.csv", b"captions\n\xe9\n", "line 2: byte 0xe9 is not UTF-8"),
+        (
+            "a.csv",
+            b"captions\nanimal => a dog, black\n",
+            "line 2 has 2 fields, the header 1; quote",
+        ),
+        ("a.csv", b'captions,n\n"a => b,1\nc => d",2\n', "lines 2 to 3"),
+        ("a.json", b'["a"]', ".json files are not read; give a text file"),
+        ("a.jsonl", b'{"caption": "a"}', ".jsonl files are not read"),
     ],
 )
 def test_files_without_proper_texts_are_refused(made, script, workdir, name, text, expected):

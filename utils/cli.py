@@ -108,6 +108,9 @@ def run_script(main, argv=None):
     """
     rank, ranks = torchrun_rank()
     level = logging.INFO if rank == 0 else logging.ERROR
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal shows what it can
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

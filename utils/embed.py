@@ -10,6 +10,7 @@ from collections import Counter
 from importlib.metadata import version
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -55,8 +56,8 @@ class Samples(NamedTuple):
     """B samples as a stream hands them over."""
 
     keys: list  # B names or rows; empty if the stream cannot be read on, for the reason in errors
-    captions: list  # B texts; empty if images come alone
-    pictures: torch.Tensor | None  # (B, 3, H, W), black where one is broken; None if all are
+    captions: list  # B lists of texts; empty if images come alone
+    pictures: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are
     errors: list  # B reasons; None where nothing is broken
 
 
@@ -67,6 +68,7 @@ class Embedded:
         image: (n, D), of n keys; None until it is finished.
         text: (m, D), of m captions; None if the unit has no texts.
         keys: of the images.
+        image_of_caption: for captions that come with the images, the position of each one's key.
         left_out: {key: reason} of what was broken.
         notes: what `embed_texts` noted of the captions.
     """
@@ -75,6 +77,7 @@ class Embedded:
         self.unit = unit
         self.captions = None if unit.texts is None else list(unit.texts)
         self.keys = []
+        self.image_of_caption = []
         self.left_out = {}
         self.notes = {}
         self.image = None
@@ -91,9 +94,10 @@ class Embedded:
             good.append(row)
             self.keys.append(key)
             if samples.captions:
-                self.captions.append(samples.captions[row])
+                self.captions += samples.captions[row]
+                self.image_of_caption += [len(self.keys) - 1] * len(samples.captions[row])
         if samples.pictures is not None:
-            images = samples.pictures.to(clip.dtype)
+            images = torch.from_numpy(samples.pictures).to(clip.dtype)
             encoded = in_chunks(clip.model.encode_image, images, clip.device)
             self._pieces.append(encoded[good])
 
@@ -166,11 +170,13 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
             unit_of_stream.append(unit)
     running = Counter(unit_of_stream)  # streams that are not at their end
     decoding = _Decoding(streams, clip.transform)
-    loader = DataLoader(decoding, batch_size=None, num_workers=min(workers, len(streams)))
+    loader = DataLoader(
+        decoding, batch_size=None, num_workers=min(workers, len(streams)), collate_fn=_as_it_is
+    )
     text_counts = [len(unit.texts or ()) for unit in missing]
     with _bar("texts", text_counts) as texts_bar:
         with _bar("images", [unit.pictures for unit in missing]) as bar:
-            for number, samples in loader:
+            for number, samples in _from_workers(loader):
                 unit = unit_of_stream[number]
                 if samples is None:  # the end of a stream
                     running[unit] -= 1
@@ -210,6 +216,24 @@ def _messages(unit, samples):
     """The broken ones of some samples, in words."""
     pairs = zip(samples.keys, samples.errors, strict=True)
     return [unit.describe(key, error) for key, error in pairs if error]
+
+
+def _as_it_is(item):
+    """Keeps the DataLoader from moving arrays to shared memory, which is small in containers."""
+    return item
+
+
+def _from_workers(loader):
+    """What the workers of a loader hand over; a worker that dies ends the run in one line."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that decodes images was killed, perhaps for want of memory; run the same "
+            "command again with --workers 0, or in a container with more memory and --shm-size"
+        ) from None
 
 
 class _Decoding(IterableDataset):

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, locks, and files that are checked when read."""
 
 import contextlib
-import fcntl
+import errno
 import glob
 import hashlib
 import json
@@ -15,6 +15,10 @@ import numpy as np
 import torch
 
 from utils.cli import UserError, need
+
+# What file systems answer that do not know these calls (NFS, Lustre, FUSE).
+WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+WITHOUT_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -33,13 +37,22 @@ def written_aside(path):
         with open(aside, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         os.replace(aside, path)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _sync(file):
+    """Force a file to the disk, where the file system can do so."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in WITHOUT_FSYNC:
+            raise
 
 
 def partial(path):
@@ -60,6 +73,8 @@ def remove_leftovers(path):
 
 
 def _is_alive(process):
+    if os.name == "nt":  # where os.kill ends the process
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -69,14 +84,12 @@ def _is_alive(process):
     return True
 
 
-_locks = set()  # the open files of the locks that this process holds
-
-
 @contextlib.contextmanager
 def locked(path, what):
     """Hold a lock while the block runs.
 
-    The lock is an flock on a file, so it ends with its process, however that ends.
+    Where the file system has flock, the lock ends with its process, however that ends. Elsewhere
+    (some network file systems) a file beside it is the lock, which a killed process leaves.
 
     Args:
         path: the file, removed at the end together with folders that were made for it and are
@@ -86,25 +99,14 @@ def locked(path, what):
     """
     path = Path(path)
     new_folders = [folder for folder in path.parents if not folder.exists()]  # deepest first
-    file = None
-    # The last holder may remove the file after we opened it and before we lock it.
-    while file is None or not _is_file_at(path, file):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"{what}: another process is at work on it; wait until it has ended"
-            ) from None
-    _locks.add(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _acquire(path, what)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        _locks.discard(file)
-        file.close()
+        with contextlib.suppress(OSError):  # Windows does not remove an open file
+            path.unlink(missing_ok=True)
+        lock.release()
         for folder in new_folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -112,29 +114,83 @@ def locked(path, what):
 
 def is_locked(path):
     """Whether a process, this one or another, holds the lock `locked(path, ...)`."""
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    path = Path(path)
+    if _soft_lock_file(path).exists():
+        return True
+    if not path.exists():
         return False
-    except BlockingIOError:
+    try:
+        _acquire(path, path).release()
+    except UserError:
         return True
     return False
 
 
-def _is_file_at(path, file):
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    return False
+def _acquire(path, what):
+    """Acquire a lock without waiting, and return it."""
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    problem = f"{what}: another process is at work on it; wait until it has ended"
+    try:
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise UserError(problem) from None
+    except NotImplementedError:  # an older filelock, where there is no flock
+        pass
+    except OSError as error:
+        if error.errno not in WITHOUT_FLOCK:
+            raise
+    path.unlink(missing_ok=True)
+    soft_file = _soft_lock_file(path)
+    try:
+        lock = SoftFileLock(soft_file, timeout=0)
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise UserError(f"{problem}; or, if none is, remove {soft_file}") from None
 
 
-def _close_inherited_locks():
-    """A worker that outlives its killed parent for a moment must not keep the parent's locks."""
-    while _locks:
-        _locks.pop().close()
+def _soft_lock_file(path):
+    """The file that is the lock itself where there is no flock."""
+    return path.with_name(f"{path.name}-held")
 
 
-os.register_at_fork(after_in_child=_close_inherited_locks)
+def not_utf8(path):
+    """The UserError of a text file that is not UTF-8; it names the first line that is not."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{line[error.start]:02x}"
+                return UserError(f"{path}: line {number}: {byte} is not UTF-8; save it as UTF-8")
+    return UserError(f"{path}: not readable as UTF-8 text; save it as UTF-8")
+
+
+def text_lines(path):
+    """The lines of a text file without space around them; blank ones are left out.
+
+    A line ends in \\n, \\r or both, and in nothing else that Unicode knows.
+
+    Raises: UserError if it is not UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
+    return [line for line in lines if line]
+
+
+def clean_text(text):
+    """A text that can be encoded: half a surrogate pair becomes U+FFFD, a whole one its character.
+
+    >>> clean_text("a \\ud83d cat") == "a \\ufffd cat"
+    True
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def differences(saved, current):
@@ -158,9 +214,36 @@ def sha256(path):
 
 
 def save_tensors(content, path):
-    """Write tensors and plain types. The same content gives the same bytes under any name."""
+    """Write tensors and plain types. The same content gives the same bytes under any name.
+
+    Raises: OSError from the file system, which torch.save alone turns into a RuntimeError.
+    """
     with written_aside(path) as file:
-        torch.save(content, file)
+        watched = _WatchedFile(file)
+        try:
+            torch.save(content, watched)
+        except RuntimeError:
+            if watched.error is not None:
+                raise watched.error from None
+            raise
+
+
+class _WatchedFile:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file):
+        self.file = file
+        self.error = None
+
+    def write(self, content):
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
 
 
 def save_json(content, path, indent=None):
@@ -256,7 +339,9 @@ def load_json(path):
     Raises: UserError if the file is not JSON; FileNotFoundError if there is none.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None

@@ -241,7 +241,8 @@ def _columns(table):
 
 def _write_csv(file, tables):
     text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True)
-    writer = csv.writer(text, lineterminator="\n")
+    # All texts are quoted: a lone carriage return in one would end the row otherwise.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(COLUMNS)
     writer.writerows(_rows(tables))
     text.detach()  # flushes, and leaves the file open

@@ -11,7 +11,7 @@ from models.layers import cosine_similarity
 from utils.cli import UserError, need
 from utils.evaluation.scorers import FROZEN, PUBLISHED, AdaptorScorer, FrozenScorer
 from utils.evaluation.selective import decide, load_threshold
-from utils.files import load_json
+from utils.files import clean_text, load_json, text_lines
 
 CLOSEST = 3  # images that are named for a text
 GUARANTEE = (
@@ -28,21 +28,12 @@ def prompts_from(arguments):
     texts = []
     for argument in arguments:
         if argument.startswith("@"):
-            texts += _lines_of(argument)
+            texts += text_lines(Path(argument[1:]))
         else:
-            texts.append(argument)
+            texts.append(clean_text(argument))
     has_text = bool(texts) and all(text.strip() for text in texts)
     need(has_text, "--prompts: a prompt is blank; give texts that are not")
     return texts
-
-
-def _lines_of(argument):
-    """The lines of "@FILE" that are not blank."""
-    try:
-        content = Path(argument[1:]).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {argument}: not readable as UTF-8 text ({error})") from None
-    return [line.strip() for line in content.splitlines() if line.strip()]
 
 
 @torch.inference_mode()
