@@ -1,5 +1,7 @@
 """embed_units on units that know no data set and an encoder whose outputs tell: what is encoded, kept and left out."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -275,3 +277,14 @@ def test_the_last_bit_of_a_text_does_not_depend_on_the_texts_beside_it():
     z, order = encode_tokens(clip, tokens, bar), torch.randperm(300)
     assert torch.equal(encode_tokens(clip, tokens[order], bar), z[order])
     assert torch.equal(encode_tokens(clip, tokens[:7], bar), z[:7])
+
+
+def test_a_killed_worker_ends_the_run_in_one_line(clip, store):
+    def die(transform):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    unit = Unit("a", ["1"] * 3)
+    unit.streams = lambda size: [die]
+    with pytest.raises(UserError, match="was killed.*--workers 0"):
+        embed_units([unit], clip, store(), workers=1)

@@ -428,3 +428,104 @@ def test_the_missing_package_is_named(call, pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(UserError, match="pip install webdataset"):
         TarSplit("tars/{00000..00000}.tar", "train", None)
+
+
+# Tars as people have them.
+
+
+def skipped_of(name="web"):
+    return dict(EmbeddingCache(name, "train").meta["skipped"])
+
+
+@pytest.mark.parametrize("form", ["txt", "json", "empty txt"])
+def test_every_line_or_entry_is_a_caption_of_the_image(call, pictures, form):
+    files = samples_of(pictures, 0, 3)
+    captions = ["a dog", "a big dog", "a dog on grass"]
+    lines = "\r\n".join(["a dog", "", " a big dog ", "a dog on grass", ""]).encode()
+    document = json.dumps({"caption": captions}).encode()
+    files["000000001.txt"] = {"txt": lines, "json": b"", "empty txt": b" \n"}[form]
+    files["000000001.json"] = document
+    if form == "json":
+        del files["000000001.txt"]
+    write_tar("tars/00000.tar", files)
+    write_tar("tars/00001.tar", samples_of(pictures, 3, 5))
+    assert call()[0] == 0
+    cache = EmbeddingCache("web", "train")
+    assert cache.image_of_caption.tolist() == [0, 1, 1, 1, 2, 3, 4]
+    assert cache.captions[1:4] == captions
+    assert (len(cache.image), len(cache.text), cache.meta["caption_count"]) == (5, 7, 7)
+    assert call()[0] == 0
+
+
+def test_what_is_twice_is_broken_and_counted_once(call, pictures):
+    files = list(samples_of(pictures, 0, 4).items())
+    picture = files[0][1]
+    files.insert(1, files[0])  # 0.png twice
+    files += [("000000004.png", picture), ("000000004.jpg", picture), ("000000004.txt", b"four")]
+    files += [("000000002.png", picture), ("000000002.txt", b"again")]  # a key comes back
+    with tarfile.open("tars/00000.tar", "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    status, stderr = call()
+    assert status == 2
+    assert "(3 broken samples in all" in stderr.splitlines()[-1]
+    assert call("--skip-broken")[0] == 0
+    assert EmbeddingCache("web", "train").images == ["000000001", "000000002", "000000003"]
+    reasons = skipped_of()
+    assert "000000000.png is twice" in reasons["00000.tar: 000000000"]
+    assert "several images (png, jpg)" in reasons["00000.tar: 000000004"]
+    assert "its key comes twice" in reasons["00000.tar: 000000002 (again)"]
+
+
+def test_a_key_that_is_in_two_tars_is_told(call, pictures):
+    write_tar("tars/00000.tar", samples_of(pictures, 0, 3))
+    write_tar("tars/00001.tar", samples_of(pictures, 2, 5))
+    status, stderr = call()
+    assert status == 0
+    assert "note: 1 keys are in more than one tar, such as 000000002" in stderr
+    assert len(EmbeddingCache("web", "train").text) == 6
+
+
+@pytest.mark.parametrize("size", [2, 70])
+def test_a_tar_that_is_not_sorted_is_one_line(call, pictures, size):
+    files = samples_of(pictures, 0, size)
+    files = {name: files[name] for name in sorted(files, key=lambda name: name[::-1])}
+    write_tar("tars/00000.tar", files)
+    status, stderr = call()
+    assert status == 2
+    assert "00000.tar: cannot be used to its end" in stderr.splitlines()[-1]
+    assert "not sorted by name" in stderr and "tar --sort=name" in stderr
+    assert "beside it" not in stderr
+
+
+def test_what_macos_adds_is_ignored(call, pictures):
+    files = samples_of(pictures, 0, 3)
+    extra = {".DS_Store": b"x", "__MACOSX/._000000000.png": b"x"}
+    for name in list(files):
+        extra[f"._{name}"] = b"x"
+        extra[f"./._{name}"] = b"x"
+    write_tar("tars/00000.tar", {**extra, **files})
+    write_tar("tars/._00000.tar", {"a.txt": b"x"})
+    Path("tars/.DS_Store").write_bytes(b"x")
+    assert call()[0] == 0
+    assert EmbeddingCache("web", "train").images == ["000000000", "000000001", "000000002"]
+    assert not skipped_of()
+
+
+def test_names_that_are_not_utf8_and_links_are_told_or_cleaned(call, pictures):
+    files = samples_of(pictures, 0, 3)
+    with tarfile.open(
+        "tars/00000.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1"
+    ) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name.replace("000000001", "caf\xe9"))
+            info.size = len(content)
+            if name == "000000002.png":
+                info.type, info.size, info.linkname = tarfile.SYMTYPE, 0, "000000000.png"
+                content = b""
+            tar.addfile(info, io.BytesIO(content))
+    assert call("--skip-broken")[0] == 0
+    assert EmbeddingCache("web", "train").images == ["000000000", "caf\ufffd"]
+    assert "links are not followed" in skipped_of()["00000.tar: 000000002"]

@@ -3,6 +3,7 @@
 The result has the same bytes whatever the batch size, the workers or the ranks.
 """
 
+import contextlib
 import copy
 import logging
 import signal
@@ -174,9 +175,9 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
         decoding, batch_size=None, num_workers=min(workers, len(streams)), collate_fn=_as_it_is
     )
     text_counts = [len(unit.texts or ()) for unit in missing]
-    with _bar("texts", text_counts) as texts_bar:
+    with _tell_of_a_dead_worker(), _bar("texts", text_counts) as texts_bar:
         with _bar("images", [unit.pictures for unit in missing]) as bar:
-            for number, samples in _from_workers(loader):
+            for number, samples in loader:
                 unit = unit_of_stream[number]
                 if samples is None:  # the end of a stream
                     running[unit] -= 1
@@ -223,16 +224,17 @@ def _as_it_is(item):
     return item
 
 
-def _from_workers(loader):
-    """What the workers of a loader hand over; a worker that dies ends the run in one line."""
+@contextlib.contextmanager
+def _tell_of_a_dead_worker():
+    """Turn the death of a process that decodes images, in the block, into a UserError."""
     try:
-        yield from loader
-    except RuntimeError as error:
+        yield
+    except RuntimeError as error:  # torch raises it wherever this process is just then
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
             "a process that decodes images was killed, perhaps for want of memory; run the same "
-            "command again with --workers 0, or in a container with more memory and --shm-size"
+            "command again with --workers 0, or in a container with more memory"
         ) from None
 
 
