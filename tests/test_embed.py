@@ -286,5 +286,5 @@ def test_a_killed_worker_ends_the_run_in_one_line(clip, store):
 
     unit = Unit("a", ["1"] * 3)
     unit.streams = lambda size: [die]
-    with pytest.raises(UserError, match="was killed.*--workers 0"):
+    with pytest.raises(UserError, match=r"was killed.*--workers 0"):
         embed_units([unit], clip, store(), workers=1)

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import pickle
+import shutil
 import socket
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -171,7 +173,7 @@ def test_the_transform_takes_the_middle_at_the_models_size_and_normalises(clip):
 def test_a_file_named_as_a_tag_is_the_file(workdir, monkeypatch):
     import open_clip
 
-    (workdir / "openai").write_bytes(b"no weights")
+    torch.save({"a": torch.ones(2)}, workdir / "openai")
     asked = []
     fail = lambda name, pretrained, precision: asked.append(pretrained) or 1 / 0  # noqa: E731
     monkeypatch.setattr(open_clip, "create_model", fail)
@@ -209,7 +211,8 @@ def test_two_configurations_of_one_name_do_not_mix(tiny, tmp_path):
 )
 def test_a_file_that_holds_no_weights_is_refused(tiny, tmp_path, suffix, content):
     (tmp_path / f"w{suffix}").write_bytes(content)
-    assert f"--pretrained {tmp_path / f'w{suffix}'}: not " in refusal(
+    problem = "not " if content else "the file is empty"
+    assert f"--pretrained {tmp_path / f'w{suffix}'}: {problem}" in refusal(
         tiny[0], tmp_path / f"w{suffix}"
     )
 
@@ -232,7 +235,7 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
     torch.save({"only": torch.zeros(3)}, tmp_path / "w.pt")
     assert "not weights of tiny" in refusal(tiny[0], tmp_path / "w.pt")
     torch.save([1, 2], tmp_path / "w.pt")
-    assert "not weights of tiny" in refusal(tiny[0], tmp_path / "w.pt")
+    assert "it holds a list, not weights" in refusal(tiny[0], tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("saved_by", ["torch", "pickle"])
@@ -560,3 +563,70 @@ def test_a_vocabulary_that_is_too_small_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match="vocab"):
         tokenize(load_clip(str(config), str(weights)), ["a photo of a cat"])
+
+
+# Weights as people have them.
+
+
+def as_training_saves(weights):
+    return {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}}
+
+
+FORMS = {
+    "DDP": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "torch.compile": lambda weights: {f"_orig_mod.{name}": v for name, v in weights.items()},
+    "both": lambda weights: {f"module._orig_mod.{name}": v for name, v in weights.items()},
+    "a trainer": lambda weights: {f"model.{name}": value for name, value in weights.items()},
+    "a training checkpoint": as_training_saves,
+    "numpy scalars": lambda weights: as_training_saves(weights) | {"best": np.float64(0.3)},
+    "nested": lambda weights: {"model": dict(weights), "step": 7},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_found_under_what_training_adds(tiny, tmp_path, form):
+    config, _, model = tiny
+    path = tmp_path / "w.pt"
+    torch.save(FORMS[form](model.state_dict()), path)
+    clip = load_clip(str(config), str(path))
+    for name, value in model.state_dict().items():
+        assert torch.equal(clip.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
+        (b"<html>", "save its state dict alone as .safetensors"),
+    ],
+)
+def test_files_that_are_no_weights_are_named(tiny, tmp_path, content, words):
+    path = tmp_path / "w.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_clip(str(tiny[0]), str(path))
+
+
+def test_weights_with_the_names_of_transformers_are_named(tiny, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(
+        {"text_model.x.weight": torch.ones(2), "visual_projection.weight": torch.ones(2)}, path
+    )
+    with pytest.raises(UserError, match="the package transformers"):
+        load_clip(str(tiny[0]), str(path))
+
+
+def test_a_folder_with_configuration_and_weights_is_a_model(tiny, tmp_path):
+    config, weights, model = tiny
+    name = f"local-dir:{tmp_path}"
+    with pytest.raises(UserError, match=r"open_clip_config\.json"):
+        load_clip(name, name)
+    document = {"model_cfg": json.loads(config.read_text()), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="cannot be loaded"):  # no weights: not random ones
+        load_clip(name, name)
+    shutil.copy(weights, tmp_path / "open_clip_model.safetensors")
+    clip = load_clip(name, name)
+    assert torch.equal(clip.model.text_projection, model.text_projection)
+    assert ClipId.of_meta(clip.info).model == name

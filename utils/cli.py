@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 
+from tqdm import tqdm
+
 PERMISSION = "; change its permissions, or work in another folder"
 BLOCKED = "; a file stands where a folder must be: move it away"
 CURES = {
@@ -111,7 +113,7 @@ def run_script(main, argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal shows what it can
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_AboveBars()], force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     script = os.path.basename(sys.argv[0]) or "python"
@@ -127,6 +129,14 @@ def run_script(main, argv=None):
         print(f"{script}: interrupted{outcome}", file=sys.stderr)
         return 130
     return 0
+
+
+class _AboveBars(logging.StreamHandler):
+    """Writes to stderr, on lines of their own above a progress bar if there is one."""
+
+    def emit(self, record):
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def _one_line(error):

@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import socket
+import tempfile
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ FILE_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")  # a name that 
 SUMS = ("model", "model_sha256", "pretrained", "pretrained_sha256")  # in meta.json
 MAX_LAYERS = 1000  # in a configuration; a model of more would take hours to build
 MAX_NUMBER = 2**20  # of any other number there; more would not fit into memory
+LFS_POINTER = b"version https://git-lfs"
+SCHEMES = ("hf-hub:", "local-dir:")  # of --model: configuration and weights in one place
 TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # no weights
 
 
@@ -60,6 +63,8 @@ class ClipId:
 
         Raises: UserError if a file is missing.
         """
+        if model.startswith(SCHEMES):
+            return cls(model, model, None, None, precision)
         weights = _find("--pretrained", pretrained)
         weights_sum = sha256(weights) if weights else None
         model_sum = sha256(_find("--model", model)) if model.endswith(".json") else None
@@ -141,7 +146,8 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
     """A CLIP, as a Clip. Relative paths are also looked for in the repository itself.
 
     Args:
-        name: an open_clip model, or the path of a model configuration (.json).
+        name: an open_clip model, the path of a model configuration (.json), or hf-hub:owner/name
+            or local-dir:FOLDER, which name the weights as well.
         pretrained: an open_clip tag, or the path of weights: a state dict (.safetensors, .pt) or
             OpenAI's archive.
         device: where it is to run.
@@ -149,6 +155,8 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
     Raises: UserError if the name, the tag or the file does not exist, or if they do not belong
         together.
     """
+    if name.startswith(SCHEMES):
+        return _load_by_scheme(name, device, dtype)
     weights = _find("--pretrained", pretrained)
     if weights is None:
         _give_up_early_if_offline()
@@ -170,11 +178,33 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
     if weights is not None and twin:
         note = "note: %s has no QuickGELU; weights that OpenAI trained need --model %s"
         logging.warning(note, model_name, twin)
+    return _as_clip(model, tokenizer, name, pretrained, device, dtype)
+
+
+def _load_by_scheme(name, device, dtype):
+    """A CLIP whose configuration and weights lie in one place, hf-hub:owner/name or a folder."""
+    if name.startswith("hf-hub:"):
+        _give_up_early_if_offline()
+    import open_clip
+
+    cure = "it needs open_clip_config.json and weights, such as open_clip_model.safetensors"
+    with _quiet(), _refused(f"--model {name}: cannot be loaded", cure):
+        model = open_clip.create_model(
+            name, precision=precision_name(dtype), require_pretrained=True
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    return _as_clip(model, tokenizer, name, name, device, dtype)
+
+
+def _as_clip(model, tokenizer, name, pretrained, device, dtype):
+    """A model of open_clip as a Clip."""
+    import open_clip
+
     model.eval().requires_grad_(False).to(device)
     settings = open_clip.get_model_preprocess_cfg(model)
     configuration = open_clip.transform.PreprocessCfg(**settings)
     transform = open_clip.transform.image_transform_v2(configuration, is_train=False)
-    info = {**ClipId.of(name, pretrained).sums(), "precision": precision}
+    info = {**ClipId.of(name, pretrained).sums(), "precision": precision_name(dtype)}
     info.update(_facts(model, tokenizer, settings))
     return Clip(model, transform, tokenizer, device, dtype, info)
 
@@ -287,23 +317,102 @@ def _create_from_file(name, path, precision, pretrained, has_quick_gelu):
     """The model with the weights of a file on the CPU; `pretrained` names it in messages."""
     import open_clip
 
-    archive = None
-    with _refused(f"--pretrained {pretrained}: not readable"):
-        if _is_torchscript(path):
-            archive = torch.jit.load(str(path), map_location="cpu")
-    problem = f"{path.name} is OpenAI's archive, whose weights need QuickGELU"
-    fits = archive is None or has_quick_gelu
-    need(fits, f"--model {name}: {problem}: --model {name}-quickgelu")
-    with _refused(f"--pretrained {pretrained}: not weights of {name}"):
-        if archive is None:
+    _check_begin(path, pretrained)
+    if path.suffix in (".npz", ".npy"):  # of SigLIP's authors, which open_clip converts
+        with _refused(f"--pretrained {pretrained}: not weights of {name}"):
             return open_clip.create_model(name, pretrained=str(path), precision=precision)
+    is_archive = _is_torchscript(path)
+    problem = f"{path.name} is OpenAI's archive, whose weights need QuickGELU"
+    fits = not is_archive or has_quick_gelu
+    need(fits, f"--model {name}: {problem}: --model {name}-quickgelu")
+    weights, is_plain = _read_weights(path, pretrained, is_archive)
+    with _refused(f"--pretrained {pretrained}: not weights of {name}"):
+        if not is_archive:
+            with _as_plain_file(path, weights, is_plain) as file:
+                return open_clip.create_model(name, pretrained=file, precision=precision)
         model = open_clip.create_model(name, pretrained=None, precision=precision)
-        weights = {}
-        for key, value in archive.state_dict().items():
-            if key not in TORCHSCRIPT_EXTRAS:
-                weights[key] = value.float()
         model.load_state_dict(weights)
         return model
+
+
+def _check_begin(path, pretrained):
+    """Raise a UserError if a file of weights is empty, or stands for one that was not fetched."""
+    with open(path, "rb") as file:
+        beginning = file.read(len(LFS_POINTER))
+    need(beginning, f"--pretrained {pretrained}: the file is empty; fetch it again")
+    problem = "this is a Git LFS pointer, not the weights themselves"
+    need(beginning != LFS_POINTER, f"--pretrained {pretrained}: {problem}; run git lfs pull there")
+
+
+def _read_weights(path, pretrained, is_archive):
+    """The state dict of a file, without what training adds around it and before its names.
+
+    Returns: {name: tensor}; whether the file has just this.
+    """
+    cure = "save its state dict alone as .safetensors"
+    with _refused(f"--pretrained {pretrained}: not readable", cure):
+        if is_archive:
+            weights = torch.jit.load(str(path), map_location="cpu").state_dict()
+            names = [name for name in weights if name not in TORCHSCRIPT_EXTRAS]
+            return {name: weights[name].float() for name in names}, True
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_numpy_scalars()):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        is_plain = True
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not weights")
+        for key in ("state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                is_plain = False
+        weights = dict(content)
+    prefix = _common_prefix(weights)
+    while prefix:
+        is_plain = False
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        prefix = _common_prefix(weights)
+    is_of_transformers = any(name.startswith("text_model.") for name in weights)
+    problem = (
+        "its weights have the names of the package transformers, which open_clip does not read"
+    )
+    cure = "use open_clip's own, such as --pretrained openai or laion2b_s34b_b79k"
+    need(not is_of_transformers, f"--pretrained {pretrained}: {problem}; {cure}")
+    return weights, is_plain
+
+
+def _numpy_scalars():
+    """What a checkpoint with numpy numbers, such as its best accuracy, is made of: plain data."""
+    import numpy
+
+    kinds = [type(numpy.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
+    return [numpy.core.multiarray.scalar, numpy.dtype, *kinds]
+
+
+def _common_prefix(weights):
+    """What DDP, torch.compile or a trainer put before all names; "" if nothing."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            return prefix
+    return ""
+
+
+@contextlib.contextmanager
+def _as_plain_file(path, weights, is_plain):
+    """A file with nothing but these weights, as open_clip reads it: its path as a string.
+
+    Args: is_plain: whether the file itself is one.
+    """
+    if is_plain:
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "weights.pt")
+        torch.save(weights, file)
+        yield str(file)
 
 
 def _is_torchscript(path):

@@ -83,7 +83,7 @@ def _as_slice(rows):
 
 def _best_of_each_image(image, similarity, caption):
     """The positions of the most similar caption of each image; of equal ones, the smaller row."""
-    order = np.lexsort((caption, -similarity.double(), image))
+    order = np.lexsort((caption, -similarity.cpu().double(), image))
     _, first = np.unique(image[order], return_index=True)
     return order[first]
 
@@ -100,7 +100,7 @@ class _Ranks:
 
     def set_right_answers(self, queries, similarity, rows):
         """Set the best right answer of some queries: its similarity and its row."""
-        self.right[queries] = similarity.double()
+        self.right[queries] = similarity.cpu().double()
         self.right_row[queries] = rows
 
     def compare(self, similarity, queries, answers):

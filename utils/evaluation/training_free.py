@@ -342,7 +342,7 @@ class Reference:
         image, text = self.train.pairs(captions.to(self.train.text.device))
         image = image.cpu()
         text = text.cpu()
-        own_cosine = (unit(image) * unit(text)).sum(dim=1).double().mean().item()
+        own_cosine = (unit(image) * unit(text)).sum(dim=1).cpu().double().mean().item()
 
         def slope(log_scale):
             _, mean_cosine = self.softmax(text, [math.exp(log_scale)])[0]
