@@ -145,3 +145,25 @@ def test_a_state_dict_of_something_else_is_refused(workdir):
         torch.save(content, "asymvlm-psd.pt")
         with pytest.raises(UserError, match=r"asymvlm-psd\.pt"):
             load_adaptor("asymvlm-psd.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_checkpoint_under_ddp_or_torch_compile_is_read(workdir, prefix):
+    weights = {
+        f"{prefix}text_adaptor.{name}": value
+        for name, value in Branch("etta", True).state_dict().items()
+    }
+    torch.save(weights, "asymvlm-psd.pt")
+    adaptor = load_adaptor("asymvlm-psd.pt")
+    assert adaptor.method == "asymvlm-psd"
+    assert adaptor.temperature.item() == 2.5
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "the file is empty"), (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")],
+)
+def test_a_checkpoint_that_was_not_fetched_is_named(workdir, content, words):
+    Path("asymvlm-psd.pt").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_adaptor("asymvlm-psd.pt")

@@ -8,7 +8,7 @@ import torch
 from models import METHODS
 from models.base import Adaptor
 from utils.cli import UserError, need
-from utils.files import differences, load_tensors, save_tensors, sha256
+from utils.files import differences, load_tensors, save_tensors, sha256, without_prefixes
 from utils.paper import translate
 
 UNVALIDATED = {"validation": None, "keep": None}  # what a config without these stands for
@@ -138,6 +138,8 @@ def load_adaptor(
         if isinstance(content.get("recipe"), dict):
             recipe = content["recipe"]
     else:
+        if isinstance(content, dict):
+            content = without_prefixes(content)
         name, embed_dim, weights = translate(content, Path(path), method)
 
     is_known = isinstance(name, str) and name in METHODS

@@ -19,6 +19,7 @@ from utils.cli import UserError, need
 # What file systems answer that do not know these calls (NFS, Lustre, FUSE).
 WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 WITHOUT_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 
 
 @contextlib.contextmanager
@@ -256,6 +257,27 @@ def save_json(content, path, indent=None):
         file.write((text + "\n").encode())
 
 
+def check_is_fetched(path, what):
+    """Raise a UserError if a file is empty, or stands for one that was not fetched.
+
+    Args: what: the file in the message.
+    """
+    with open(path, "rb") as file:  # This raises if the file is missing or forbidden.
+        beginning = file.read(len(LFS_POINTER))
+    need(beginning, f"{what}: the file is empty; fetch or make it again")
+    problem = "this is a Git LFS pointer, not the file itself"
+    need(beginning != LFS_POINTER, f"{what}: {problem}; run git lfs pull there")
+
+
+def without_prefixes(weights):
+    """A state dict without what DDP, torch.compile or a trainer put before all of its names."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if weights and all(str(name).startswith(prefix) for name in weights):
+            plain = {name.removeprefix(prefix): value for name, value in weights.items()}
+            return without_prefixes(plain)
+    return weights
+
+
 def load_tensors(path, check_sums=True):
     """Read a file of tensors and plain types without running any code that may be in it.
 
@@ -264,7 +286,8 @@ def load_tensors(path, check_sums=True):
     Raises: UserError if it is no such file, or if it declares more values than it holds;
         FileNotFoundError if there is none.
     """
-    with open(path, "rb") as file:  # This raises if the file is missing or forbidden.
+    check_is_fetched(path, path)
+    with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # Older formats cannot be memory-mapped.
     try:
         if is_zip and check_sums:

@@ -19,7 +19,14 @@ import torch
 
 from utils.cli import UserError, need
 from utils.device import PRECISIONS, pick_precision, precision_name
-from utils.files import differences, leaves, load_json, sha256
+from utils.files import (
+    check_is_fetched,
+    differences,
+    leaves,
+    load_json,
+    sha256,
+    without_prefixes,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
@@ -28,7 +35,6 @@ FILE_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")  # a name that 
 SUMS = ("model", "model_sha256", "pretrained", "pretrained_sha256")  # in meta.json
 MAX_LAYERS = 1000  # in a configuration; a model of more would take hours to build
 MAX_NUMBER = 2**20  # of any other number there; more would not fit into memory
-LFS_POINTER = b"version https://git-lfs"
 SCHEMES = ("hf-hub:", "local-dir:")  # of --model: configuration and weights in one place
 TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # no weights
 
@@ -317,7 +323,7 @@ def _create_from_file(name, path, precision, pretrained, has_quick_gelu):
     """The model with the weights of a file on the CPU; `pretrained` names it in messages."""
     import open_clip
 
-    _check_begin(path, pretrained)
+    check_is_fetched(path, f"--pretrained {pretrained}")
     if path.suffix in (".npz", ".npy"):  # of SigLIP's authors, which open_clip converts
         with _refused(f"--pretrained {pretrained}: not weights of {name}"):
             return open_clip.create_model(name, pretrained=str(path), precision=precision)
@@ -333,15 +339,6 @@ def _create_from_file(name, path, precision, pretrained, has_quick_gelu):
         model = open_clip.create_model(name, pretrained=None, precision=precision)
         model.load_state_dict(weights)
         return model
-
-
-def _check_begin(path, pretrained):
-    """Raise a UserError if a file of weights is empty, or stands for one that was not fetched."""
-    with open(path, "rb") as file:
-        beginning = file.read(len(LFS_POINTER))
-    need(beginning, f"--pretrained {pretrained}: the file is empty; fetch it again")
-    problem = "this is a Git LFS pointer, not the weights themselves"
-    need(beginning != LFS_POINTER, f"--pretrained {pretrained}: {problem}; run git lfs pull there")
 
 
 def _read_weights(path, pretrained, is_archive):
@@ -370,11 +367,9 @@ def _read_weights(path, pretrained, is_archive):
                 content = content[key]
                 is_plain = False
         weights = dict(content)
-    prefix = _common_prefix(weights)
-    while prefix:
-        is_plain = False
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-        prefix = _common_prefix(weights)
+    plain_weights = without_prefixes(weights)
+    is_plain = is_plain and plain_weights.keys() == weights.keys()
+    weights = plain_weights
     is_of_transformers = any(name.startswith("text_model.") for name in weights)
     problem = (
         "its weights have the names of the package transformers, which open_clip does not read"
@@ -390,14 +385,6 @@ def _numpy_scalars():
 
     kinds = [type(numpy.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
     return [numpy.core.multiarray.scalar, numpy.dtype, *kinds]
-
-
-def _common_prefix(weights):
-    """What DDP, torch.compile or a trainer put before all names; "" if nothing."""
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if weights and all(name.startswith(prefix) for name in weights):
-            return prefix
-    return ""
 
 
 @contextlib.contextmanager
