@@ -18,11 +18,21 @@ from pathlib import Path
 import torch
 
 from datasets import embedding
-from datasets.embedding import ROOT
+from datasets.arrays import SUFFIXES, read_text_arrays
+from datasets.embedding import ARRAYS, ROOT
 from datasets.registry import DATASETS
 from datasets.texts import CHAINS, LADDER, are_written, flatten, read_texts, write_texts
 from datasets.units import UnitStore, check_other_splits, is_finished, lock_file
-from utils.cli import Parser, folder_name, need, positive, run_script, torchrun_rank, whole_number
+from utils.cli import (
+    Parser,
+    folder_name,
+    need,
+    non_negative,
+    positive,
+    run_script,
+    torchrun_rank,
+    whole_number,
+)
 from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
 from utils.distributed import (
     PATIENCE,
@@ -88,6 +98,7 @@ def parse(argv):
         help="leave out all broken samples; meta.json lists them",
     )
     add_table_flags(parser)
+    add_array_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     args.name = args.name or args.dataset
@@ -127,6 +138,15 @@ def add_table_flags(parser):
     add(
         "--csv-separator",
         help="what separates the columns (default: a comma in .csv, a tab in .tsv)",
+    )
+
+
+def add_array_flags(parser):
+    add = parser.add_argument_group("--dataset arrays").add_argument
+    add(
+        "--logit-scale",
+        type=non_negative,
+        help="what the encoder multiplies its cosines by (default: not known; eval.py takes 100)",
     )
 
 
@@ -190,11 +210,7 @@ def cache_data_set(args, data_set, device):
     """
     splits = open_splits(args, data_set)
     precision = pick_precision(args.precision, device)
-    clip_id = ClipId.of(
-        args.model or data_set.model,
-        args.pretrained or data_set.pretrained,
-        precision_name(precision),
-    )
+    clip_id = clip_of(args, data_set, precision)
     check_other_splits(args.name, args.split, clip_id)
     settings = {name: settings_of(args, split, clip_id) for name, split in splits.items()}
     waiting = [
@@ -205,13 +221,26 @@ def cache_data_set(args, data_set, device):
         texts = missing_texts(args.name, texts, clip_id)
     if not waiting and not texts:
         return
-    clip = load_clip(clip_id.model, clip_id.pretrained, device, precision)
+    clip = None
+    if data_set.model is not None:
+        clip = load_clip(clip_id.model, clip_id.pretrained, device, precision)
     for name in waiting:
         cache_split(args, name, splits[name], clip, settings[name])
     if is_first():
         for stem, (lines, chains) in texts.items():
             z = to_dtype(encode_texts(clip, lines), getattr(torch, args.dtype), lines)
             write_texts(args.name, stem, z, lines, clip.info, chains)
+
+
+def clip_of(args, data_set, precision):
+    """The ClipId of the CLIP that embeds a data set, or of none if it has embeddings already."""
+    if data_set.model is None:
+        flags = [flag for flag in ("model", "pretrained") if getattr(args, flag)]
+        problem = f"--dataset {args.dataset}: its embeddings are there already"
+        need(not flags, f"--{' '.join(flags)}: {problem}; leave it out")
+        return ClipId(ARRAYS, None)
+    model = args.model or data_set.model
+    return ClipId.of(model, args.pretrained or data_set.pretrained, precision_name(precision))
 
 
 def open_splits(args, data_set):
@@ -247,7 +276,9 @@ def settings_of(args, split, clip_id):
 
 def texts_of(data_set):
     """The further texts of a data set: {stem: (texts, chains or None)}."""
-    texts = {LADDER: (list(data_set.ladder), None)}
+    texts = {}
+    if data_set.ladder:
+        texts[LADDER] = (list(data_set.ladder), None)
     if data_set.chains:
         texts[CHAINS] = flatten(data_set.chains())
     return texts
@@ -287,7 +318,8 @@ def embed_split(args, folder, split, clip, settings):
     """
     start = time.perf_counter()
     # Units that other devices or versions made are not mixed in.
-    made_with = {"device": torch.device(clip.device).type, "versions": versions()}
+    device = "cpu" if clip is None else clip.device
+    made_with = {"device": torch.device(device).type, "versions": versions()}
     with first_rank_first():  # the others compare their settings with what it has begun
         store = UnitStore(
             folder,
@@ -297,10 +329,11 @@ def embed_split(args, folder, split, clip, settings):
             args.overwrite,
         )
     with stop_together():  # an error of one rank stops all
-        embed_units(split.units(), clip, store, args.batch_size, args.workers)
+        if clip is not None:
+            embed_units(split.units(), clip, store, args.batch_size, args.workers)
     with stop_together():
         if is_first():
-            meta = {"split": folder.name, **settings, **clip.info}
+            meta = {"split": folder.name, **settings, **(clip.info if clip else {})}
             meta = split.assemble(store, folder, meta)
             store.remove()
             report(folder, meta, time.perf_counter() - start)
@@ -330,11 +363,17 @@ def cache_texts(args, device):
     problem = f"{stem!r} is the name of the data set's own texts"
     is_free = stem not in (LADDER, CHAINS)
     need(is_free, f"--texts {args.texts}: {problem}; give the file another name")
+    folder = ROOT / args.name / "texts"
+    if Path(args.texts).suffix in SUFFIXES:
+        z, texts = read_text_arrays(Path(args.texts))
+        with locked(folder / f".{stem}.lock", f"--texts {args.texts}"):
+            write_texts(args.name, stem, z, texts, {})
+        logging.info("%s: %d texts", folder / stem, len(texts))
+        return
     texts, chains = read_texts(Path(args.texts))
     clip_id = embedding.clip_id(args.name)
     clip = clip_id.load(device, args.model, args.pretrained, args.precision)
     z = to_dtype(encode_texts(clip, texts), clip_id.dtype, texts)
-    folder = ROOT / args.name / "texts"
     with locked(folder / f".{stem}.lock", f"--texts {args.texts}"):
         write_texts(args.name, stem, z, texts, clip.info, chains)
     logging.info("%s: %d texts", folder / stem, len(texts))

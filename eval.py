@@ -15,7 +15,6 @@ python eval.py --dataset shapes --export scores.csv
 import json
 import logging
 import sys
-from pathlib import Path
 
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
@@ -40,6 +39,7 @@ from utils.evaluation.results import (
     evaluate,
     load_results,
     parse_row,
+    results_folder,
     row_name,
     save_texts,
     threshold_file,
@@ -55,7 +55,7 @@ from utils.trained import load_adaptors
 
 def main(argv=None):
     args = parse(argv)
-    folder = Path("results") / args.dataset
+    folder = results_folder(args.dataset, args.trained_on)
     if args.compare:
         compare(args, folder)
         return
@@ -63,7 +63,8 @@ def main(argv=None):
     cache = EmbeddingCache(args.dataset, args.split, mapped=bool(args.export)).to(device)
     if not asks_question(args):
         check_counts(cache, args.uncer_levels, args.folds)
-    adaptors = load_adaptors(args.dataset, args.method, args.seed, cache, args.other_clip)
+    trained_on = args.trained_on or args.dataset
+    adaptors = load_adaptors(trained_on, args.method, args.seed, cache, args.other_clip)
     if args.export:
         export_scores(args, adaptors, cache)
     elif args.prompts:
@@ -103,6 +104,12 @@ def add_evaluation_flags(parser):
         help=f"{', '.join(METHODS)}, or {', '.join(GROUPS)} (default: asymvlm-psd)",
     )
     add("--seed", nargs="+", type=seed_number, default=[0], help="seeds of the training")
+    add(
+        "--trained-on",
+        type=folder_name,
+        metavar="NAME",
+        help="evaluate the heads of checkpoints/NAME (default: those of --dataset)",
+    )
     add("--split", type=folder_name, default="val", help="split of the data set (default: val)")
     add(
         "--score",
@@ -292,6 +299,8 @@ def evaluate_all(args, adaptors, cache, folder):
         "folds": args.folds,
         "cache": cache.digest,
     }
+    if args.trained_on:
+        config["trained_on"] = args.trained_on
 
     def load_train_split():
         return EmbeddingCache(args.dataset, "train", mapped=True)
@@ -317,6 +326,8 @@ def report(args, results, adaptors, cache, folder):
     trained = tables.recipe_title(results)
     if trained:
         title += f"; {trained}"
+    if args.trained_on:
+        title += f"; heads trained on {args.trained_on}"
     if args.score != PUBLISHED:
         title += f"; {SCORES[args.score]}"
         folder = folder / args.score
@@ -352,6 +363,7 @@ def command_of(args):
         "resamples": args.resamples,
     }
     defaults = {
+        "trained_on": None,
         "levels_by": COUNT,
         "score": PUBLISHED,
         "reference": None,
@@ -378,9 +390,10 @@ def compare(args, folder):
     results = {row: load_results(folder, row, args.seed, args.split) for row in args.compare}
     names = [row_name(row) for row in results]
     differences = paired_bootstrap(results, args.uncer_levels, args.resamples, args.levels_by)
+    trained_on = f", trained on {args.trained_on}" if args.trained_on else ""
     over_seeds = " and Student's t over the seeds" if len(args.seed) > 1 else ""
     text = (
-        f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}: "
+        f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}{trained_on}: "
         f"{CONFIDENCE:.0%} intervals, from {args.resamples} paired resamples of the images"
         f"{over_seeds}; not corrected for their number\n\n{differences}\n"
     )

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from datasets.embedding import EmbeddingCache
+from datasets.embedding import NORMALISED, EmbeddingCache
 from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
 from models import GROUPS, METHODS, expand_groups, former_recipe, recipes_for
@@ -59,11 +59,7 @@ def main(argv=None):
         )
 
     if cache.is_normalised():
-        logging.warning(
-            "note: all embeddings of %s have norm 1; heads are made for raw embeddings and train "
-            "worse on normalised ones: cache raw ones if you can",
-            cache.folder,
-        )
+        logging.warning(NORMALISED, cache.folder)
 
     runs = planned_runs(args, cache, precision)
     if not args.resume and not args.overwrite:

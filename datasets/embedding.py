@@ -27,6 +27,11 @@ from utils.files import clean_text, digest, load_json
 from utils.preprocess import ClipId
 
 ROOT = Path("embeddings")
+ARRAYS = "arrays"  # the model of a cache that no CLIP made (arrays.py)
+NORMALISED = (
+    "note: all embeddings of %s have norm 1; heads are made for raw embeddings and train worse on "
+    "normalised ones: use raw ones if you can"
+)
 HELD_OUT = 20_000  # images at most; more would only make every epoch longer
 
 
@@ -128,8 +133,7 @@ class EmbeddingCache:
         """Whether the first 1,000 images and captions all have norm 1."""
         for rows in (self.image, self.text):
             first_rows = torch.arange(min(1000, len(rows)), device=rows.device)
-            norm = rows[first_rows].float().norm(dim=1)
-            if not ((norm - 1).abs() < 1e-3).all():
+            if not have_norm_1(rows[first_rows]):
                 return False
         return True
 
@@ -251,6 +255,12 @@ class EmbeddingCache:
         return {"relevance": {"t2i": t2i, "i2t": i2t}}
 
 
+def have_norm_1(z):
+    """Whether all embeddings z (n, D) have norm 1, up to the rounding of float16."""
+    norm = z.float().norm(dim=1)
+    return bool(((norm - 1).abs() < 1e-3).all())
+
+
 def _only(lists, queries):
     """The lists of some queries; those of the others are empty."""
     return [rows if query in queries else [] for query, rows in enumerate(lists)]
@@ -267,6 +277,10 @@ def clip_id(name):
     problem = f"no cache with a meta.json in {ROOT / name} to take the CLIP from"
     need(files, f"{problem}; make it with cache_embeddings.py first")
     made_by = ClipId.of_meta(load_json(files[0]), files[0].parent)
+    problem = "it is made of arrays, without a CLIP, so words cannot be embedded"
+    cure = f"add embeddings of texts: cache_embeddings.py --name {name} --texts FILE.npy, with "
+    cure += "FILE.txt beside it"
+    need(made_by.model != ARRAYS, f"{ROOT / name}: {problem}; {cure}")
     problem = "does not give the CLIP, precision and dtype that made the cache"
     need(made_by.is_complete(), f"{files[0]}: {problem}; {ANEW}")
     return made_by

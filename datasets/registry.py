@@ -6,6 +6,7 @@ Only cache_embeddings.py imports this, since it loads every reader.
 from dataclasses import dataclass
 
 from datasets import karpathy
+from datasets.arrays import ArraySplit
 from datasets.coco import CocoCaptions, Layout
 from datasets.karpathy import KarpathyCaptions
 from datasets.shapes import world
@@ -35,7 +36,9 @@ class DataSet:
 
     reader: type  # class of a split (source.py), called with data root, name of the split, layout
     layout: object = None  # where the files lie, as the reader takes it
-    model: str = "ViT-B-32-quickgelu"  # with pretrained, the CLIP used by default
+    model: str | None = (
+        "ViT-B-32-quickgelu"  # with pretrained, the CLIP used by default; None: none
+    )
     pretrained: str = "openai"
     ladder: tuple = PHOTO_LADDER  # prompts, each with one detail more than the one before
     make: object = None  # function of the data root that makes the files where there are none
@@ -45,6 +48,7 @@ class DataSet:
 
 
 DATASETS = {
+    "arrays": DataSet(ArraySplit, model=None, ladder=(), flags=("logit_scale",)),
     "coco": DataSet(
         CocoCaptions,
         Layout(

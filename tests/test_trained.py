@@ -1,5 +1,6 @@
 """Heads of several seeds: differently trained ones are refused, unfinished ones named, and cures work."""
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -153,6 +154,35 @@ def test_a_row_of_zeros_is_named_and_refused_by_all_scripts(script, train, kind)
         status, _, message = script(main, *flags)
         assert status == 2
         assert f"{kind}.pt: row 7 is all zeros" in message
+
+
+def test_heads_of_another_data_set_are_evaluated_if_the_clip_is_the_same(script, train):
+    train("--seed", 0, "--epochs", 1, "--method", "pfe", "asymvlm-psd")
+    make_cache("other", seed=5)
+    flags = ("--dataset", "other", "--no-plots", "--resamples", 100, "--trained-on", "tiny")
+    assert script(eval_script.main, *flags, "--method", "pfe", "asymvlm-psd")[0] == 0
+    folder = Path("results/other/trained-on-tiny")
+    content = json.loads((folder / "0/pfe.json").read_text())
+    assert content["config"]["trained_on"] == "tiny"
+    assert content["config"]["training"]["dataset"] == "tiny"
+    page = (folder / "README.md").read_text()
+    assert "heads trained on tiny" in page.splitlines()[0] and "--trained_on tiny" in page
+    assert not Path("results/other/0").exists()
+    for question in (
+        ("--compare", "pfe", "asymvlm-psd"),
+        ("--export", "scores.csv"),
+        ("--most-uncertain", 2),
+    ):
+        assert script(eval_script.main, *flags, *question)[0] == 0
+    missing = ("--compare", "prolip", "asymvlm-psd")
+    status, _, message = script(eval_script.main, *flags, *missing)
+    assert status == 2
+    assert "--dataset other --trained-on tiny --method prolip" in message
+    make_cache("foreign", meta={"model": "other", "pretrained": "none"})
+    status, _, message = script(eval_script.main, "--dataset", "foreign", *flags[2:])
+    assert status == 2 and "--other-clip" in message
+    status, _, message = script(eval_script.main, "--dataset", "other", "--trained-on", "nothing")
+    assert status == 2 and "checkpoints/nothing/0/asymvlm-psd.pt" in message
 
 
 def test_levels_are_cut_by_count_or_by_spacing(script, train):

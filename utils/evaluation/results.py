@@ -26,6 +26,7 @@ from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import load_arrays, load_json, save_json, written_aside
 from utils.trained import difference_of_settings
 
+TRAINED_ON = "trained-on-"  # how the folder of results begins whose heads saw another data set
 FIELDS = ("query", "rank", "top1")  # that the answers of both directions have
 
 
@@ -181,6 +182,12 @@ def _check_answers(answered, table):
 # Files.
 
 
+def results_folder(dataset, trained_on=None):
+    """results/<dataset>/, or a folder in it if the heads were trained on another data set."""
+    folder = Path("results") / dataset
+    return folder / f"{TRAINED_ON}{trained_on}" if trained_on else folder
+
+
 def row_name(row):
     """The name of a row's files, such as "pfe", or "pfe.own" if its own score ranks."""
     return row.method if row.score == PUBLISHED else f"{row.method}.{row.score}"
@@ -216,7 +223,12 @@ def load_results(folder, row, seeds, split):
     Raises: UserError if a file is missing, or as `Results.load`.
     """
     method = "all" if row.method in TRAINING_FREE else row.method
-    command = f"python eval.py --dataset {folder.name} --method {method}"
+    flags = f"--dataset {folder.name}"
+    if folder.name.startswith(TRAINED_ON):
+        flags = (
+            f"--dataset {folder.parent.name} --trained-on {folder.name.removeprefix(TRAINED_ON)}"
+        )
+    command = f"python eval.py {flags} --method {method}"
     command += f" --seed {' '.join(map(str, seeds))}"
     if row.score != PUBLISHED:
         command += f" --score {row.score}"

@@ -1,0 +1,289 @@
+"""Embeddings that were computed elsewhere become a cache, without a CLIP.
+
+One file per kind, .npy, .pt or .safetensors:
+
+    <root>/<split>/image.npy (N, D)   text.npy (M, D)   image_of_caption.npy (M,)
+                   captions.txt or captions.json, images.txt or images.json, if they are known
+
+Without image_of_caption, M = N, and text k belongs to image k. Or many files, as clip-retrieval
+writes them, each of which becomes a shard; text k of a file belongs to image k of the same file:
+
+    <root>/<split>/img_emb/img_emb_0.npy  text_emb/text_emb_0.npy  metadata/metadata_0.parquet
+
+Files are read through a memory map, a part at a time.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.checks import first_bad_row, is_list, listing
+from datasets.embedding import NORMALISED, have_norm_1
+from datasets.rows import shard_file
+from datasets.source import Split
+from datasets.write import clear_meta, finish_shards
+from utils.cli import UserError, need
+from utils.embed import to_dtype
+from utils.files import digest, load_json, load_tensors, not_utf8, save_json, save_tensors, sha256
+
+SUFFIXES = (".npy", ".pt", ".safetensors")
+PART = 65_536  # rows that are read at a time, and the rows of a shard
+
+
+class ArraySplit(Split):
+    """A split of embeddings in files.
+
+    Args:
+        layout: of no use here.
+        logit_scale: what the encoder multiplies its cosines by; None: not known.
+    Raises: UserError that says what was expected and what was found.
+    """
+
+    def __init__(self, root, split, layout=None, logit_scale=None):
+        self.folder = Path(root) / split
+        self.logit_scale = logit_scale
+        self.pieces = _pieces_of(self.folder)
+        self.files = sorted({file for piece in self.pieces for file in piece.files()})
+
+    def fingerprint(self):
+        """Name, size and time of last change of every file."""
+        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+        return {"files": f"{len(facts)} files, {digest(facts)}"}
+
+    def units(self):
+        """None: nothing is encoded."""
+        return []
+
+    def assemble(self, store, folder, meta):
+        """Write the embeddings as shards, each in the cache's dtype."""
+        clear_meta(folder)
+        writers = {kind: _ShardWriter(folder, kind, store.dtype) for kind in ("image", "text")}
+        maps = []
+        width = None
+        for piece in self.pieces:
+            first_image = writers["image"].rows
+            maps.append(first_image + piece.image_of_caption())
+            for kind, writer in writers.items():
+                names = piece.names(kind)
+                for start, part in piece.parts(kind):
+                    width = width or part.shape[1]
+                    problem = f"{part.shape[1]} wide, the others are {width} wide"
+                    need(part.shape[1] == width, f"{piece.file_of[kind]}: {problem}")
+                    writer.write(part, names[start : start + len(part)], piece.file_of[kind], start)
+        meta["embed_dim"] = width
+        meta["image_count"] = writers["image"].rows
+        meta["caption_count"] = writers["text"].rows
+        meta["logit_scale"] = self.logit_scale
+        meta["skipped"] = []
+        if all(writer.is_normalised for writer in writers.values()):
+            logging.warning(NORMALISED, self.folder)
+        index = {kind: writer.index for kind, writer in writers.items()}
+        finish_shards(folder, index, torch.cat(maps), meta)
+        return meta
+
+
+class _ShardWriter:
+    """Writes parts of the embeddings of one kind, each as a shard with the names of its rows."""
+
+    names_of = {"image": "images", "text": "captions"}
+
+    def __init__(self, folder, kind, dtype):
+        self.folder = folder
+        self.kind = kind
+        self.dtype = dtype
+        self.rows = 0
+        self.index = []
+        self.is_normalised = True  # so far
+
+    def write(self, part, names, source, start):
+        """Write embeddings (n, D), which are rows of a file from `start` on."""
+        bad, problem = first_bad_row(part)
+        need(not problem, f"{source}: row {start + (bad or 0)} {problem}")
+        self.is_normalised = self.is_normalised and have_norm_1(part)
+        number = len(self.index)
+        file = shard_file(self.folder, self.kind, number)
+        save_tensors(to_dtype(part, self.dtype, names), file)
+        save_json(names, shard_file(self.folder, self.names_of[self.kind], number))
+        self.index.append([len(part), sha256(file)])
+        self.rows += len(part)
+
+
+class _Piece:
+    """Files whose rows belong together: one set, or one number of clip-retrieval's.
+
+    Attributes:
+        file_of: {"image", "text"}: their files; "map", "captions", "images": files or None.
+    """
+
+    def __init__(self, file_of):
+        self.file_of = file_of
+        self._array_of = {kind: open_array(file_of[kind]) for kind in ("image", "text")}
+
+    def files(self):
+        return [file for file in self.file_of.values() if file is not None]
+
+    def rows(self, kind):
+        return len(self._array_of[kind])
+
+    def parts(self, kind):
+        """Yield (first row, embeddings (n, D)) of PART rows at a time."""
+        array = self._array_of[kind]
+        for start in range(0, len(array), PART):
+            yield start, _as_tensor(array[start : start + PART]).float()
+
+    def image_of_caption(self):
+        """The image row of every text, (M,) int64."""
+        images = self.rows("image")
+        texts = self.rows("text")
+        file = self.file_of["map"]
+        if file is None:
+            problem = f"{self.file_of['text']} has {texts} rows, {self.file_of['image']} {images}"
+            cure = "give image_of_caption.npy, the image row of each text"
+            need(texts == images, f"{problem}; {cure}")
+            return torch.arange(texts)
+        rows = _as_tensor(np.asarray(open_array(file, dimensions=1)))
+        is_whole = not rows.is_floating_point() and len(rows) == texts
+        in_range = is_whole and len(rows) and rows.min() >= 0 and rows.max() < images
+        expected = f"expected {texts} image rows from 0 to {images - 1}, whole numbers"
+        need(in_range, f"{file}: {expected}")
+        return rows.to(torch.int64)
+
+    def names(self, kind):
+        """A name for every row: the file's, or the row's number."""
+        file = self.file_of["images" if kind == "image" else "captions"]
+        rows = self.rows(kind)
+        if file is None:
+            return [str(row) for row in range(rows)]
+        if file.suffix == ".parquet":
+            names = _column(file, "image_path" if kind == "image" else "caption")
+        else:
+            names = load_json(file) if file.suffix == ".json" else _lines(file)
+        need(is_list(names, str, rows), f"{file}: expected {rows} texts, one for each row")
+        return names
+
+
+def _pieces_of(folder):
+    """The pieces of a split, in the order of their numbers."""
+    found = listing(folder)
+    numbered = _numbered(folder / "img_emb", "img_emb")
+    if numbered:
+        texts = _numbered(folder / "text_emb", "text_emb")
+        tables = _numbered(folder / "metadata", "metadata")
+        problem = (
+            f"img_emb/ and text_emb/ have files of other numbers ({len(numbered)}, {len(texts)})"
+        )
+        need(numbered.keys() == texts.keys(), f"{folder}: {problem}; give both of every number")
+        return [
+            _clip_retrieval_piece(numbered[n], texts[n], tables.get(n)) for n in sorted(numbered)
+        ]
+    files = {"image": _one_file(folder, "image"), "text": _one_file(folder, "text")}
+    expected = "expected image.npy and text.npy (or .pt, .safetensors), or img_emb/ and text_emb/"
+    need(None not in files.values(), f"--data-root: {folder}: {expected}, found {found}")
+    files["map"] = _one_file(folder, "image_of_caption")
+    files["captions"] = _one_file(folder, "captions", (".txt", ".json"))
+    files["images"] = _one_file(folder, "images", (".txt", ".json"))
+    return [_Piece(files)]
+
+
+def _clip_retrieval_piece(image, text, table):
+    return _Piece({"image": image, "text": text, "map": None, "captions": table, "images": table})
+
+
+def _numbered(folder, stem):
+    """{number: file} of <stem>_0.npy and so on in a folder."""
+    files = {}
+    for file in folder.glob(f"{stem}_*"):
+        match = re.fullmatch(rf"{stem}_(\d+)", file.stem)
+        if match:
+            files[int(match[1])] = file
+    return files
+
+
+def _one_file(folder, stem, suffixes=SUFFIXES):
+    """The file of this stem with one of these suffixes; None if there is none."""
+    files = [folder / f"{stem}{suffix}" for suffix in suffixes]
+    existing = [file for file in files if file.is_file()]
+    names = " and ".join(file.name for file in existing)
+    need(len(existing) < 2, f"{folder}: found {names}; keep one of them")
+    return existing[0] if existing else None
+
+
+def open_array(file, dimensions=2):
+    """The array of a file, (N, D) or (N,), through a memory map where possible.
+
+    Raises: UserError if the file holds something else.
+    """
+    if file.suffix == ".npy":
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{file}: not an array of numbers ({reason})") from None
+    else:
+        content = _load_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file)
+        tensors = list(content.values()) if isinstance(content, dict) else [content]
+        is_one = len(tensors) == 1 and isinstance(tensors[0], torch.Tensor)
+        need(is_one, f"{file}: expected one tensor")
+        array = tensors[0]
+    shape = tuple(array.shape)
+    fits = len(shape) == dimensions and 0 not in shape
+    need(fits, f"{file}: expected an array of {dimensions} dimensions, found shape {shape}")
+    is_number = isinstance(array, torch.Tensor) or array.dtype.kind in "fiu"
+    need(is_number, f"{file}: expected numbers, found {array.dtype}")
+    return array
+
+
+def _load_safetensors(file):
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except Exception as error:  # noqa: BLE001  the package raises its own errors
+        raise UserError(f"{file}: not a .safetensors file ({error})") from None
+
+
+def _as_tensor(part):
+    return part if isinstance(part, torch.Tensor) else torch.from_numpy(np.array(part))
+
+
+def _lines(file):
+    """The lines of a text file; a blank one is a text, too."""
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            return [line.rstrip("\n") for line in lines]
+    except UnicodeDecodeError:
+        raise not_utf8(file) from None
+
+
+def _column(file, name):
+    """A column of a .parquet file as texts; row numbers if there is no such column."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{file}: needs the package pyarrow: pip install pyarrow") from None
+    table = parquet.read_table(file)
+    if name not in table.column_names:
+        return [str(row) for row in range(table.num_rows)]
+    return [str(value) if value is not None else "" for value in table[name].to_pylist()]
+
+
+def read_text_arrays(file):
+    """Embeddings of texts, FILE.npy (or .pt, .safetensors), and the texts, FILE.txt beside it.
+
+    Returns: (T, D) float32; T texts.
+    """
+    lines = file.with_suffix(".txt")
+    need(file.is_file(), f"--texts {file}: no such file")
+    need(lines.is_file(), f"--texts {file}: {lines} is missing; give the texts, one per line")
+    z = _as_tensor(np.asarray(open_array(file))).float()
+    bad, problem = first_bad_row(z)
+    need(not problem, f"{file}: row {bad} {problem}")
+    texts = _lines(lines)
+    need(
+        len(texts) == len(z),
+        f"{lines}: expected {len(z)} lines, one for each row, found {len(texts)}",
+    )
+    return z, texts
