@@ -322,6 +322,52 @@ def fill_real_disk():
         subprocess.run(["umount", "embeddings"], check=True)
 
 
+def fill_training_disks(rng, times):
+    """Trainings on file systems of 1 to 60 MB, which fill up in the middle of a write, and then grow.
+
+    Returns: (what to say of it, findings).
+    """
+    make_cache("tiny")
+    argv = (*TRAIN, "--epochs", 4, "--save-every", 1)
+    shutil.rmtree("checkpoints", ignore_errors=True)
+    finish(start(train_script.main, argv))
+    whole = without_logs("checkpoints")
+    full = 0
+    findings = []
+    for _ in range(times):
+        size = rng.randint(1, 60)
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        Path("checkpoints").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", "checkpoints"]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return "no training on small file systems: no right to mount one", findings
+        try:
+            status = finish(start(train_script.main, argv))
+            last = Path("output.txt").read_text().splitlines()[-1]
+            full += status == 2
+            if status != 0 and (status != 2 or "disk is full" not in last):
+                findings.append(f"training on {size} MB: exit status {status}, {last}")
+            if list(Path("checkpoints").rglob("*.partial")):
+                findings.append(f"training on {size} MB leaves a part of a file")
+            subprocess.run(["mount", "-o", "remount,size=300m", "checkpoints"], check=True)
+            status = finish(start(train_script.main, (*argv, "--resume")))
+            if status != 0 or without_logs("checkpoints") != whole:
+                findings.append(f"training on {size} MB, then with room: {status}, or other bytes")
+        finally:
+            subprocess.run(["umount", "checkpoints"], check=True)
+    return f"{times} trainings on 1 to 60 MB, {full} of which filled them", findings
+
+
+def shrink_shared_memory():
+    """Caching with two workers and 64 kB of shared memory. Returns: (what to say of it, findings)."""
+    test = "test_small_disks.py::test_a_small_shared_memory_is_enough"
+    file = Path(__file__).with_name(test.partition("::")[0])
+    command = [sys.executable, "-m", "pytest", "-q", f"{file}::{test.partition('::')[2]}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent.parent)
+    last = done.stdout.splitlines()[-1]
+    return f"caching with 64 kB of shared memory: {last}", [last] if done.returncode else []
+
+
 # Broken files.
 
 
@@ -818,6 +864,12 @@ def main():
         findings += found
         print(f"{runs} runs on a full disk, and again with room: {len(found)} findings", flush=True)
         said, found = fill_real_disk()
+        findings += found
+        print(f"{said}; {len(found)} findings", flush=True)
+        said, found = fill_training_disks(rng, 8)
+        findings += found
+        print(f"{said}; {len(found)} findings", flush=True)
+        said, found = shrink_shared_memory()
         findings += found
         print(f"{said}; {len(found)} findings", flush=True)
     with tempfile.TemporaryDirectory() as folder, workshop(folder, images=(2, 8)):

@@ -58,10 +58,10 @@ def test_a_small_safetensors_file_that_declares_a_huge_tensor_is_refused(tmp_pat
             {"logit_scale": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}
         ).encode()
         weights.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-        with pytest.raises(UserError, match="not (readable|weights of)"):
+        with pytest.raises(UserError, match=r"not (readable|weights of)"):
             load_clip(str(config), str(weights))
     weights.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    with pytest.raises(UserError, match="not (readable|weights of)"):
+    with pytest.raises(UserError, match=r"not (readable|weights of)"):
         load_clip(str(config), str(weights))
 
 
@@ -70,7 +70,7 @@ def test_a_small_pt_file_that_declares_a_huge_tensor_is_refused_as_weights(tmp_p
     torch.save(
         model.state_dict() | {"visual.proj": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "w.pt"
     )
-    with pytest.raises(UserError, match="not (readable|weights of)"):
+    with pytest.raises(UserError, match=r"not (readable|weights of)"):
         load_clip(str(config), str(tmp_path / "w.pt"))
 
 
