@@ -3,6 +3,7 @@
 # make tables DATASET=coco: six methods, three seeds, tables and plots of a cached data set; results/coco/README.md shows all.
 # make ablation DATASET=coco: the variants too, and one table of all; what is trained already is not trained again.
 # RESUME=--overwrite trains all of it anew, as is needed after make demo, whose recipe is another.
+# make zero-shot: classes of the built-in world from uncertain prompts, by heads trained on shapes.
 # make fair DATASET=coco: the baselines also as their own authors build and rank them, one table, and whose leads survive.
 PYTHON ?= python3
 RESUME ?= --resume
@@ -19,7 +20,7 @@ RUN := $(BIN)/python
 # What a CPU without native bfloat16 has.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test faults tables ablation fair lint bench clean about-demo about-test
+.PHONY: demo test faults tables ablation fair zero-shot lint bench clean about-demo about-test
 
 demo: about-demo .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
@@ -53,6 +54,12 @@ fair: .venv/installed
 	$(RUN) -m utils.questions.compare --dataset $(DATASET) --seed $(SEEDS) --name fair --against asymvlm-psd \
 	    --method asymvlm-psd asymvlm-vmf $(BASELINES) $(ORIGINALS) \
 	    --score published frozen own
+
+zero-shot: .venv/installed
+	$(RUN) cache_embeddings.py --dataset shapes
+	$(RUN) cache_embeddings.py --dataset shapes-classes
+	$(RUN) train.py --dataset shapes --method all --seed $(SEEDS) --recipe small --resume
+	$(RUN) eval.py --dataset shapes-classes --trained-on shapes --method all --seed $(SEEDS) --zero-shot
 
 test: about-test .venv/installed-tests
 	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -99,6 +99,7 @@ def parse(argv):
     )
     add_table_flags(parser)
     add_array_flags(parser)
+    add_folder_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     args.name = args.name or args.dataset
@@ -138,6 +139,15 @@ def add_table_flags(parser):
     add(
         "--csv-separator",
         help="what separates the columns (default: a comma in .csv, a tab in .tsv)",
+    )
+
+
+def add_folder_flags(parser):
+    add = parser.add_argument_group("--dataset imagefolder").add_argument
+    add(
+        "--templates",
+        metavar="FILE",
+        help='prompts for the classes, one per line, such as "a photo of a {}" (default: five)',
     )
 
 

@@ -46,7 +46,7 @@ from utils.evaluation.results import (
 )
 from utils.evaluation.scorers import PUBLISHED, SCORES, Row
 from utils.evaluation.training_free import TRAINING_FREE, every_scorer, open_reference
-from utils.questions import prompts
+from utils.questions import prompts, zero_shot, zero_shot_tables
 from utils.questions.compare import paired_bootstrap
 from utils.questions.export import export, export_file, load_export_texts
 from utils.report import results_page
@@ -69,6 +69,8 @@ def main(argv=None):
         export_scores(args, adaptors, cache)
     elif args.prompts:
         print_answers(ask_prompts(args, adaptors, cache, folder), args.json)
+    elif args.zero_shot:
+        classify(args, adaptors, cache, folder)
     elif args.most_uncertain or args.least_uncertain:
         print_answers(list_captions(args, adaptors, cache), args.json)
     else:
@@ -219,6 +221,11 @@ def add_question_flags(parser):
         metavar="FILE",
         help="write the scores of the split's captions to a .csv, .jsonl or .parquet file",
     )
+    one.add_argument(
+        "--zero-shot",
+        action="store_true",
+        help="classify the images of a cache of --dataset imagefolder by uncertain prompts",
+    )
     group.add_argument(
         "--texts",
         type=folder_name,
@@ -237,7 +244,7 @@ def check_flags(parser, args):
     if torchrun_rank()[1] > 1:
         parser.error("eval.py runs in a single process; call it without torchrun")
     lists_captions = bool(args.most_uncertain or args.least_uncertain)
-    if lists_captions and (args.compare or args.prompts or args.export):
+    if lists_captions and (args.compare or args.prompts or args.export or args.zero_shot):
         parser.error(
             "--most-uncertain and --least-uncertain are not allowed with another question; "
             "ask one at a time"
@@ -270,7 +277,12 @@ def check_comparison(parser, args):
 def asks_question(args):
     """Whether eval.py answers a question instead of an evaluation."""
     return bool(
-        args.compare or args.export or args.prompts or args.most_uncertain or args.least_uncertain
+        args.compare
+        or args.export
+        or args.prompts
+        or args.zero_shot
+        or args.most_uncertain
+        or args.least_uncertain
     )
 
 
@@ -409,6 +421,24 @@ def export_scores(args, adaptors, cache):
 
     texts = load_export_texts(args.texts, load, cache) if args.texts else None
     export(args.export, adaptors, cache, args.score, texts)
+
+
+def classify(args, adaptors, cache, folder):
+    """Zero-shot classification: print and save the table, and draw the plot."""
+    results = zero_shot.answer(cache, adaptors, args.resamples)
+    classes, prompts_per_class = zero_shot.classes_of(cache)
+    title = f"{args.dataset}/{args.split}, {len(classes)} classes, {prompts_per_class} prompts each"
+    title += f", {seeds_of(args)}"
+    text = zero_shot_tables.markdown(results, title, is_short=True)
+    files = {
+        "zero-shot.md": text,
+        "zero-shot-all.md": zero_shot_tables.markdown(results, title),
+        "zero-shot.csv": zero_shot_tables.comma_separated(results),
+    }
+    save_texts(files, folder)
+    if not args.no_plots:
+        zero_shot_tables.plot(results, folder / "zero-shot.png")
+    print(text, end="")
 
 
 def ask_prompts(args, adaptors, cache, folder):

@@ -5,11 +5,12 @@ Only cache_embeddings.py imports this, since it loads every reader.
 
 from dataclasses import dataclass
 
-from datasets import karpathy
+from datasets import image_folder, karpathy
 from datasets.arrays import ArraySplit
 from datasets.coco import CocoCaptions, Layout
+from datasets.image_folder import ImageFolder
 from datasets.karpathy import KarpathyCaptions
-from datasets.shapes import world
+from datasets.shapes import classes, world
 from datasets.table import TableCaptions
 from datasets.tars import TarSplit
 
@@ -61,6 +62,7 @@ DATASETS = {
     "csv": DataSet(TableCaptions, ("{split}.csv", "{split}.tsv"), flags=CSV_FLAGS),
     "flickr8k": DataSet(KarpathyCaptions, karpathy.FLICKR8K),
     "flickr30k": DataSet(KarpathyCaptions, karpathy.FLICKR30K),
+    "imagefolder": DataSet(ImageFolder, image_folder.TEMPLATES, flags=("templates",)),
     "shapes": DataSet(
         CocoCaptions,
         Layout(
@@ -71,6 +73,15 @@ DATASETS = {
         ladder=world.LADDER,
         make=world.make,
         chains=world.write_chains,
+    ),
+    "shapes-classes": DataSet(
+        ImageFolder,
+        classes.TEMPLATES,
+        model="datasets/shapes/clip.json",
+        pretrained="datasets/shapes/clip.safetensors",
+        ladder=world.LADDER,
+        make=classes.make,
+        flags=("templates",),
     ),
     "webdataset": DataSet(TarSplit, one_split=True),
 }

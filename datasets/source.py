@@ -80,6 +80,7 @@ class ListSplit(Split):
     image_of_caption: list  # image rows
     relevance: list | dict | None = None
     broken: list = field(default_factory=list)  # [place, problem] of rows that are left out already
+    facts: dict = field(default_factory=dict)  # what else meta.json says, plain types
 
     def __post_init__(self):
         cleaned = [clean_text(caption) for caption in self.captions]
@@ -136,6 +137,7 @@ class ListSplit(Split):
         image_folder = left.image_folder()
         if image_folder is not None:
             meta["image_folder"] = image_folder
+        meta.update(self.facts)
         meta["skipped"] = self.skipped(broken)
         meta["versions"] = versions()
         write_split(

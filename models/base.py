@@ -172,6 +172,10 @@ class Adaptor(nn.Module):
         """As `score`, but the score that the method's own authors rank by, variances included."""
         return self.score(image, text)
 
+    def variance_of(self, *encoded: Tensor) -> Tensor | None:
+        """The variances (N, D) of the Gaussians that an encoder returned; None if it makes none."""
+        return None
+
     def start_at(self, variance: float | None) -> None:
         """Give every distribution this initial variance, summed over the dimensions.
 
@@ -247,6 +251,9 @@ class GaussianAdaptor(Adaptor):
         """Set the last bias of both heads, to which log_var is close before training."""
         for head in (self.image_head, self.text_head):
             nn.init.constant_(head["log_var"][-1].bias, value)
+
+    def variance_of(self, mean, log_var):
+        return at_least_float32(log_var).exp()
 
     def describe_text(self, mean, log_var):
         return mean, total_variance(log_var) / self.embed_dim

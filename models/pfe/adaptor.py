@@ -25,6 +25,9 @@ class PFEAdaptor(Adaptor):
     def encode_text(self, z):
         return z, variance(self.text_mlp(z))
 
+    def variance_of(self, mean, var):
+        return var
+
     def describe_text(self, mean, var):
         return mean, var.mean(dim=-1)
 
