@@ -30,7 +30,7 @@ from utils.embed import to_dtype
 from utils.files import digest, load_json, load_tensors, not_utf8, save_json, save_tensors, sha256
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
-PART = 65_536  # rows that are read at a time, and the rows of a shard
+PART = 32_768  # rows that are read at a time, and the rows of a shard
 
 
 class ArraySplit(Split):
@@ -120,18 +120,19 @@ class _Piece:
 
     def __init__(self, file_of):
         self.file_of = file_of
-        self._array_of = {kind: open_array(file_of[kind]) for kind in ("image", "text")}
+        self._rows_of = {kind: len(open_array(file_of[kind])) for kind in ("image", "text")}
 
     def files(self):
         return [file for file in self.file_of.values() if file is not None]
 
     def rows(self, kind):
-        return len(self._array_of[kind])
+        return self._rows_of[kind]
 
     def parts(self, kind):
         """Yield (first row, embeddings (n, D)) of PART rows at a time."""
-        array = self._array_of[kind]
-        for start in range(0, len(array), PART):
+        for start in range(0, self.rows(kind), PART):
+            # Opened anew, so that pages that were read do not add up in memory.
+            array = open_array(self.file_of[kind])
             yield start, _as_tensor(array[start : start + PART]).float()
 
     def image_of_caption(self):
@@ -246,7 +247,8 @@ def _load_safetensors(file):
 
 
 def _as_tensor(part):
-    return part if isinstance(part, torch.Tensor) else torch.from_numpy(np.array(part))
+    """A copy of a part of an array as a tensor."""
+    return part.clone() if isinstance(part, torch.Tensor) else torch.from_numpy(np.array(part))
 
 
 def _lines(file):

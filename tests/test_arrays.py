@@ -239,7 +239,6 @@ def test_a_set_larger_than_memory_is_imported_a_part_at_a_time(workdir):
     assert done.returncode == 0, done.stderr
     status, megabytes = map(int, done.stdout.split())
     assert status == 0, done.stderr
-    # Mapped pages count too; the system takes them back when it needs memory.
     assert megabytes < 1_000
     assert EmbeddingCache("mine", "train", mapped=True).image.shape == shape
     shutil.rmtree("arrays")
