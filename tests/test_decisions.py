@@ -64,7 +64,7 @@ def test_an_evaluation_writes_thresholds_and_what_they_keep(script, trained):
     assert "coverage at 0.6" in printed
     rows = list(csv.reader(Path("results/tiny/comparison.csv").read_text().splitlines()))
     assert (
-        sum(row[2] == "threshold at 0.9" for row in rows) == 2 * 7
+        len({(row[2], row[3]) for row in rows if row[7] == "threshold at 0.9"}) == 2 * 7
     )  # directions, rows with an uncertainty
     baseline = Path("results/tiny/baselines/margin.threshold.json")
     assert json.loads(baseline.read_text())["calibrated_on"]["method"] == "margin"

@@ -1,5 +1,6 @@
 """eval.py as a user calls it: what it writes, that it repeats itself, and what it says when something is wrong."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -124,14 +125,17 @@ def test_several_methods_and_seeds_give_one_table(script):
         load_result("tiny", seed, "asymvlm-vmf")[0]["metrics"]["t2i"]["AURC"] for seed in (0, 1)
     ]
     assert f"{np.mean(runs):.3f} ± {np.std(runs, ddof=1):.3f}" in table
-    line = next(
-        line
-        for line in Path("results/tiny/comparison.csv").read_text().splitlines()
-        if line.startswith("text-to-image,asymvlm-vmf,AURC,")
+    with open("results/tiny/comparison.csv", newline="") as file:
+        values = {
+            row["seed"]: float(row["value"])
+            for row in csv.DictReader(file)
+            if (row["section"], row["score"], row["method"], row["metric"])
+            == ("t2i", "published", "asymvlm-vmf", "AURC")
+        }
+    assert [values[seed] for seed in ("0", "1", "mean", "std")] == pytest.approx(
+        [*runs, np.mean(runs), np.std(runs, ddof=1)]
     )
-    assert [float(value) for value in line.split(",")[3:]] == pytest.approx(
-        [np.mean(runs), np.std(runs, ddof=1)]
-    )
+    assert values["low"] < values["mean"] < values["high"]
 
 
 def test_softmax_entropy_baseline_equals_scipys(script):

@@ -1,10 +1,12 @@
 """Tables: names of rows, cells, what is bold, and their text."""
 
+import csv
+
 import numpy as np
 import pytest
 
 from tests.test_results import answers_of
-from utils.evaluation import tables
+from utils.evaluation import paper_table, tables
 from utils.evaluation.figures import Figure
 from utils.evaluation.results import Results
 from utils.evaluation.scorers import FROZEN, OWN, PUBLISHED, Row
@@ -32,7 +34,7 @@ def test_a_score_is_named_where_rows_differ_in_it():
 def test_numbers_say_what_is_undefined_and_what_does_not_apply():
     assert tables.number(0.6131, 0.0044) == "0.613 ± 0.004"
     assert tables.number(0.6131) == "0.613"
-    assert tables.number(None) == "undefined"
+    assert tables.number(None) == "-"
     assert tables.number(np.nan) == "-"
 
 
@@ -41,6 +43,46 @@ def test_the_best_is_by_the_printed_mean(more_is_better, best):
     figure = Figure("x", more_is_better, (), None)
     cells = {"a": (0.1, None), "b": (0.3001, None), "c": (0.2999, None), "d": (None, None)}
     assert {name for name in cells if tables.is_best(figure, name, cells)} == best
+
+
+def test_many_rows_that_share_the_best_value_and_a_best_of_nothing_are_not_bold():
+    figure = Figure("x", True, (), None)
+    many = dict.fromkeys("abcd", (0.4, None)) | {"e": (0.1, None)}
+    assert not any(tables.is_best(figure, name, many) for name in many)
+    del many["d"]
+    assert [name for name in many if tables.is_best(figure, name, many)] == ["a", "b", "c"]
+    nothing = {"a": (0.0, None), "b": (0.0, None)}
+    assert not any(tables.is_best(figure, name, nothing) for name in nothing)
+
+
+def test_training_free_rows_are_a_block_of_their_own():
+    rows = [["entropy", "1", "gallery"], ["pfe", "2", "training"], ["length", "3", "-"]]
+    titles = [row[0] for row in tables._in_blocks(rows)]
+    assert titles == ["*without training*", "entropy", "length", "*trained heads*", "pfe"]
+    assert tables._in_blocks(rows[1:2]) == rows[1:2]
+
+
+def test_the_papers_table_has_means_of_both_directions_in_three_forms():
+    results = {**results_of(Row("asymvlm-psd")), **results_of(Row("pcmepp"))}
+    for number, runs in enumerate(results.values()):
+        for run in runs:
+            run.content["metrics"]["t2i"]["R@1"] += number / 10
+    files = paper_table.write(results)
+    assert list(files) == ["paper.md", "paper.csv", "paper.tex"]
+    values = [run.content["metrics"]["t2i"]["R@1"] for run in results[Row("pcmepp")]]
+    cell = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    assert f"**{cell}**" in files["paper.md"].splitlines()[3]
+    assert files["paper.md"].splitlines()[2].startswith("| AsymVLM (PSD) |")
+    assert f"$\\mathbf{{{cell.replace('±', chr(92) + 'pm')}}}$" in files["paper.tex"]
+    assert files["paper.tex"].count("\\\\") == 4  # two lines of titles, two methods
+    rows = list(csv.DictReader(files["paper.csv"].splitlines()))
+    assert len(rows) == 2 * 2 * 5
+    mean = next(
+        row["mean"]
+        for row in rows
+        if (row["method"], row["direction"], row["metric"]) == ("pcmepp", "t2i", "R@1")
+    )
+    assert float(mean) == pytest.approx(np.mean(values))
 
 
 def test_a_table_has_means_over_seeds_and_leaves_out_what_no_row_has():

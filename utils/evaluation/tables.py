@@ -10,11 +10,27 @@ import io
 
 import numpy as np
 
+from utils.evaluation import paper_table
 from utils.evaluation.bootstrap import Estimate
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, guarantees, hierarchy
 from utils.evaluation.scorers import PUBLISHED
 from utils.evaluation.training_free import TRAINING_FREE
 
+CSV_COLUMNS = (
+    "dataset",
+    "split",
+    "section",
+    "method",
+    "score",
+    "recipe",
+    "seed",
+    "metric",
+    "value",
+)
+MOST_BEST = 3  # rows that may share the best value of a column and be bold
+WITHOUT_TRAINING = "*without training*"
+TRAINED = "*trained heads*"
+DASH = "A dash: undefined, or it does not apply."
 COMPARED = [section for section in SECTIONS if section.compared]
 DETAILED = [section for section in SECTIONS if not section.compared]
 NOTE = """The intervals are of the mean over seeds, and hold for other images and other seeds: they
@@ -91,10 +107,8 @@ def recipe_title(results):
 
 
 def number(mean, std=None, form=".3f"):
-    """A metric as text: "0.613", or "0.613 ± 0.004"; "undefined" for None, "-" for NaN."""
-    if mean is None:
-        return "undefined"
-    if np.isnan(mean):
+    """A metric as text: "0.613", or "0.613 ± 0.004"; "-" if it is undefined (None, NaN)."""
+    if not _is_number(mean):
         return "-"
     if std is None:
         return f"{mean:{form}}"
@@ -111,11 +125,16 @@ def between(estimate, form=".3f"):
 
 
 def is_best(figure, row, cells):
-    """Whether a row's mean, as it is printed, is the best of a column {Row: (mean, std)}."""
+    """Whether a row's mean, as it is printed, is the best of a column {Row: (mean, std)}.
+
+    Where more than MOST_BEST rows share the best value, or more is better and it is 0, none is.
+    """
     means = [mean for mean, _ in cells.values() if _is_number(mean)]
     best = max(means) if figure.more_is_better else min(means)
+    sharing = sum(number(mean) == number(best) for mean in means)
+    is_nothing = figure.more_is_better and best == 0
     mean, _ = cells[row]
-    return number(mean) == number(best)
+    return number(mean) == number(best) and sharing <= MOST_BEST and not is_nothing
 
 
 def _is_number(mean):
@@ -209,11 +228,12 @@ def write_all(results, title):
     labels = labels_of(results)
     recipe = suffix_of(results)
     return {
-        "comparison.md": markdown(compared, labels, needs=needs, suffix=recipe),
+        "comparison.md": f"{markdown(compared, labels, needs=needs, suffix=recipe)}\n{DASH}\n",
         "t2i.md": markdown(short_table(results), labels, needs=needs, suffix=recipe),
         "risk.md": risk_text(results),
         "details.md": markdown(detailed, labels, suffix=recipe) + interval_tables(results),
-        "comparison.csv": comma_separated({**compared, **detailed, **selective}, labels),
+        "comparison.csv": comma_separated({**compared, **detailed, **selective}, results),
+        **paper_table.write(results),
         "report.txt": f"{title}\n\n{screen(results)}\n",
     }
 
@@ -271,17 +291,39 @@ def interval_tables(results):
     return f"\n{text}\n{NOTE}\n"
 
 
-def comma_separated(tables, labels):
-    """Tables as CSV, one line per metric and row."""
+def comma_separated(tables, results):
+    """Tables as tidy CSV, one value per line.
+
+    "seed" is a seed, or "mean", "std", "low" or "high" over the seeds: standard deviation, and the
+    95 % interval where there is one.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["table", "method", "figure", "mean", "standard deviation"])
+    writer.writerow(CSV_COLUMNS)
     for section, table in tables.items():
         for row in next(iter(table.values())):
-            for figure, cells in table.items():
-                values = [repr(value) if _is_number(value) else "" for value in cells[row]]
-                writer.writerow([section.title, labels[row], figure.name, *values])
+            runs = results[row]
+            config = runs[0].content.get("config") or {}
+            facts = [config.get("dataset", ""), config.get("split", ""), section.key, *row]
+            facts.append(config.get("recipe", ""))
+            for figure in table:
+                for seed, value in _values_over_seeds(runs, section, figure):
+                    writer.writerow([*facts, seed, figure.name, repr(value)])
     return file.getvalue()
+
+
+def _values_over_seeds(runs, section, figure):
+    """Yield (seed, value) of a metric: of every seed, then "mean", "std", "low" and "high"."""
+    for run in runs:
+        value = run.content["metrics"][section.key].get(figure.name)
+        if _is_number(value):
+            yield (run.content.get("config") or {}).get("seed"), value
+    mean, std = mean_and_std(runs, section, figure)
+    estimate = estimate_of(runs, section, figure)
+    low, high = (estimate and estimate.interval()) or (None, None)
+    for name, value in (("mean", mean), ("std", std), ("low", low), ("high", high)):
+        if _is_number(value):
+            yield name, value
 
 
 def differences(results):
@@ -328,12 +370,12 @@ def _difference_line(results, section, figure):
         estimates.append(estimate_of(runs, section, figure))
     line = [figure.name, *means]
     if None in estimates:
-        return [*line, "undefined", "", ""]
+        return [*line, "-", "", ""]
     first, second = estimates
     difference = first - second
     limits = between(difference, "+.3f").strip()
     if not limits:
-        return [*line, "undefined", "", ""]
+        return [*line, "-", "", ""]
     return [*line, f"{difference.mean:+.3f}", limits, f"{difference.p_value():.3f}"]
 
 
@@ -418,8 +460,23 @@ def markdown(tables, labels, cell=_bold_cell, suffix="", needs=None):
     for section, table in tables.items():
         header, *rows = _text_rows(section, table, labels, cell, needs)
         header[0] = section.title + suffix
+        if needs:
+            rows = _in_blocks(rows)
         parts.append(markdown_table([header, *rows], words=1 if needs else 0))
     return "\n".join(parts)
+
+
+def _in_blocks(rows):
+    """Lines of a table whose last cell is what a row needs, with a title above each kind."""
+    blocks = {WITHOUT_TRAINING: [], TRAINED: []}
+    for row in rows:
+        blocks[TRAINED if row[-1] == "training" else WITHOUT_TRAINING].append(row)
+    if not all(blocks.values()):
+        return rows
+    lines = []
+    for title, block in blocks.items():
+        lines += [[title, *[""] * (len(block[0]) - 1)], *block]
+    return lines
 
 
 def markdown_table(rows, words=0):
