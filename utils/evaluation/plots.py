@@ -62,6 +62,8 @@ STYLE = {
     "grid.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "pdf.fonttype": 42,  # TrueType, which venues accept
+    "ps.fonttype": 42,
 }
 POINTS = 200  # of a risk-coverage curve
 BINS = 12

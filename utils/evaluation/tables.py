@@ -247,7 +247,7 @@ def suffix_of(results):
 
 
 def short_table(results):
-    """Text-to-image: R@1, and the coverage at each risk."""
+    """Text-to-image: R@1, AURC and E-AURC, and the coverage at each risk."""
     section, *_ = COMPARED
     table = tables_of(results, [section]).get(section)
     if table is None:
@@ -256,7 +256,7 @@ def short_table(results):
     for risk_table in tables_of(results, risk_sections(results)[:1]).values():
         coverage = {f: cells for f, cells in risk_table.items() if f.more_is_better}
     if coverage:
-        table = {f: cells for f, cells in table.items() if f.fields == ("rank",)}
+        table = {f: cells for f, cells in table.items() if "recall_by_level" not in f.fields}
     rows = next(iter(table.values()))
     not_applicable = dict.fromkeys(rows, (np.nan, None))
     for figure, cells in coverage.items():
