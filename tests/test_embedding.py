@@ -185,6 +185,7 @@ def test_embeddings_that_cannot_be_right_are_refused(cache, file, kind):
 def test_files_of_other_bytes_are_refused(cache, file, junk):
     whole = (cache / file).read_bytes()
     random = np.random.default_rng(0).bytes(3000)
+    problem = "the file is empty" if junk == "nothing" else "not a file of tensors"
     bytes_of = {
         "nothing": b"",
         "random": random,
@@ -193,7 +194,7 @@ def test_files_of_other_bytes_are_refused(cache, file, junk):
         "cut": whole[: len(whole) // 2],
     }
     (cache / file).write_bytes(bytes_of[junk])
-    assert f"{FOLDER / file}: not a file of tensors" in refusal()
+    assert f"{FOLDER / file}: {problem}" in refusal()
 
 
 @pytest.mark.parametrize("saved_by", ["torch", "pickle"])

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from datasets.embedding import EmbeddingCache
 from datasets.registry import DATASETS
+from datasets.shapes import classes
 from datasets.source import ListSplit, Split
 from datasets.units import UnitStore
 from tests.conftest import VAL_IDS, draw, draw_data, write_flickr30k, write_karpathy_coco, write_tar
@@ -39,13 +41,29 @@ def flickr8k(root):
     (root / "dataset_flickr30k.json").rename(root / "dataset_flickr8k.json")
 
 
+def arrays(root):
+    (root / "val").mkdir(parents=True)
+    for name, rows in (("image", 2), ("text", 3)):
+        np.save(root / "val" / f"{name}.npy", np.random.default_rng(rows).normal(size=(rows, 16)))
+    np.save(root / "val" / "image_of_caption.npy", np.array([0, 1, 1]))
+
+
+def class_folders(root):
+    for name in ("cat", "dog"):
+        (root / "val" / name).mkdir(parents=True)
+        draw(root / "val" / name / "a.png", len(name))
+
+
 MAKE = {  # the files of the split val of every data set, under a folder
     "coco": lambda root: drawn("coco", root),
     "coco-karpathy": write_karpathy_coco,
     "csv": table,
     "flickr8k": flickr8k,
     "flickr30k": write_flickr30k,
+    "arrays": arrays,
+    "imagefolder": class_folders,
     "shapes": lambda root: drawn("shapes", root),
+    "shapes-classes": lambda root: classes.make(root, train=1, val=1),
     "webdataset": tars,
 }
 COUNTS = {
@@ -56,6 +74,7 @@ COUNTS = {
     "flickr30k": (1, 1),
     "shapes": (70, 140),
 }
+COUNTS |= {"arrays": (2, 3), "imagefolder": (2, 10), "shapes-classes": (80, 640)}
 COUNTS |= {"webdataset": (2, 2)}  # images and captions
 
 
@@ -74,7 +93,7 @@ def test_every_data_set_is_a_split_with_a_readable_fingerprint(named, tmp_path):
     name, open_split = named
     split = open_split()
     assert isinstance(split, Split)
-    assert isinstance(split, ListSplit) == (name != "webdataset")
+    assert isinstance(split, ListSplit) == (name not in ("webdataset", "arrays"))
     for says in (split.fingerprint(), split.state()):
         assert json.loads(json.dumps(says)) == says
         assert all(isinstance(key, str) and isinstance(value, str) for key, value in says.items())

@@ -349,7 +349,7 @@ def test_checkpoints_that_do_not_fit_are_refused(workdir, script):
     assert "asymvlm-vmf, not of asymvlm-psd" in script(eval_script.main, "--dataset", "tiny")[2]
     for content, words in [
         (b"\x00" * 100, "can be read safely"),
-        (b"", "can be read safely"),
+        (b"", "the file is empty"),
         (b"PK\x03\x04" + bytes(range(256)), "can be read safely"),
     ]:
         path.write_bytes(content)

@@ -142,7 +142,7 @@ def threshold_weights(prompts):
     u = prompts.uncertainty
     limit = u.mean(dim=1, keepdim=True) + THRESHOLD * u.std(dim=1, keepdim=True, correction=0)
     least = u.amin(dim=1, keepdim=True)
-    kept = ((u <= limit) | (u == least)).double()
+    kept = ((u <= limit) | (u == least)).to(u.dtype)
     return kept / kept.sum(dim=1, keepdim=True)
 
 
