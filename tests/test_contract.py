@@ -11,6 +11,7 @@ from models.layers import cosine_similarity
 from tests.conftest import recipe_of
 from utils.checkpoint import load_adaptor, save_adaptor
 
+OURS = [*GROUPS["all"], *GROUPS["variants"], *GROUPS["originals"]]
 EVERY = pytest.mark.parametrize("method", METHODS)
 
 
@@ -51,7 +52,7 @@ def test_methods_are_the_six_of_the_paper_the_variants_and_the_originals():
         "pcmepp-original",
         "prolip-original",
     )
-    assert list(METHODS) == [*GROUPS["all"], *GROUPS["variants"], *GROUPS["originals"]]
+    assert list(METHODS)[: len(OURS)] == OURS  # a reader may have added some
 
 
 @pytest.mark.parametrize("method", GROUPS["all"])
@@ -117,13 +118,13 @@ def test_shapes_at_any_width(method, dim):
         assert mean.shape == (rows, dim)
         assert torch.isfinite(mean).all()
         assert uncertainty is None or (uncertainty.shape == (rows,) and (uncertainty > 0).all())
-    spread = getattr(adaptor, "spread", ("image", "text"))  # AsymVLM's: by default the text alone
-    assert (
-        tuple(
-            modality for modality, (*_, uncertainty) in described.items() if uncertainty is not None
-        )
-        == spread
+    uncertain = tuple(
+        modality for modality, (*_, uncertainty) in described.items() if uncertainty is not None
     )
+    assert uncertain
+    if method in OURS:
+        # AsymVLM's "spread" is by default the text alone.
+        assert uncertain == getattr(adaptor, "spread", ("image", "text"))
 
 
 @EVERY
@@ -187,8 +188,9 @@ def test_losses_of_several_terms_name_them(method):
 @EVERY
 def test_what_ranks_by_the_frozen_cosine_says_so(method):
     adaptor = make(method)
-    expected = method.removesuffix("-original") in ("pfe", "pcmepp", "prolip")
-    assert adaptor.ranks_by_frozen_cosine is expected
+    expected = adaptor.ranks_by_frozen_cosine
+    if method in OURS:
+        assert expected is (method.removesuffix("-original") in ("pfe", "pcmepp", "prolip"))
     z_image, z_text = embeddings(20), embeddings(30, seed=1)
     same = torch.allclose(
         adaptor.similarity(z_image, z_text).float(), cosine_similarity(z_image, z_text), atol=1e-5

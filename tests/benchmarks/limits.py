@@ -24,7 +24,6 @@ from datasets.embedding import EmbeddingCache
 from datasets.write import write_split
 from tests.benchmarks.machine import describe, markdown_table, peak_memory
 from tests.benchmarks.train_step import make_step
-from tests.test_asymvlm import slow_symmetric_cross_entropy
 from utils.checkpoint import checkpoint_path, load_adaptor
 from utils.evaluation.ranking import TILE, rank_queries
 from utils.evaluation.scorers import AdaptorScorer, FrozenScorer
@@ -162,19 +161,25 @@ def starts():
         yield f"`{script} --help`", "`import torch`", *times, 1.5
 
 
+def plain_cross_entropies(logits):
+    target = torch.arange(len(logits))
+    rows = torch.nn.functional.cross_entropy(logits, target)
+    return (rows + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+
+
 def steps():
-    """A training step, and one whose loss is two log-softmaxes."""
+    """A training step, and one whose loss is two calls of F.cross_entropy."""
     for method in ("asymvlm-psd", "asymvlm-vmf"):
         step = make_step(method, 2048, DIM)
 
         def before(step=step):
             with mock.patch.object(
-                models.asymvlm.adaptor, "symmetric_cross_entropy", slow_symmetric_cross_entropy
+                models.asymvlm.adaptor, "symmetric_cross_entropy", plain_cross_entropies
             ):
                 step()
 
         times = ratio(lambda: clock(step), lambda: clock(before), 15)  # noqa: B023
-        yield f"a training step of {method}, B = 2048", "with two log-softmaxes", *times, 1.0
+        yield f"a training step of {method}, B = 2048", "with F.cross_entropy twice", *times, 1.0
 
 
 def main():

@@ -9,16 +9,13 @@ that a GPU would launch, and its milliseconds calculated from them as in train_s
 import copy
 import statistics
 import sys
-from unittest import mock
 
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-import models.asymvlm.adaptor
 from models import METHODS
 from tests.benchmarks.machine import describe, in_turn, markdown_table
 from tests.benchmarks.train_step import GPU_FLOPS, GPU_LAUNCH, GPU_SHARE, NO_KERNEL, necessary_flops
-from tests.test_asymvlm import slow_symmetric_cross_entropy
 from utils.device import autocast, pick_device, pick_precision
 from utils.optimizer import make_optimizer
 
@@ -50,11 +47,7 @@ def make_steps(method, batch):
             optimizer.step()
 
     def stacked():
-        plain = slow_symmetric_cross_entropy  # vmap cannot look into a gradient written by hand
-        with (
-            mock.patch.object(models.asymvlm.adaptor, "symmetric_cross_entropy", plain),
-            autocast(device, dtype),
-        ):
+        with autocast(device, dtype):
             losses = vmap(lambda *of: functional_call(skeleton, of[0], of[1:]))(weights, *z)
         together.zero_grad()
         losses.sum().backward()
