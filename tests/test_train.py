@@ -99,6 +99,17 @@ def test_training_writes_a_checkpoint_and_a_log_of_every_epoch(script):
     assert log[-1]["temperature"] == pytest.approx(content["state_dict"]["temperature"].item())
 
 
+def test_a_run_ends_with_its_checkpoint_loss_and_the_next_command(script):
+    make_cache("tiny")
+    status, _, last = script(train_script.main, *QUICK, "--seed", 3)
+    assert status == 0
+    loss = json.loads(Path("checkpoints/tiny/3/asymvlm-psd.jsonl").read_text().splitlines()[-1])
+    assert last.startswith("checkpoints/tiny/3/asymvlm-psd.pt: 2 epochs in ")
+    assert f"loss {loss['loss']:.4f}" in last
+    command = "next: python eval.py --dataset tiny --method asymvlm-psd --seed 3"
+    assert last.endswith(command)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(script):
     make_cache("tiny")
     written = []

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import signal
-from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -261,7 +260,20 @@ class Run:
         if is_first():
             save_adaptor(self.adaptor, self.method, self.recipe, self.config, self.path)
             self.state_path.unlink(missing_ok=True)
-        logging.info("%s: %s", self.path, json.dumps(asdict(self.recipe)))
+        logging.info("%s: %s", self.path, self._summary())
+
+    def _summary(self):
+        """What the finished run says: epochs, last loss, seconds of training, the next command."""
+        epochs = len(self.log)
+        seconds = sum(record.get("seconds", 0) for record in self.log)
+        # checkpoints/<dataset>/<seed>/<method>.pt
+        dataset = self.config.get("dataset", self.path.parent.parent.name)
+        evaluate = f"python eval.py --dataset {dataset} --method {self.method}"
+        if self.config["seed"]:
+            evaluate += f" --seed {self.config['seed']}"
+        loss = self.log[-1]["loss"]
+        unit = "epoch" if epochs == 1 else "epochs"
+        return f"{epochs} {unit} in {seconds:.0f} s, loss {loss:.4f}; next: {evaluate}"
 
 
 def running_mean(mean, weights, count):
