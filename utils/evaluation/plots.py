@@ -15,6 +15,7 @@ from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import rank_values, risk_coverage
 from utils.evaluation.selective import predict_right
 from utils.evaluation.tables import labels_of
+from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import written_aside
 
 BEST = "best possible order"
@@ -65,6 +66,9 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType, which venues accept
     "ps.fonttype": 42,
 }
+DPI = 300  # of the .png files
+MOST_LINES = 7  # in a panel
+LEAST_COVERAGE = 0.05  # from which risk-coverage curves are drawn
 POINTS = 200  # of a risk-coverage curve
 BINS = 12
 AMONG = "in percentiles among the captions; band: the middle half of the captions"
@@ -144,7 +148,7 @@ def _save(plot, folder, name):
     # A caption may have characters that the font does not have.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         with written_aside(png) as file:
-            plot.savefig(file, format="png", metadata={"Software": None})
+            plot.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
         plot.set_layout_engine("none")  # it is laid out already
         with written_aside(pdf) as file:
             plot.savefig(file, format="pdf", metadata={"CreationDate": None})
@@ -209,9 +213,12 @@ def draw_risk_coverage(results):
 
 
 def _risk_curve(correct, uncertainty):
-    """`risk_coverage` at 200 points: coverage and risk, two arrays in [0, 1]."""
+    """`risk_coverage` at 200 points: coverage and risk, two arrays in [0, 1].
+
+    Below 5 % of coverage the risk is that of a few queries, and jumps.
+    """
     risk = risk_coverage(correct, uncertainty)
-    kept = np.ceil(np.linspace(0.005, 1, POINTS) * len(risk)).astype(int)
+    kept = np.ceil(np.linspace(LEAST_COVERAGE, 1, POINTS) * len(risk)).astype(int)
     kept = np.unique(kept)
     return kept / len(risk), risk[kept - 1]
 
@@ -412,8 +419,11 @@ def _steps(values):
     return np.arange(1, len(values) + 1), np.array(values, dtype=float)
 
 
-def _draw_lines(panels, x_label, y_label, size=(3.4, 2.9), y_limits=None, marker=None):
+def _draw_lines(panels, x_label, y_label, size=(2.9, 2.4), y_limits=None, marker=None):
     """Means over seeds, with a band of one standard deviation.
+
+    Where there are more than MOST_LINES lines, training-free ones have a row of panels of their
+    own, above that of the trained heads. The panels of a row have one range of y.
 
     Args:
         panels: {title: {name: [(x, y), one per seed]}}.
@@ -421,29 +431,60 @@ def _draw_lines(panels, x_label, y_label, size=(3.4, 2.9), y_limits=None, marker
         marker: of all lines; None: each has its own.
     Returns: the figure and its axes.
     """
-    legend_height = 0.18 * max(len(rows) for rows in panels.values()) + 0.4
+    panel_rows = _rows_of_panels(panels)
     width, height = size
-    figure_size = (width * len(panels) + 1.5, max(height, legend_height))
+    heights = []
+    for panel_row in panel_rows:
+        lines = max(len(rows) for rows in panel_row.values())
+        heights.append(max(height, 0.17 * lines + 0.4))
     plot, axes = plt.subplots(
-        1, len(panels), squeeze=False, figsize=figure_size, layout="constrained"
+        len(panel_rows),
+        len(panels),
+        squeeze=False,
+        sharey="row",
+        figsize=(width * len(panels) + 1.5, sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
     )
-    axes = axes[0]
-    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-        looks = looks_of(rows)
+    for panel_row, axes_of_row in zip(panel_rows, axes, strict=True):
+        for axis, (title, rows) in zip(axes_of_row, panel_row.items(), strict=True):
+            looks = looks_of(rows)
+            for name, curves in rows.items():
+                if marker is not None:
+                    looks[name]["marker"] = marker
+                _draw_mean(axis, name, looks[name], curves)
+            axis.set_title(title, loc="left")
+            if y_limits is not None:
+                axis.set_ylim(y_limits)
+            if x_label.startswith(("level", "depth")):
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        axes_of_row[0].set_ylabel(y_label)
+        axes_of_row[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+    if len(panels) == 1:
+        axes[-1, 0].set_xlabel(x_label)
+    else:
+        plot.supxlabel(x_label, fontsize=STYLE["font.size"])
+    return plot, axes.flatten()
+
+
+def _rows_of_panels(panels):
+    """Panels as one row, or as a row of training-free lines and one of trained heads.
+
+    Args and Returns: panels as `_draw_lines` has them; a list of such.
+    """
+    if max(len(rows) for rows in panels.values()) <= MOST_LINES:
+        return [panels]
+    training_free = {}
+    trained = {}
+    for title, rows in panels.items():
+        training_free[title] = {}
+        trained[title] = {}
         for name, curves in rows.items():
-            if marker is not None:
-                looks[name]["marker"] = marker
-            _draw_mean(axis, name, looks[name], curves)
-        axis.set_title(title, loc="left")
-        axis.set_xlabel(x_label)
-        if y_limits is not None:
-            axis.set_ylim(y_limits)
-        if x_label.startswith(("level", "depth")):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    axes[0].set_ylabel(y_label)
-    handles, labels = axes[0].get_legend_handles_labels()
-    plot.legend(handles, labels, loc="outside right center", frameon=False)
-    return plot, axes
+            if name in TRAINING_FREE or name in (BEST, CALIBRATED):
+                training_free[title][name] = curves
+            if name not in TRAINING_FREE:
+                trained[title][name] = curves
+    return [training_free, trained]
 
 
 def _draw_mean(axis, name, look, curves):
