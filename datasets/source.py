@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from datasets.checks import check_widths, has_fields
-from datasets.pictures import picture_stream
+from datasets.images import image_stream
 from datasets.write import write_split
 from utils.cli import UserError, need
 from utils.embed import Broken, distinct_texts, say_notes, versions
@@ -239,7 +239,7 @@ class ListUnit:
         streams = []
         for start in range(0, self.pictures, size):
             files = self.items[start : start + size]
-            streams.append(partial(picture_stream, files, self.number * UNIT + start))
+            streams.append(partial(image_stream, files, self.number * UNIT + start))
         return streams
 
     def name(self, row):

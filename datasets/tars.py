@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from datasets.checks import check_widths, has_fields, listing
-from datasets.pictures import collate, decode
+from datasets.images import collate, decode
 from datasets.rows import shard_file
 from datasets.source import TEXT_NOTES, Split
 from datasets.write import clear_meta, finish_shards

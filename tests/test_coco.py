@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from datasets.coco import CocoCaptions
-from datasets.pictures import decode_file, read_rgb
+from datasets.images import decode_file, read_rgb
 from datasets.registry import DATASETS
 from tests.conftest import TRAIN_IDS, draw, draw_data
 from utils.cli import UserError

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 import eval as eval_script
 from datasets import eccv
-from datasets.pictures import decode_file
+from datasets.images import decode_file
 from models import METHODS
 from models.base import SMALL
 from tests.conftest import REPOSITORY, draw, make_cache

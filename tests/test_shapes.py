@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from scipy.stats import spearmanr
 
 from datasets.coco import CocoCaptions
-from datasets.pictures import read_rgb
+from datasets.images import read_rgb
 from datasets.registry import DATASETS
 from datasets.shapes import world
 from datasets.shapes.world import (

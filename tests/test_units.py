@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import cache_embeddings
-from datasets import pictures, source
+from datasets import images as image_reader
+from datasets import source
 from datasets.embedding import EmbeddingCache
 from datasets.registry import DATASETS
 from tests.conftest import VAL_IDS, all_bytes, draw_data, make_cache, plain_split
@@ -62,7 +63,7 @@ def test_what_was_encoded_before_a_stop_is_not_encoded_again(call, stopped, work
     with pytest.raises(UserError, match="unfinished; run cache_embeddings"):
         EmbeddingCache("shapes", "val")
     monkeypatch.setattr(
-        pictures, "decode_file", lambda *_: pytest.fail("a picture was decoded again")
+        image_reader, "decode_file", lambda *_: pytest.fail("a picture was decoded again")
     )
     assert call("--split", "val")[0] == 0
     assert all_bytes(workdir / "embeddings" / "shapes") == all_bytes(
@@ -146,8 +147,8 @@ def test_overwrite_starts_an_unfinished_cache_anew_and_goes_on_with_its_own(
     call, stopped, monkeypatch
 ):
     seen = []
-    read = pictures.decode_file
-    monkeypatch.setattr(pictures, "decode_file", lambda *of: seen.append(of) or read(*of))
+    read = image_reader.decode_file
+    monkeypatch.setattr(image_reader, "decode_file", lambda *of: seen.append(of) or read(*of))
     stopped()
     assert len(seen) == 70
     stopped("--overwrite")
@@ -189,9 +190,9 @@ def test_what_was_encoded_before_a_broken_picture_is_kept(
     assert call("--data-root", root, "--split", "val")[0] == 2
     (root / "val" / names[1]).write_bytes((data / "val" / names[1]).read_bytes())
     seen = []
-    read = pictures.decode_file
+    read = image_reader.decode_file
     monkeypatch.setattr(
-        pictures, "decode_file", lambda path, to: seen.append(str(path)) or read(path, to)
+        image_reader, "decode_file", lambda path, to: seen.append(str(path)) or read(path, to)
     )
     assert call("--data-root", root, "--split", "val")[0] == 0
     assert seen == [
@@ -199,9 +200,7 @@ def test_what_was_encoded_before_a_broken_picture_is_kept(
     ]
 
 
-def test_pictures_that_were_skipped_are_looked_at_again_without_the_flag(
-    call, stopped, broken_root
-):
+def test_images_that_were_skipped_are_looked_at_again_without_the_flag(call, stopped, broken_root):
     root, names = broken_root
     stopped("--data-root", root, "--skip-broken")
     status, _, last = call("--data-root", root, "--split", "val")
@@ -313,7 +312,7 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
     assert all_bytes("embeddings") == before
 
 
-def test_pictures_left_out_before_a_stop_count_after_it(call, stopped, broken_root):
+def test_images_left_out_before_a_stop_count_after_it(call, stopped, broken_root):
     root, names = broken_root
     stopped("--data-root", root, "--max-broken", 2)
     (root / "val" / names[1]).write_bytes(

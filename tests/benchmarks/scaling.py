@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from datasets.pictures import decode_file
+from datasets.images import decode_file
 from models import GROUPS, METHODS
 from tests.benchmarks.caching import MODEL, make_pictures
 from tests.benchmarks.machine import describe, markdown_table, seconds

@@ -56,7 +56,7 @@ def _likely_cause(path):
     return ""
 
 
-def picture_stream(files, first, transform):
+def image_stream(files, first, transform):
     """Yield the images of files as `Samples`; their keys are rows, from `first` on."""
     images, reasons = collate([decode_file(path, transform) for path in files])
     rows = list(range(first, first + len(files)))

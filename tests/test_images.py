@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from datasets.coco import CocoCaptions
-from datasets.pictures import decode_file, picture_stream, read_rgb
+from datasets.images import decode_file, image_stream, read_rgb
 from datasets.registry import DATASETS
 
 
@@ -171,17 +171,17 @@ def test_a_transform_gets_the_picture_of_its_row(tmp_path):
     assert images == [(5, None), (90, None), (250, None)]
 
 
-def test_pictures_are_handed_over_as_one_tensor_black_where_one_is_broken(tmp_path):
+def test_images_are_handed_over_as_one_tensor_black_where_one_is_broken(tmp_path):
     files = []
     for shade in (5, 90):
         files.append(tmp_path / f"{shade}.png")
         Image.new("L", (3, 2), shade).save(files[-1])
-    (batch,) = picture_stream([files[0], tmp_path / "absent.png", files[1]], 64, to_tensor)
+    (batch,) = image_stream([files[0], tmp_path / "absent.png", files[1]], 64, to_tensor)
     assert batch.keys == [64, 65, 66]
     assert batch.captions == []
     assert batch.pictures[:, 0, 0, 0].tolist() == [5, 0, 90]
     assert batch.errors == [None, f"{tmp_path / 'absent.png'}: no such file", None]
-    (batch,) = picture_stream([tmp_path / "absent.png"], 0, to_tensor)
+    (batch,) = image_stream([tmp_path / "absent.png"], 0, to_tensor)
     assert (batch.keys, batch.pictures) == ([0], None)
 
 
