@@ -204,6 +204,8 @@ def parse(argv):
     flags = vars(args)
     args.changes = {name: flags[name] for name in RECIPE_FLAGS if flags[name] is not None}
 
+    if args.precision == "fp16":
+        parser.error("--precision fp16: training would need loss scaling; choose bf16 or fp32")
     if args.keep == "best" and not args.validation:
         parser.error("--keep best: needs held-out images to choose an epoch; add --validation 0.1")
     _, ranks = torchrun_rank()

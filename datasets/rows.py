@@ -116,7 +116,8 @@ class RowsOnDisk:
             shard = shard_of[bad]
             row = rows[bad] - self.starts[shard]
             raise UserError(f"{self.files[shard]}: row {row} {problem}")
-        return z.to(self._target, non_blocking=True)  # (B, D)
+        # z is gone when this returns, which only CUDA's copies allow for.
+        return z.to(self._target, non_blocking=self._target.type == "cuda")  # (B, D)
 
     def to(self, device):
         """These rows, which go to a device from now on when they are read."""

@@ -264,7 +264,8 @@ def _decoded(url, transform, error):
             elif problem:
                 yield key, [], (None, problem)
             else:
-                image, reason = decode(io.BytesIO(_image(members)), transform)
+                content = next(content for suffix, content in members if suffix in IMAGES)
+                image, reason = decode(io.BytesIO(content), transform)
                 yield key, captions_of(members), (image, reason and reason[:200])
         for key, problem in incomplete.items():
             yield key, [], (None, problem)
@@ -307,11 +308,6 @@ def _problem(key, members):
     if not images:
         return NO_IMAGE
     return "" if captions_of(members) else NO_CAPTION
-
-
-def _image(members):
-    """The bytes of a sample's image."""
-    return next(content for suffix, content in members if suffix in IMAGES)
 
 
 def captions_of(members):
@@ -359,9 +355,12 @@ def _read(url):
         watched = _Watched(stream)
         tars = iter([{"url": url, "stream": watched}])
         files = webdataset.tariterators.tar_file_expander(tars, select_files=_is_visible)
-        for key, group in itertools.groupby(filter(None, files), key=_key_of):
+        for key, group in itertools.groupby(filter(None, files), lambda file: _split_name(file)[0]):
             if key is not None:
-                yield clean_text(key), [(_suffix_of(file), file["data"]) for file in group]
+                yield (
+                    clean_text(key),
+                    [(_split_name(file)[1].lower(), file["data"]) for file in group],
+                )
         while watched.read(2**16):
             pass
         if hasattr(stream, "wait_for_child"):
@@ -375,13 +374,9 @@ def _is_visible(name):
     return not name.rpartition("/")[2].startswith(".")
 
 
-def _key_of(file):
-    """The name of a file up to the first dot, with its folder; None without a dot."""
-    return _webdataset().tariterators.base_plus_ext(file["fname"])[0]
-
-
-def _suffix_of(file):
-    return _webdataset().tariterators.base_plus_ext(file["fname"])[1].lower()
+def _split_name(file):
+    """The name of a file up to the first dot, with its folder, and the rest; None without a dot."""
+    return _webdataset().tariterators.base_plus_ext(file["fname"])
 
 
 def _webdataset():

@@ -331,6 +331,7 @@ def test_a_loss_that_is_not_finite_stops_with_method_epoch_and_step(script):
         (("--dataset", "nothing"), ["embeddings/nothing", "found caches: tiny"]),
         (("--dataset", "tiny", "--method", "clip"), ["--method", "asymvlm-psd"]),
         (("--dataset", "tiny", "--recipe", "huge"), ["--recipe huge", "paper, small"]),
+        (("--dataset", "tiny", "--precision", "fp16"), ["--precision fp16", "bf16 or fp32"]),
         (("--dataset", "tiny", "--epochs", 0), ["--epochs", "at least 1"]),
         (("--dataset", "tiny", "--batch-size", -1), ["--batch-size", "at least 1"]),
         (("--dataset", "tiny", "--lr", "nan"), ["--lr", "nan"]),

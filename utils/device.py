@@ -62,7 +62,8 @@ def autocast(device, dtype):
 
 def _computes_bfloat16(device):
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # the one that is named, not the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):

@@ -15,3 +15,5 @@ def seed_everything(seed):
     # cuBLAS is deterministic only with this setting.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Otherwise every new tensor is filled first, which takes time and changes nothing here.
+    torch.utils.deterministic.fill_uninitialized_memory = False
