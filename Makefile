@@ -2,7 +2,7 @@
 # All make their own environment in .venv first.
 # make tables DATASET=coco: six methods, three seeds, tables and plots of a cached data set; results/coco/README.md shows all.
 # make ablation DATASET=coco: the variants too, and one table of all; what is trained already is not trained again.
-# RESUME=--overwrite trains all of it anew, as is needed after make demo, whose recipe is another.
+# RESUME=--overwrite trains all of it anew.
 # make zero-shot: classes of the built-in world from uncertain prompts, by heads trained on shapes.
 # make fair DATASET=coco: the baselines also as their own authors build and rank them, one table, and whose leads survive.
 PYTHON ?= python3
@@ -24,10 +24,10 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 
 demo: about-demo .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
-	$(RUN) train.py --dataset shapes --recipe demo
-	$(RUN) eval.py --dataset shapes --no-plots
-	$(RUN) train.py --dataset shapes --recipe demo --method asymvlm-vmf $(BASELINES)
-	$(RUN) eval.py --dataset shapes --method all
+	$(RUN) train.py --dataset shapes --recipe demo --tag demo
+	$(RUN) eval.py --dataset shapes --method asymvlm-psd@demo --no-plots
+	$(RUN) train.py --dataset shapes --recipe demo --tag demo --method asymvlm-vmf $(BASELINES)
+	$(RUN) eval.py --dataset shapes --method all@demo
 
 about-demo:
 	@echo "draws images, embeds them, trains AsymVLM and the baselines (seed 0, a short recipe) and compares them: after the" \

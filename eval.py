@@ -12,13 +12,14 @@ python eval.py --dataset shapes --most-uncertain 5 --least-uncertain 5
 python eval.py --dataset shapes --export scores.csv
 """
 
+import argparse
 import json
 import logging
 import sys
 
 from datasets.embedding import EmbeddingCache, clip_id
 from datasets.texts import LADDER, load_chains, load_texts
-from models import GROUPS, METHODS, expand_groups
+from models import GROUPS, METHODS, expand_groups, untagged
 from utils.cli import (
     Parser,
     chance,
@@ -101,9 +102,10 @@ def add_evaluation_flags(parser):
         "--method",
         nargs="+",
         default=["asymvlm-psd"],
-        choices=[*METHODS, *GROUPS],
+        type=method_name,
         metavar="METHOD",
-        help=f"{', '.join(METHODS)}, or {', '.join(GROUPS)} (default: asymvlm-psd)",
+        help=f"{', '.join(METHODS)}, or {', '.join(GROUPS)}; METHOD@TAG for what train.py --tag "
+        "made (default: asymvlm-psd)",
     )
     add("--seed", nargs="+", type=seed_number, default=[0], help="seeds of the training")
     add(
@@ -189,6 +191,15 @@ def add_evaluation_flags(parser):
     add("--no-plots", action="store_true", help="write tables only")
 
 
+def method_name(text):
+    """An argparse type: a method or a group of methods, with or without a tag."""
+    names = [*METHODS, *GROUPS]
+    if untagged(text) not in names:
+        choices = ", ".join(names)
+        raise argparse.ArgumentTypeError(f"{text!r} is no method: choose from {choices}")
+    return text
+
+
 def add_question_flags(parser):
     group = parser.add_argument_group("questions, instead of an evaluation")
     group.add_argument(
@@ -264,7 +275,7 @@ def check_comparison(parser, args):
     """Turn --compare into two Rows; exit with a message if they cannot be compared."""
     rows = [parse_row(name, args.score) for name in args.compare]
     for row in rows:
-        if row.method not in METHODS and row.method not in TRAINING_FREE:
+        if untagged(row.method) not in METHODS and row.method not in TRAINING_FREE:
             choices = ", ".join([*METHODS, *TRAINING_FREE])
             parser.error(f"--compare {row_name(row)}: choose from {choices}")
     if rows[0] == rows[1]:

@@ -15,7 +15,15 @@ import torch
 from datasets.embedding import NORMALISED, EmbeddingCache
 from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
-from models import GROUPS, METHODS, expand_groups, former_recipe, recipes_for
+from models import (
+    GROUPS,
+    METHODS,
+    expand_groups,
+    former_recipe,
+    recipes_for,
+    tagged,
+    untagged,
+)
 from models.base import total_loss
 from utils.checkpoint import check_replaceable, checkpoint_path
 from utils.cli import (
@@ -26,6 +34,7 @@ from utils.cli import (
     run_script,
     seed_number,
     share,
+    tag_name,
     torchrun_rank,
 )
 from utils.device import autocast, pick_device, pick_precision, precision_name
@@ -78,7 +87,7 @@ def planned_runs(args, cache, precision):
     for seed in args.seed:
         config = run_config(args, seed, cache, precision)
         for method in args.method:
-            path = checkpoint_path(args.dataset, seed, method)
+            path = checkpoint_path(args.dataset, seed, tagged(method, args.tag))
             recipe = settle(METHODS[method].recipes[args.recipe], args.changes, captions)
             former = former_recipe(method, args.recipe)
             if former is not None:
@@ -140,6 +149,11 @@ def make_parser():
         help=f"one or more of {', '.join(METHODS)}, or of the groups {', '.join(GROUPS)}",
     )
     add("--seed", nargs="+", type=seed_number, default=[0], help="one run per seed (default: 0)")
+    add(
+        "--tag",
+        type=tag_name,
+        help="a name for a second run of a method beside the first: NAME makes METHOD@NAME",
+    )
     add(
         "--recipe",
         default="paper",
@@ -234,7 +248,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
     recipe = run.recipe
     seed = run.config["seed"]
     seed_everything(seed)
-    adaptor = METHODS[run.method](cache.embed_dim).to(cache.device)
+    adaptor = METHODS[untagged(run.method)](cache.embed_dim).to(cache.device)
     adaptor.start_at(recipe.start_variance)
     steps = recipe.steps(len(cache.text))  # per epoch
     optimizer, schedule = make_optimizer(adaptor, recipe, steps * recipe.epochs)

@@ -49,24 +49,40 @@ METHODS = {**PAPER, **VARIANTS, **ORIGINALS}
 # Learning rates of `small` in earlier versions.
 FORMER_LR = {"probvlm": 3e-4, "pfe": 3e-4, "prolip": 3e-4}
 
+TAG = "@"  # between a method and the tag of a second run of it
 GROUPS = {"all": tuple(PAPER), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
+
+
+def untagged(name):
+    """The method of a tagged name, which `train.py --tag` makes.
+
+    >>> untagged("pfe@demo"), untagged("pfe")
+    ('pfe', 'pfe')
+    """
+    return name.partition(TAG)[0]
+
+
+def tagged(method, tag):
+    """The name of a second run of a method, such as "pfe@demo"; without a tag, the method's own."""
+    return f"{method}{TAG}{tag}" if tag else method
 
 
 def expand_groups(names, recipe=None):
     """List the methods that a list of names and groups stands for, without repetition.
 
-    The members of groups come first.
+    The members of groups come first. A tag of a group is that of its members.
 
     Args:
         names: names of methods and of groups.
         recipe: the recipe they are trained with. With "original", a method such as `pfe` stands
             for `pfe-original` if that exists.
     """
-    groups = [name for name in names if name in GROUPS]
-    single_methods = [name for name in names if name not in GROUPS]
+    groups = [name for name in names if untagged(name) in GROUPS]
+    single_methods = [name for name in names if untagged(name) not in GROUPS]
     methods = []
-    for group in groups:
-        methods.extend(GROUPS[group])
+    for name in groups:
+        group, _, tag = name.partition(TAG)
+        methods.extend(tagged(method, tag) for method in GROUPS[group])
     methods.extend(single_methods)
     if recipe == "original":
         methods = [_original_of(method) for method in methods]

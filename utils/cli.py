@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import sys
 
 from tqdm import tqdm
@@ -96,6 +97,13 @@ def folder_name(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} cannot be the name of a folder here; give a plain name"
         )
+    return text
+
+
+def tag_name(text):
+    """An argparse type: letters, digits, - and _."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no tag: use letters, digits, - and _")
     return text
 
 

@@ -9,6 +9,7 @@ import signal
 import torch
 from tqdm import tqdm
 
+from models import untagged
 from utils.checkpoint import copied, describe, load_run, lock_path, save_adaptor
 from utils.cli import UserError
 from utils.distributed import barrier, is_first
@@ -28,8 +29,8 @@ class Run:
     If a signal, a UserError or a lost rank ends the block, the last good epoch is saved.
 
     Args:
-        path: the checkpoint, <method>.pt. The log <method>.jsonl and the state <method>.resume.pt
-            lie beside it.
+        path: the checkpoint, <method>.pt or <method>@<tag>.pt. The log (.jsonl) and the state
+            (.resume.pt) lie beside it.
         config: dict of plain types, with "seed" and "captions": what the run depends on besides
             its recipe. With "keep": "best" the checkpoint has the weights of the epoch that did
             best on held-out images (`kept_record`). Otherwise it has those of the last epoch, or
@@ -215,7 +216,7 @@ class Run:
         """
         self.log.append(record)
         self.log_file.write(json.dumps(record) + "\n")
-        content = describe(self.adaptor, self.method, self.recipe, self.config)
+        content = describe(self.adaptor, untagged(self.method), self.recipe, self.config)
         weights = content["state_dict"]
         progress = {
             "optimizer": self.optimizer.state_dict(),
@@ -258,7 +259,7 @@ class Run:
         elif self.average is not None:
             self.adaptor.load_state_dict(self.average)
         if is_first():
-            save_adaptor(self.adaptor, self.method, self.recipe, self.config, self.path)
+            save_adaptor(self.adaptor, untagged(self.method), self.recipe, self.config, self.path)
             self.state_path.unlink(missing_ok=True)
         logging.info("%s: %s", self.path, self._summary())
 

@@ -4,7 +4,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from models import METHODS
+from models import METHODS, TAG, untagged
 from utils.checkpoint import UNVALIDATED, checkpoint_path, load_adaptor, lock_path
 from utils.cli import UserError, need
 from utils.device import pick_device, pick_precision, precision_name
@@ -27,7 +27,7 @@ def load_adaptors(dataset, methods, seeds, cache, other_clip):
         for seed in seeds:
             path = checkpoint_path(dataset, seed, method)
             check_exists(path, dataset, method, seed)
-            adaptor = load_adaptor(path, cache.device, method)
+            adaptor = load_adaptor(path, cache.device, untagged(method))
             check_fits(adaptor, path, cache, other_clip)
             adaptors[method, seed] = adaptor
         check_trained_alike(dataset, method, {seed: adaptors[method, seed] for seed in seeds})
@@ -139,7 +139,10 @@ def training_command(dataset, method, seed, like=None):
     Args:
         like: the seed of the same method to follow; None: whatever is found first.
     """
-    command = f"python train.py --dataset {dataset} --method {method} --seed {seed}"
+    base, _, tag = method.partition(TAG)
+    command = f"python train.py --dataset {dataset} --method {base} --seed {seed}"
+    if tag:
+        command += f" --tag {tag}"
     content = _similar_checkpoint(dataset, method, like)
     if content is None:
         return command
@@ -147,7 +150,7 @@ def training_command(dataset, method, seed, like=None):
     recipe_name = config.get("recipe", "paper")
     if recipe_name != "paper":
         command += f" --recipe {recipe_name}"
-    is_same_method = content["method"] == method
+    is_same_method = content["method"] == base
     recipe = METHODS[content["method"]].recipes[recipe_name].fitted_to(config.get("captions", 1))
     for field in RECIPE_FLAGS if is_same_method else FLAGS_FOR_ALL_METHODS:
         value = content["recipe"].get(field)
@@ -181,7 +184,7 @@ def _similar_checkpoint(dataset, method, like=None):
         if not has_settings or content.get("method") not in METHODS:
             continue
         recipe_name = content["config"].get("recipe")
-        methods = (method, content["method"])
+        methods = (untagged(method), content["method"])
         if all(recipe_name in getattr(METHODS[name], "recipes", {}) for name in methods):
             return content
     return None

@@ -9,6 +9,7 @@ import io
 
 import numpy as np
 
+from models import TAG
 from utils.evaluation.figures import DIRECTIONS, SECTIONS
 
 COLUMNS = ("S", "R2", "-S*R2", "R@1", "AURC")
@@ -25,7 +26,10 @@ PAPER_NAMES = {
 
 def paper_name(row):
     """A Row's name as papers write it, such as "AsymVLM (PSD)"."""
-    name = PAPER_NAMES.get(row.method, row.method)
+    method, at, tag = row.method.partition(TAG)
+    name = PAPER_NAMES.get(method, method)
+    if at:
+        name += f", {tag}"
     return name if row.score == "published" else f"{name}, {row.score} score"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models import expand_groups
+from models import expand_groups, untagged
 from utils.cli import Parser, folder_name, need, run_script, seed_number, whole_number
 from utils.evaluation.bootstrap import MIN_RESAMPLES, RESAMPLES
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, measure, measure_resamples
@@ -224,7 +224,7 @@ def label(method, scores):
 
 def family(method):
     """`pfe` for `pfe` and `pfe-original`; a training-free row is a family by itself."""
-    return method if method in TRAINING_FREE else method.partition("-")[0]
+    return method if method in TRAINING_FREE else untagged(method).partition("-")[0]
 
 
 def shown(run, resamples):
