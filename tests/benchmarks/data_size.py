@@ -24,7 +24,7 @@ from models import METHODS
 from tests.benchmarks.machine import markdown_table
 from tests.benchmarks.recipes import mean_and_deviation, trained
 from utils.device import pick_precision
-from utils.evaluation.plots import LOOKS, STYLE, plt
+from utils.evaluation.plots import STYLE, looks_of, plt
 from utils.evaluation.scorers import AdaptorScorer, FrozenScorer
 from utils.evaluation.training_free import Reference, ReferenceEntropy
 from utils.evaluation.validation import HeldOut, retrieval
@@ -68,13 +68,12 @@ def draw(found, sizes, path):
     with plt.rc_context(STYLE):
         picture, panels = plt.subplots(1, len(FIGURES), figsize=(7.2, 3.2), layout="constrained")
         for panel, figure in zip(panels, FIGURES, strict=True):
-            for number, name in enumerate(ROWS):
+            for name in ROWS:
                 shares = [share for share in sizes if (name, share) in found]
                 values = [[run[figure] for run in found[name, share]] for share in shares]
                 mean, deviation = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
                 images = [sizes[share] for share in shares]
-                look = LOOKS.get(name, {"marker": "*", "color": f"C{number + 4}"})
-                (line,) = panel.plot(images, mean, label=name, **look)
+                (line,) = panel.plot(images, mean, label=name, **looks_of(ROWS)[name])
                 panel.fill_between(
                     images, mean - deviation, mean + deviation, alpha=0.15, color=line.get_color()
                 )
