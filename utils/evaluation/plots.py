@@ -283,7 +283,8 @@ def draw_ladder(results):
         return None
     size = (6.0, 0.42 * len(prompts) + 1.2)
     label = "uncertainty / uncertainty of the first prompt"
-    plot, (axis,) = _draw_lines({"": rows}, label, "", size)
+    plot, axes = _draw_lines({"": rows}, label, "", size)
+    axis = axes[-1]  # training-free scores have no ladder: there is one panel
     prompt_labels = [textwrap.fill(prompt, 26) for prompt in prompts]
     axis.set_yticks(range(len(prompts)), prompt_labels, fontsize=8)
     axis.invert_yaxis()
@@ -484,7 +485,9 @@ def _rows_of_panels(panels):
                 training_free[title][name] = curves
             if name not in TRAINING_FREE:
                 trained[title][name] = curves
-    return [training_free, trained]
+    rows_of_panels = [training_free, trained]
+    is_mixed = all(any(rows.values()) for rows in rows_of_panels)
+    return rows_of_panels if is_mixed else [panels]
 
 
 def _draw_mean(axis, name, look, curves):
