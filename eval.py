@@ -334,9 +334,10 @@ def evaluate_all(args, adaptors, cache, folder):
         run = evaluate(
             scorer, cache, args.uncer_levels, args.folds, ladder, chains, risk, args.levels_by
         )
+        run.content["config"] = {**config, **scorer.config}
         if run.is_uncertain:
             run.bootstrap(args.uncer_levels, args.resamples, args.levels_by)
-            run.save(folder, {**config, **scorer.config})
+            run.save(folder, run.content["config"])
         results.setdefault(scorer.row, []).append(run)
     return results
 

@@ -136,6 +136,8 @@ def test_several_methods_and_seeds_give_one_table(script):
         [*runs, np.mean(runs), np.std(runs, ddof=1)]
     )
     assert values["low"] < values["mean"] < values["high"]
+    with open("results/tiny/comparison.csv", newline="") as file:
+        assert {(row["dataset"], row["split"]) for row in csv.DictReader(file)} == {("tiny", "val")}
 
 
 def test_softmax_entropy_baseline_equals_scipys(script):
