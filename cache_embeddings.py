@@ -247,7 +247,8 @@ def clip_of(args, data_set, precision):
     if data_set.model is None:
         flags = [flag for flag in ("model", "pretrained") if getattr(args, flag)]
         problem = f"--dataset {args.dataset}: its embeddings are there already"
-        need(not flags, f"--{' '.join(flags)}: {problem}; leave it out")
+        cure = "leave out --model and --pretrained"
+        need(not flags, f"--{' --'.join(flags)}: {problem}; {cure}")
         return ClipId(ARRAYS, None)
     model = args.model or data_set.model
     return ClipId.of(model, args.pretrained or data_set.pretrained, precision_name(precision))

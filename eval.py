@@ -440,7 +440,7 @@ def classify(args, adaptors, cache, folder):
     results = zero_shot.answer(cache, adaptors, args.resamples)
     classes, prompts_per_class = zero_shot.classes_of(cache)
     title = f"{args.dataset}/{args.split}, {len(classes)} classes, {prompts_per_class} prompts each"
-    title += f", {seeds_of(args)}"
+    title += f", {seeds_of(args)}, heads trained on {args.trained_on or args.dataset}"
     text = zero_shot_tables.markdown(results, title, is_short=True)
     files = {
         "zero-shot.md": text,

@@ -24,7 +24,7 @@ from datasets.checks import first_bad_row, is_list, listing
 from datasets.embedding import NORMALISED, have_norm_1
 from datasets.rows import shard_file
 from datasets.source import Split
-from datasets.write import clear_meta, finish_shards
+from datasets.write import move_shards
 from utils.cli import UserError, need
 from utils.embed import to_dtype
 from utils.files import digest, load_json, load_tensors, not_utf8, save_json, save_tensors, sha256
@@ -60,9 +60,26 @@ class ArraySplit(Split):
         return []
 
     def assemble(self, store, folder, meta):
-        """Write the embeddings as shards, each in the cache's dtype."""
-        clear_meta(folder)
-        writers = {kind: _ShardWriter(folder, kind, store.dtype) for kind in ("image", "text")}
+        """Write the embeddings as shards, each in the cache's dtype.
+
+        They are moved to `folder` when all are written: until then, an older cache stays whole.
+        """
+        try:
+            index, image_of_caption = self._write_shards(store, meta)
+        except BaseException:
+            store.remove()
+            raise
+        move_shards(store.folder, folder, index, image_of_caption, meta)
+        return meta
+
+    def _write_shards(self, store, meta):
+        """Write shards to the folder of the units, and what they are to `meta`.
+
+        Returns: the index of the shards; the image row of every text, (M,) int64.
+        """
+        writers = {
+            kind: _ShardWriter(store.folder, kind, store.dtype) for kind in ("image", "text")
+        }
         maps = []
         width = None
         for piece in self.pieces:
@@ -73,7 +90,8 @@ class ArraySplit(Split):
                 for start, part in piece.parts(kind):
                     width = width or part.shape[1]
                     problem = f"{part.shape[1]} wide, the others are {width} wide"
-                    need(part.shape[1] == width, f"{piece.file_of[kind]}: {problem}")
+                    cure = "give images and texts of one CLIP"
+                    need(part.shape[1] == width, f"{piece.file_of[kind]}: {problem}; {cure}")
                     writer.write(part, names[start : start + len(part)], piece.file_of[kind], start)
         meta["embed_dim"] = width
         meta["image_count"] = writers["image"].rows
@@ -83,8 +101,7 @@ class ArraySplit(Split):
         if all(writer.is_normalised for writer in writers.values()):
             logging.warning(NORMALISED, self.folder)
         index = {kind: writer.index for kind, writer in writers.items()}
-        finish_shards(folder, index, torch.cat(maps), meta)
-        return meta
+        return index, torch.cat(maps)
 
 
 class _ShardWriter:

@@ -73,7 +73,7 @@ def _load_metrics():
             warnings.simplefilter("ignore")  # it warns if the optional ujson is missing
             from eccv_caption import Metrics
         return Metrics()
-    except Exception as error:  # noqa: BLE001  a package that it needs is missing, a file of it, ...
+    except Exception as error:  # noqa: BLE001  a package or a file that it needs is missing
         if isinstance(error, ModuleNotFoundError) and error.name == "eccv_caption":
             return None
         reason = " ".join(str(error).split())[:150] or type(error).__name__

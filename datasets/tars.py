@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from datasets.checks import check_widths, has_fields, listing
 from datasets.images import collate, decode
 from datasets.rows import shard_file
 from datasets.source import TEXT_NOTES, Split
-from datasets.write import clear_meta, finish_shards
+from datasets.write import move_shards
 from utils.cli import UserError, need
 from utils.embed import Samples, say_notes, versions
 from utils.files import clean_text, digest, load_json, save_json, save_tensors, sha256
@@ -108,17 +107,12 @@ class TarSplit(Split):
         meta.update(self.state())
         meta["skipped"] = skipped
         meta["versions"] = versions()
-        clear_meta(folder)
-        for number, kind in itertools.product(range(len(notes)), KINDS):
-            file = shard_file(store.folder, kind, number)
-            if file.exists():
-                os.replace(file, shard_file(folder, kind, number))
         index = {"image": [], "text": []}
         for note in notes:
             sums = dict(zip(KINDS, note["sums"], strict=True))
             index["image"].append([note["rows"], sums["image"]])
             index["text"].append([note.get("captions", note["rows"]), sums["text"]])
-        finish_shards(folder, index, image_of_caption, meta)
+        move_shards(store.folder, folder, index, image_of_caption, meta)
         self._tell_repeated_keys(folder, len(notes))
         return meta
 

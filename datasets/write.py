@@ -7,6 +7,8 @@ images-00000.json have their texts and file names (for tars: sample keys), image
     "shards": {"image": [[rows, SHA-256], ...], "text": the same, "image_of_caption": SHA-256}
 """
 
+import os
+
 import torch
 
 from datasets.rows import shard_file
@@ -67,6 +69,23 @@ def clear_meta(folder):
     """Begin to write a split: without its meta.json it is unfinished."""
     for file in ("meta.json", "relevance.json"):
         (folder / file).unlink(missing_ok=True)
+
+
+def move_shards(source, folder, index, image_of_caption, meta):
+    """Move shards that are complete from another folder, and finish the split.
+
+    A shard that is in `folder` only was moved by a run that was stopped.
+
+    Args: index, image_of_caption: as `finish_shards` has them.
+    """
+    clear_meta(folder)
+    for kind, shards in index.items():
+        for number in range(len(shards)):
+            for stem in (kind, NAMES_OF[kind]):
+                file = shard_file(source, stem, number)
+                if file.exists():
+                    os.replace(file, shard_file(folder, stem, number))
+    finish_shards(folder, index, image_of_caption, meta)
 
 
 def finish_shards(folder, index, image_of_caption, meta):

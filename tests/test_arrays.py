@@ -174,6 +174,21 @@ def test_what_is_wrong_is_one_line(made, script, case):
     assert not Path("embeddings/mine/val/meta.json").exists()
 
 
+@pytest.mark.parametrize("case", ["a row of zeros", "another width", "a map that points outside"])
+def test_a_new_file_that_is_wrong_leaves_the_old_cache_whole(made, script, case):
+    assert script(cache_embeddings.main, *IMPORT)[0] == 0
+    before = EmbeddingCache("mine", "val")
+    files = sorted(Path("embeddings/mine/val").iterdir())
+    change, words = REFUSED[case]
+    change()
+    status, _, line = script(cache_embeddings.main, *IMPORT, "--split", "val", "--overwrite")
+    assert (status, words in line) == (2, True)
+    after = EmbeddingCache("mine", "val")
+    assert (after.digest, after.captions) == (before.digest, before.captions)
+    assert torch.equal(after.text.read(), before.text.read())
+    assert sorted(Path("embeddings/mine/val").iterdir()) == files
+
+
 def test_files_of_other_numbers_are_refused(workdir, script):
     for folder, count in (("img_emb", 2), ("text_emb", 1)):
         path = Path("arrays/train", folder)

@@ -16,7 +16,6 @@ import torch
 
 import cache_embeddings
 import train as train_script
-from datasets import tars
 from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
 from datasets.tars import TarSplit, TarUnit
@@ -162,7 +161,7 @@ def test_a_run_that_is_stopped_while_it_moves_its_files_goes_on(call, pictures, 
         return real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tars.os, "replace", replace_some)
+        patch.setattr(os, "replace", replace_some)
         assert call()[0] == 130
     assert len(moved) == 5
     with pytest.raises(UserError, match="unfinished"):

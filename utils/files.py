@@ -124,6 +124,8 @@ def is_locked(path):
         _acquire(path, path).release()
     except UserError:
         return True
+    except OSError:  # a read-only folder, where nothing is at work
+        return False
     return False
 
 

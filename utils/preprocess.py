@@ -416,7 +416,7 @@ def _refused(what, cure=None):
     """Turn whatever a library raises in the block into a UserError."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001  the hub, pickled files and tokenizers raise many things
+    except Exception as error:  # noqa: BLE001  hub, files and tokenizers raise many things
         reason = " ".join(str(error).split())[:160]
         message = f"{what} ({reason})"
         if cure:

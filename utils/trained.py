@@ -19,6 +19,12 @@ FLAGS_FOR_ALL_METHODS = ("epochs", "batch_size")
 def load_adaptors(dataset, methods, seeds, cache, other_clip):
     """The trained adaptors of a data set: {(method, seed): Adaptor}.
 
+    Args:
+        dataset: the name of their folder in checkpoints/.
+        methods: names of methods, with or without a tag.
+        seeds: seeds of the training.
+        cache: EmbeddingCache that they are to be used on, on the device they are loaded to.
+        other_clip: accept adaptors that were trained on embeddings of another CLIP.
     Raises: UserError if one is missing or does not fit the cache, or if seeds of a method were
         trained differently.
     """
@@ -37,17 +43,17 @@ def load_adaptors(dataset, methods, seeds, cache, other_clip):
 def check_exists(path, dataset, method, seed):
     """Raise a UserError if there is no checkpoint; note it if a later training is unfinished."""
     state = path.with_suffix(".resume.pt")
-    is_running = is_locked(lock_path(path))
-    command = training_command(dataset, method, seed)
-    if is_running:
+    if is_locked(lock_path(path)):
         problem = "a training is at work on it"
         cure = "wait until it has ended"
     elif state.exists():
         problem = f"its training was interrupted, and {state} has what was done"
         cure = "finish it with the command that began it and --resume"
-    else:
-        need(path.exists(), f"{path}: no such checkpoint; make it with {command}")
+    elif path.exists():
         return
+    else:
+        command = training_command(dataset, method, seed)
+        raise UserError(f"{path}: no such checkpoint; make it with {command}")
     need(path.exists(), f"{path}: no such checkpoint yet, {problem}; {cure}")
     logging.warning("note: %s is of an earlier training: %s; %s", path, problem, cure)
 

@@ -72,8 +72,8 @@ class Estimate:
     In a difference of two rows, v is that of the paired difference, both s^2 / S are added, and so
     are their degrees of freedom.
 
-    Why not resample the seeds too? Three resampled seeds have two thirds of their variance, and
-    then a 95 % interval covers the truth in 80 to 90 % of cases (tests/benchmarks/coverage.py).
+    Why not resample the seeds too? Three resampled seeds have only two thirds of their variance:
+    the interval would be too narrow.
 
     Attributes:
         mean: over the seeds.
