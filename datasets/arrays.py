@@ -31,6 +31,7 @@ from utils.files import digest, load_json, load_tensors, not_utf8, save_json, sa
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
 PART = 32_768  # rows that are read at a time, and the rows of a shard
+CURE_OF_ROW = "leave it out, or compute it again"
 
 
 class ArraySplit(Split):
@@ -120,7 +121,7 @@ class _ShardWriter:
     def write(self, part, names, source, start):
         """Write embeddings (n, D), which are rows of a file from `start` on."""
         bad, problem = first_bad_row(part)
-        need(not problem, f"{source}: row {start + (bad or 0)} {problem}")
+        need(not problem, f"{source}: row {start + (bad or 0)} {problem}; {CURE_OF_ROW}")
         self.is_normalised = self.is_normalised and have_norm_1(part)
         number = len(self.index)
         file = shard_file(self.folder, self.kind, number)
@@ -181,7 +182,9 @@ class _Piece:
             names = _column(file, "image_path" if kind == "image" else "caption")
         else:
             names = load_json(file) if file.suffix == ".json" else _lines(file)
-        need(is_list(names, str, rows), f"{file}: expected {rows} texts, one for each row")
+        found = f"{len(names)} of them" if isinstance(names, list) else "none"
+        expected = f"expected {rows} texts, one for each row"
+        need(is_list(names, str, rows), f"{file}: {expected}, found {found}")
         return names
 
 
@@ -301,7 +304,7 @@ def read_text_arrays(file):
     need(lines.is_file(), f"--texts {file}: {lines} is missing; give the texts, one per line")
     z = _as_tensor(np.asarray(open_array(file))).float()
     bad, problem = first_bad_row(z)
-    need(not problem, f"{file}: row {bad} {problem}")
+    need(not problem, f"{file}: row {bad} {problem}; {CURE_OF_ROW}")
     texts = _lines(lines)
     need(
         len(texts) == len(z),

@@ -13,6 +13,7 @@ from utils.files import load_json, load_tensors, sha256
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of embeddings
 ANEW = "make the cache anew"
+CURE_OF_ROW = f"{ANEW} in --precision fp32, or leave the row out"
 
 
 def has_fields(content, fields):
@@ -60,7 +61,7 @@ def check_rows(z, file):
     for part in z.split(65536):
         bad, problem = first_bad_row(part)
         if problem:
-            raise UserError(f"{file}: row {start + bad} {problem}")
+            raise UserError(f"{file}: row {start + bad} {problem}; {CURE_OF_ROW}")
         start += len(part)
 
 
@@ -77,8 +78,8 @@ def first_bad_row(z):
         return None, ""
     row = int(bad[0])
     if is_zero[row]:
-        return row, f"is all zeros, which has no direction; leave it out, and {ANEW}"
-    return row, f"is not finite; {ANEW}, in --precision fp32"
+        return row, "is all zeros, which has no direction"
+    return row, "is not finite"
 
 
 def check_sum(file, expected):

@@ -15,6 +15,7 @@ import torch
 
 from datasets.checks import (
     ANEW,
+    CURE_OF_ROW,
     check_index,
     check_rows,
     check_sum,
@@ -115,7 +116,7 @@ class RowsOnDisk:
         if problem:
             shard = shard_of[bad]
             row = rows[bad] - self.starts[shard]
-            raise UserError(f"{self.files[shard]}: row {row} {problem}")
+            raise UserError(f"{self.files[shard]}: row {row} {problem}; {CURE_OF_ROW}")
         # z is gone when this returns, which only CUDA's copies allow for.
         return z.to(self._target, non_blocking=self._target.type == "cuda")  # (B, D)
 

@@ -125,7 +125,7 @@ def read_texts(path):
             suffix not in OTHER_FORMATS, f"--texts {path}: {suffix} files are not read; {expected}"
         )
         texts, chains = text_lines(path), None
-    need(texts, f"--texts {path}: holds no text")
+    need(texts, f"--texts {path}: holds no text; give one text per line")
     return texts, chains
 
 

@@ -138,7 +138,10 @@ def put(name, array):
 
 REFUSED = {
     "no image": (lambda: Path("arrays/val/image.npy").unlink(), "expected image.npy and text.npy"),
-    "a row of zeros": (put("text", np.eye(120, 64)), "row 64 is all zeros"),
+    "a row of zeros": (
+        put("text", np.eye(120, 64)),
+        "row 64 is all zeros, which has no direction; leave it out",
+    ),
     "not finite": (put("text", np.full((120, 64), np.nan)), "row 0 is not finite"),
     "another width": (put("text", np.ones((120, 7))), "7 wide, the others are 64 wide"),
     "one dimension": (put("text", np.ones(120)), "2 dimensions, found shape (120,)"),
@@ -155,7 +158,7 @@ REFUSED = {
     ),
     "fewer captions": (
         lambda: Path("arrays/val/captions.txt").write_text("one\n"),
-        "expected 120 texts",
+        "expected 120 texts, one for each row, found 1 of them",
     ),
     "two forms": (
         lambda: torch.save(torch.ones(40, 64), "arrays/val/image.pt"),

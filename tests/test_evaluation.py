@@ -358,6 +358,7 @@ def test_a_caption_that_several_images_carry_is_listed_once(script):
         (("--resamples", -1), ["--resamples", "at least 0"]),
         (("--prompts", " "), ["--prompts", "blank"]),
         (("--prompts", "@nothing.txt"), ["nothing.txt", "No such file"]),
+        (("--prompts", "@/dev/null"), ["--prompts @/dev/null: holds no text; give one prompt"]),
         (("--prompts", "a cat"), ["meta.json"]),
     ],
 )

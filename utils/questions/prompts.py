@@ -28,11 +28,12 @@ def prompts_from(arguments):
     texts = []
     for argument in arguments:
         if argument.startswith("@"):
-            texts += text_lines(Path(argument[1:]))
+            lines = text_lines(Path(argument[1:]))
+            need(lines, f"--prompts {argument}: holds no text; give one prompt per line")
+            texts += lines
         else:
+            need(argument.strip(), "--prompts: a prompt is blank; give texts that are not")
             texts.append(clean_text(argument))
-    has_text = bool(texts) and all(text.strip() for text in texts)
-    need(has_text, "--prompts: a prompt is blank; give texts that are not")
     return texts
 
 
