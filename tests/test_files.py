@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from datasets.shapes import world
+from utils import files
 from utils.cli import UserError, run_script
 from utils.files import load_tensors, save_json, save_tensors, written_aside
 
@@ -64,6 +65,26 @@ def test_the_same_content_gives_the_same_bytes_whatever_the_name(tmp_path):
     for name in ("one.pt", "another.pt"):
         save_tensors({"z": torch.arange(5), "name": "x"}, tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_ctrl_c_in_any_write_of_tensors_stays_ctrl_c_and_leaves_what_was_there(
+    tmp_path, monkeypatch, number
+):
+    save_tensors({"z": torch.ones(2)}, tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    real, calls = files._WatchedFile.write, []
+
+    def write(self, content):
+        calls.append(content)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(self, content)
+
+    monkeypatch.setattr(files._WatchedFile, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors({"z": torch.zeros(1000), "more": [torch.zeros(7)]}, tmp_path / "a.pt")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.pt", before)]
 
 
 def test_what_dead_processes_began_is_removed_and_what_live_ones_do_is_not(workdir):

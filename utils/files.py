@@ -219,15 +219,17 @@ def sha256(path):
 def save_tensors(content, path):
     """Write tensors and plain types. The same content gives the same bytes under any name.
 
-    Raises: OSError from the file system, which torch.save alone turns into a RuntimeError.
+    Raises: OSError from the file system, or KeyboardInterrupt; torch.save alone turns them into a
+        RuntimeError.
     """
     with written_aside(path) as file:
         watched = _WatchedFile(file)
         try:
             torch.save(content, watched)
-        except RuntimeError:
-            if watched.error is not None:
-                raise watched.error from None
+        except RuntimeError as error:
+            cause = watched.error or error.__context__
+            if isinstance(cause, (OSError, KeyboardInterrupt)):
+                raise cause from None
             raise
 
 
