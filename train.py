@@ -37,8 +37,9 @@ from utils.cli import (
     tag_name,
     torchrun_rank,
 )
+from utils.cuda_graph import GraphedGradients
 from utils.device import autocast, pick_device, pick_precision, precision_name
-from utils.distributed import average_gradients, gather, joined, share_of_rank
+from utils.distributed import average_gradients, gather, joined, share_of_rank, world_size
 from utils.optimizer import OPTIMIZERS, make_optimizer
 from utils.run import Run, check_finite
 from utils.seed import seed_everything
@@ -77,7 +78,15 @@ def main(argv=None):
     with joined(device):
         for run in runs:
             with run:
-                train(run, cache, prompts, precision, args.shuffle_buffer, held_out)
+                train(
+                    run,
+                    cache,
+                    prompts,
+                    precision,
+                    args.shuffle_buffer,
+                    held_out,
+                    use_graph=not args.no_cuda_graph,
+                )
 
 
 def planned_runs(args, cache, precision):
@@ -188,7 +197,7 @@ def make_parser():
         "--save-every",
         type=positive,
         default=10,
-        help="save the training state every so many epochs (default: 10)",
+        help="save the training state every so many epochs, and after five minutes (default: 10)",
     )
     add(
         "--resume",
@@ -206,6 +215,11 @@ def make_parser():
         default="auto",
         choices=("auto", "fp32", "bf16", "fp16"),
         help="the precision of matrix products (default: auto)",
+    )
+    add(
+        "--no-cuda-graph",
+        action="store_true",
+        help="launch the kernels of every step one by one; the result is the same, and slower",
     )
     return parser
 
@@ -234,7 +248,7 @@ def parse(argv):
     return args
 
 
-def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
+def train(run, cache, prompts, precision, shuffle_buffer, held_out=None, use_graph=True):
     """Train one adaptor from its seed, or from where the run was saved.
 
     Args:
@@ -244,6 +258,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
         precision: dtype of matrix products.
         shuffle_buffer: number of captions of a sharded cache that are shuffled together.
         held_out: HeldOut, measured after every epoch, or None.
+        use_graph: compute gradients by a CUDA graph where that is possible.
     """
     recipe = run.recipe
     seed = run.config["seed"]
@@ -254,6 +269,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
     optimizer, schedule = make_optimizer(adaptor, recipe, steps * recipe.epochs)
     shuffling = torch.Generator().manual_seed(seed)
     run.restore(adaptor, optimizer, schedule, shuffling)
+    graph = graph_of(adaptor, recipe.batch_size, precision, use_graph)
 
     for epoch, bar in run.epochs():
         start = time.perf_counter()
@@ -266,8 +282,17 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
             # rows (see utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
             weight = number / steps if epoch == recipe.ramped_epoch else 1.0
+            is_whole = len(rows) == recipe.batch_size and weight == 1.0
             loss, loss_terms = step(
-                adaptor, pairs, len(rows), optimizer, schedule, precision, weight, recipe.clip_norm
+                adaptor,
+                pairs,
+                len(rows),
+                optimizer,
+                schedule,
+                precision,
+                weight,
+                recipe.clip_norm,
+                graph if is_whole else None,
             )
             losses.append(loss)
             terms.append(loss_terms)
@@ -293,7 +318,17 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None):
         held_out.compare(run.kept_record(), run.path)
 
 
-def step(adaptor, pairs, batch_size, optimizer, schedule, precision, weight=1.0, clip_norm=None):
+def step(
+    adaptor,
+    pairs,
+    batch_size,
+    optimizer,
+    schedule,
+    precision,
+    weight=1.0,
+    clip_norm=None,
+    graph=None,
+):
     """One optimizer step on a batch of B pairs.
 
     Args:
@@ -302,21 +337,44 @@ def step(adaptor, pairs, batch_size, optimizer, schedule, precision, weight=1.0,
         precision: dtype of matrix products.
         weight: factor of the loss.
         clip_norm: largest norm of the gradient; None: no limit.
+        graph: what `graph_of` returned, to be used for this batch; None: no graph.
     Returns: the loss () and its terms {name: ()}, empty if the method names none. They are detached
         and still on the device, so that nothing here waits for it.
     """
-    with autocast(pairs[0].device, precision):
-        terms = adaptor.loss(*gather(adaptor.encode(*pairs), batch_size))
-        loss = total_loss(terms)
-    optimizer.zero_grad()
-    (weight * loss).backward()
+    if graph is None:
+        optimizer.zero_grad()
+        loss, terms = backward(adaptor, pairs, batch_size, precision, weight)
+    else:
+        loss, terms = graph(pairs)
     average_gradients(adaptor.parameters())
     if clip_norm:
         torch.nn.utils.clip_grad_norm_(adaptor.parameters(), clip_norm)
     optimizer.step()
     schedule.step()
+    return loss, terms
+
+
+def backward(adaptor, pairs, batch_size, precision, weight=1.0):
+    """Set the gradients of a batch. Args, Returns: as for `step`."""
+    with autocast(pairs[0].device, precision):
+        terms = adaptor.loss(*gather(adaptor.encode(*pairs), batch_size))
+        loss = total_loss(terms)
+    (weight * loss).backward()
     named_terms = terms if isinstance(terms, dict) else {}
     return loss.detach(), {name: term.detach() for name, term in named_terms.items()}
+
+
+def graph_of(adaptor, batch_size, precision, is_wanted):
+    """`backward` of whole batches as a CUDA graph; None if there can be none."""
+    device = next(adaptor.parameters()).device
+    is_possible = device.type == "cuda" and world_size() == 1 and adaptor.has_fixed_kernels
+    if not (is_wanted and is_possible):
+        return None
+
+    def backward_of_batch(pairs):
+        return backward(adaptor, pairs, batch_size, precision)
+
+    return GraphedGradients(backward_of_batch, adaptor.parameters())
 
 
 def mean_terms(steps):

@@ -125,6 +125,10 @@ class Adaptor(nn.Module):
     # Whether the method can only be trained by one process: batch norm sees one process's part of
     # a batch, and dropout draws different masks if the batch is divided.
     single_process_only: bool = False
+    # Whether a training step launches the same CUDA kernels for every batch of a size and waits for
+    # none of them, so that it can be a CUDA graph (utils/cuda_graph.py). So it has no branch on a
+    # value, no dropout and nothing that Python counts.
+    has_fixed_kernels: bool = False
 
     def __init__(self, embed_dim: int = 512):
         super().__init__()
@@ -228,6 +232,7 @@ class GaussianAdaptor(Adaptor):
     """
 
     ranks_by_frozen_cosine = True
+    has_fixed_kernels = True
     trunk = staticmethod(mlp)  # embed_dim -> Sequential, (N, D) -> (N, D), ends in a linear layer
 
     def __init__(self, embed_dim=512):

@@ -27,11 +27,11 @@ def lock_path(path):
 
 def save_adaptor(adaptor, method, recipe, config, path):
     """Write what `describe` returns to a file, whole or not at all."""
-    save_tensors(describe(adaptor, method, recipe, config), path)
+    save_tensors(on_cpu(describe(adaptor, method, recipe, config)), path)
 
 
 def describe(adaptor, method, recipe, config):
-    """The content of a checkpoint: a dict of plain types and of tensors on the CPU.
+    """The content of a checkpoint: a dict of plain types and of copied tensors.
 
     Args: config: dict of plain types, the data and settings of the training.
     """
@@ -45,16 +45,26 @@ def describe(adaptor, method, recipe, config):
 
 
 def copied(content):
-    """Plain content with its tensors copied to the CPU.
+    """Plain content with its tensors copied, each on its device, so that nothing waits for it.
 
     A tensor that is a view would be saved together with all of the storage behind it.
     """
+    return _with_tensors(content, lambda tensor: tensor.detach().clone())
+
+
+def on_cpu(content):
+    """Plain content with its tensors on the CPU."""
+    return _with_tensors(content, torch.Tensor.cpu)
+
+
+def _with_tensors(content, change):
+    """Plain content in which every tensor is what `change` makes of it."""
     if isinstance(content, dict):
-        return {key: copied(value) for key, value in content.items()}
+        return {key: _with_tensors(value, change) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return type(content)(copied(value) for value in content)
+        return type(content)(_with_tensors(value, change) for value in content)
     if isinstance(content, torch.Tensor):
-        return content.detach().cpu().clone()
+        return change(content)
     return content
 
 

@@ -5,15 +5,18 @@ import json
 import logging
 import os
 import signal
+import time
 
 import torch
 from tqdm import tqdm
 
 from models import untagged
-from utils.checkpoint import copied, describe, load_run, lock_path, save_adaptor
+from utils.checkpoint import copied, describe, load_run, lock_path, on_cpu, save_adaptor
 from utils.cli import UserError
 from utils.distributed import barrier, is_first
 from utils.files import locked, save_tensors
+
+SAVE_AFTER = 300  # seconds; what is lost at most, and an epoch, if a process is killed
 
 
 class Run:
@@ -36,7 +39,7 @@ class Run:
             best on held-out images (`kept_record`). Otherwise it has those of the last epoch, or
             the average that the recipe asks for.
         resume: continue a saved run with this recipe and config.
-        save_every: the state is saved every so many epochs.
+        save_every: the state is saved every so many epochs, and after SAVE_AFTER seconds.
         former_recipe: what the recipe was in earlier versions; a run that was begun with it is
             continued with it. None: the same.
     Attributes:
@@ -59,6 +62,7 @@ class Run:
         self.keeps_best = config.get("keep") == "best"
         self.is_finished = False
         self.log = []
+        self.saved_at = time.monotonic()  # when the state was saved last
         self.saved = None  # the content of the state file that the run is resumed from
         self.state = None  # the next content of that file: the last epoch of this process
         self.best = None  # weights of the best epoch so far
@@ -85,7 +89,7 @@ class Run:
                 handler = signal.signal(number, signal.SIG_IGN)
                 self.exits.callback(signal.signal, number, handler)
             if self.state is not None and is_first():
-                save_tensors(self.state, self.state_path)
+                self._save_state()
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(self._outcome()) from None
 
@@ -151,6 +155,7 @@ class Run:
         self.average = saved.get("average")
         if self.average is not None:
             self.adaptor.load_state_dict(self.average)  # likewise
+            self.average = copied(self.adaptor.state_dict())  # on its device
         self.adaptor.load_state_dict(saved["state_dict"])
         progress = saved["progress"]
         self.optimizer.load_state_dict(progress["optimizer"])
@@ -235,8 +240,14 @@ class Run:
         if averaged_epochs > 0:
             self.average = running_mean(self.average, weights, averaged_epochs)
             self.state["average"] = self.average
-        if len(self.log) % self.save_every == 0 and is_first():
-            save_tensors(self.state, self.state_path)
+        is_due = len(self.log) % self.save_every == 0
+        is_late = time.monotonic() - self.saved_at > SAVE_AFTER
+        if (is_due or is_late) and is_first():
+            self._save_state()
+
+    def _save_state(self):
+        save_tensors(on_cpu(self.state), self.state_path)
+        self.saved_at = time.monotonic()
 
     def kept_record(self):
         """The record of the epoch whose weights are kept so far.

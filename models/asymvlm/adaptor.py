@@ -21,6 +21,7 @@ class AsymVLM(Adaptor):
     """
 
     recipes = {**recipes_of(PAPER_RECIPE), "original": PAPER_RECIPE}
+    has_fixed_kernels = True
     spread = ("text",)  # the modalities whose embeddings become distributions
 
     # The distribution: log p = log_normalizer(kappa) + kappa kernel(mu.x).

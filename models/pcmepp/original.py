@@ -30,6 +30,8 @@ class PCMEPPOriginal(PCMEPPAdaptor):
         )
     }
 
+    has_fixed_kernels = False  # equal images are searched for in every batch
+
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)
         self.set_last_bias(START_LOG_VAR)

@@ -13,6 +13,7 @@ class PFEAdaptor(Adaptor):
 
     recipes = recipes_of(Recipe("sgd", lr=1e-3, weight_decay=5e-4))
     ranks_by_frozen_cosine = True
+    has_fixed_kernels = True
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)

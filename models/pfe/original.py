@@ -83,6 +83,7 @@ class PFEOriginal(PFEAdaptor):
         )
     }
     single_process_only = True  # batch norm
+    has_fixed_kernels = False  # how many pairs belong to one image differs from batch to batch
 
     def __init__(self, embed_dim=512):
         Adaptor.__init__(self, embed_dim)  # without PFEAdaptor's MLPs

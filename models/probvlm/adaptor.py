@@ -59,6 +59,7 @@ class ProbVLMAdaptor(Adaptor):
     """
 
     recipes = recipes_of(Recipe("adamw", lr=1e-4, weight_decay=5e-4))
+    has_fixed_kernels = True
     bayescap = BayesCap
     inverted = True
     likelihood_weight = LIKELIHOOD_WEIGHT

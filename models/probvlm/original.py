@@ -66,6 +66,7 @@ class ProbVLMOriginal(ProbVLMAdaptor):
     bayescap = NarrowBayesCap
     likelihood_weight = ORIGINAL_LIKELIHOOD_WEIGHT
     single_process_only = True  # dropout
+    has_fixed_kernels = False
 
     def encode_image(self, z):
         return super().encode_image(LOGIT_SCALE * unit(z))
