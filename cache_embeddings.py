@@ -33,7 +33,7 @@ from utils.cli import (
     torchrun_rank,
     whole_number,
 )
-from utils.device import PRECISIONS, pick_device, pick_precision, precision_name
+from utils.device import PRECISIONS, device_name, pick_device, pick_precision, precision_name
 from utils.distributed import (
     PATIENCE,
     first_rank_first,
@@ -48,7 +48,7 @@ from utils.preprocess import ClipId, load_clip
 
 DTYPES = ("float16", "float32")
 RANKS_HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, as torchrun says
-WORKERS = max(1, min(16, (os.cpu_count() or 1) // RANKS_HERE))  # per rank
+WORKERS = max(1, min(32, (os.cpu_count() or 1) // RANKS_HERE))  # per rank
 
 
 def main(argv=None):
@@ -329,8 +329,8 @@ def embed_split(args, folder, split, clip, settings):
     """
     start = time.perf_counter()
     # Units that other devices or versions made are not mixed in.
-    device = "cpu" if clip is None else clip.device
-    made_with = {"device": torch.device(device).type, "versions": versions()}
+    device = torch.device("cpu" if clip is None else clip.device)
+    made_with = {"device": device_name(device), "versions": versions()}
     with first_rank_first():  # the others compare their settings with what it has begun
         store = UnitStore(
             folder,

@@ -37,15 +37,24 @@ def clip(monkeypatch):
         seen.append(len(tokens))
         return torch.stack([tokens[:, 0].float(), torch.full((len(tokens),), 2.0)], dim=1)
 
-    def tokenize(clip, texts):
-        lengths = torch.tensor([[len(text)] for text in texts])
-        return lengths, [len(text) > 9 for text in texts], ["?" in text for text in texts]
+    def tokenize(tokenizer, texts):
+        lengths = torch.tensor([[len(text), "?" in text] for text in texts])
+        return lengths, [len(text) > 9 for text in texts]
 
     monkeypatch.setattr(embed, "tokenize", tokenize)
+    monkeypatch.setattr(
+        embed, "have_unknown_words", lambda clip, tokens: (tokens[:, 1] == 1).tolist()
+    )
     model = SimpleNamespace(encode_image=encode_image, encode_text=encode_text)
     info = {"context_length": 9}
     return SimpleNamespace(
-        model=model, transform=float, device="cpu", dtype=torch.float32, info=info, seen=seen
+        model=model,
+        transform=float,
+        tokenizer=None,
+        device="cpu",
+        dtype=torch.float32,
+        info=info,
+        seen=seen,
     )
 
 

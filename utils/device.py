@@ -31,6 +31,13 @@ def pick_device(name):
     return device
 
 
+def device_name(device):
+    """ "cpu", "mps" or the name of a CUDA card, on whose kind the last bits of a result depend."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
 def pick_precision(name, device):
     """The dtype of --precision. "auto" is bfloat16 if the device computes it, else float32.
 

@@ -13,14 +13,16 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from utils.cli import UserError, need
 from utils.distributed import is_first, rank, sum_over_ranks, world_size
-from utils.preprocess import tokenize
+from utils.preprocess import have_unknown_words, tokenize
 
-CHUNK = 64  # rows of every call of an encoder; the last bits of a row depend on how many there are
+# Rows of every call of an encoder. The last bits of a row depend on how many there are.
+CHUNK = 64
+CHUNK_ON_GPU = 256  # fewer keep it waiting for the host
 STEP = 4  # texts are encoded at a multiple of this many tokens; fewer lengths fill more chunks
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pillow")  # the last bits depend on them
 
@@ -58,7 +60,8 @@ class Samples(NamedTuple):
 
     keys: list  # B names or rows; empty if the stream cannot be read on, for the reason in errors
     captions: list  # B lists of texts; empty if images come alone
-    pictures: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are
+    pictures: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are. Workers
+    # hand over their bytes in the dtype of the CLIP (`as_bytes`).
     errors: list  # B reasons; None where nothing is broken
 
 
@@ -98,19 +101,24 @@ class Embedded:
                 self.captions += samples.captions[row]
                 self.image_of_caption += [len(self.keys) - 1] * len(samples.captions[row])
         if samples.pictures is not None:
-            images = torch.from_numpy(samples.pictures).to(clip.dtype)
+            images = torch.from_numpy(samples.pictures).view(clip.dtype)
             encoded = in_chunks(clip.model.encode_image, images, clip.device)
-            self._pieces.append(encoded[good])
+            if len(good) < len(encoded):
+                encoded = encoded[good]
+            self._pieces.append(encoded)
 
-    def finish(self, clip, dtype, bar):
-        """Embed the captions, and bring everything into the cache's dtype; returns itself."""
+    def finish(self, clip, dtype, bar, tokenized=None):
+        """Embed the captions, and bring everything into the cache's dtype; returns itself.
+
+        Args: tokenized: as for `embed_texts`.
+        """
         if self.captions is not None:
-            text, self.notes = embed_texts(clip, self.captions, bar)
+            text, self.notes = embed_texts(clip, self.captions, bar, tokenized)
             self.text = to_dtype(text, dtype, self.captions)
             if not self._pieces:
                 self._pieces.append(text[:0])  # no images, but their width
         names = [self.unit.name(key) for key in self.keys]
-        image = torch.cat(self._pieces) if self._pieces else torch.empty(0)
+        image = torch.cat(self._pieces).cpu() if self._pieces else torch.empty(0)
         self.image = to_dtype(image, dtype, names)
         return self
 
@@ -164,16 +172,14 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
     embedded = {unit: Embedded(unit) for unit in missing}
     streams = []
     unit_of_stream = []
-    chunked_size = -(-batch_size // CHUNK) * CHUNK
+    chunk = chunk_size(clip.device)
+    chunked_size = -(-batch_size // chunk) * chunk
     for unit in missing:
         for stream in unit.streams(chunked_size):
             streams.append(stream)
             unit_of_stream.append(unit)
     running = Counter(unit_of_stream)  # streams that are not at their end
-    decoding = _Decoding(streams, clip.transform)
-    loader = DataLoader(
-        decoding, batch_size=None, num_workers=min(workers, len(streams)), collate_fn=_as_it_is
-    )
+    loader = _load(_Decoding(streams, clip), min(workers, len(streams)))
     text_counts = [len(unit.texts or ()) for unit in missing]
     with _tell_of_a_dead_worker(), _bar("texts", text_counts) as texts_bar:
         with _bar("images", [unit.pictures for unit in missing]) as bar:
@@ -191,8 +197,12 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
                     finished = embedded.pop(unit).finish(clip, store.dtype, texts_bar)
                     unit.save(store.begin(), finished)
         broken.check()
-        for unit, texts in embedded.items():  # those without images
-            unit.save(store.begin(), texts.finish(clip, store.dtype, texts_bar))
+        text_units = list(embedded)  # those without images
+        tokenising = _Tokenising(text_units, clip.tokenizer)
+        loader = _load(tokenising, workers if len(text_units) > 1 else 0)
+        for unit, tokenized in zip(text_units, loader, strict=True):
+            finished = embedded.pop(unit).finish(clip, store.dtype, texts_bar, tokenized)
+            unit.save(store.begin(), finished)
 
 
 def missing_units(units, store, broken):
@@ -219,9 +229,25 @@ def _messages(unit, samples):
     return [unit.describe(key, error) for key, error in pairs if error]
 
 
+def _load(work, workers):
+    """A DataLoader that does this work, a Dataset, in so many processes; 0: in this one."""
+    return DataLoader(
+        work,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_ctrl_c,
+    )
+
+
 def _as_it_is(item):
     """Keeps the DataLoader from moving arrays to shared memory, which is small in containers."""
     return item
+
+
+def _ignore_ctrl_c(worker):
+    """Leaves the answer to Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -244,20 +270,43 @@ class _Decoding(IterableDataset):
     Yields (number of the stream, Samples), and (number, None) at the end of a stream.
     """
 
-    def __init__(self, streams, transform):
+    def __init__(self, streams, clip):
         self.streams = list(enumerate(streams))
-        self.transform = transform
+        self.transform = clip.transform
+        self.dtype = clip.dtype
 
     def __iter__(self):
         streams = self.streams
         worker = get_worker_info()
         if worker is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C
             streams = streams[worker.id :: worker.num_workers]
         for number, stream in streams:
             for samples in stream(self.transform):
+                if samples.pictures is not None:
+                    samples = samples._replace(pictures=as_bytes(samples.pictures, self.dtype))
                 yield number, samples
             yield number, None
+
+
+def as_bytes(pictures, dtype):
+    """The bytes of an array in a torch dtype, which numpy may not have: (..., W) -> (..., w)."""
+    return torch.from_numpy(pictures).to(dtype).view(torch.uint8).numpy()
+
+
+class _Tokenising(Dataset):
+    """The tokens of the distinct texts of units, what `tokenize` returns, for a DataLoader."""
+
+    def __init__(self, units, tokenizer):
+        self.units = units
+        self.tokenizer = tokenizer
+
+    def __len__(self):
+        return len(self.units)
+
+    def __getitem__(self, number):
+        distinct, _ = distinct_texts(self.units[number].texts)
+        tokens, is_cut = tokenize(self.tokenizer, distinct)
+        return tokens.numpy(), is_cut
 
 
 def _bar(what, counts):
@@ -277,14 +326,20 @@ def encode_texts(clip, texts):
 
 
 @torch.inference_mode()
-def embed_texts(clip, texts, bar):
+def embed_texts(clip, texts, bar, tokenized=None):
     """Embed M texts, each distinct one once; M may be 0.
 
+    Args:
+        tokenized: what `tokenize` returns for the distinct texts, if it is known already.
     Returns: (M, D) float32 on the CPU; and notes, {"cut": how many distinct texts are too long,
         "unknown": how many have unknown words, "example": one of these}.
     """
     distinct, row_of_text = distinct_texts(texts)
-    tokens, is_cut, is_unknown = tokenize(clip, distinct or ["a"])  # without texts: for the width
+    if tokenized is None:
+        tokenized = tokenize(clip.tokenizer, distinct or ["a"])  # without texts: for the width
+    tokens, is_cut = tokenized
+    tokens = torch.as_tensor(tokens)
+    is_unknown = have_unknown_words(clip, tokens)
     unknown = [text for text, flag in zip(distinct, is_unknown, strict=False) if flag]
     notes = {
         "cut": sum(is_cut[: len(distinct)]),
@@ -313,7 +368,7 @@ def encode_tokens(clip, tokens, bar):
         parts.append(in_chunks(model.encode_text, tokens[rows, :length], clip.device))
         order.append(rows)
         bar.update(len(rows))
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    return torch.cat(parts).cpu()[torch.cat(order).argsort()]
 
 
 def text_ends(model, tokens):
@@ -377,18 +432,32 @@ def say_notes(notes, context_length):
         logging.warning(message, unknown, examples[0][:80])
 
 
-def in_chunks(encode, inputs, device):
-    """encode(inputs), (N, ...) -> (N, D) float32 on the CPU, CHUNK rows per call.
+def chunk_size(device):
+    """How many rows every call of an encoder on a device has."""
+    return CHUNK if torch.device(device).type == "cpu" else CHUNK_ON_GPU
 
-    The last call is filled up with copies of the last row.
+
+def in_chunks(encode, inputs, device):
+    """encode(inputs), (N, ...) -> (N, D) float32 on the device, as many rows in every call.
+
+    The last call is filled up with copies of the last row. Nothing here waits for a GPU.
     """
-    padded = -(-len(inputs) // CHUNK) * CHUNK
-    rows = torch.arange(padded).clamp(max=len(inputs) - 1)
+    size = chunk_size(device)
     chunks = []
-    for chunk in rows.split(CHUNK):
-        encoded = encode(inputs[chunk].to(device))
-        chunks.append(encoded.float().cpu())
+    for chunk in inputs.split(size):
+        missing = size - len(chunk)
+        if missing:
+            chunk = torch.cat([chunk, *[chunk[-1:]] * missing])
+        encoded = encode(sent(chunk, device))
+        chunks.append(encoded.float())
     return torch.cat(chunks)[: len(inputs)]
+
+
+def sent(tensor, device):
+    """A tensor of the CPU on a device, to which CUDA may still be copying it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def to_dtype(z, dtype, names):

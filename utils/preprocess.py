@@ -207,6 +207,8 @@ def _as_clip(model, tokenizer, name, pretrained, device, dtype):
     import open_clip
 
     model.eval().requires_grad_(False).to(device)
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # else convolutions round to 10 bits on CUDA
     settings = open_clip.get_model_preprocess_cfg(model)
     configuration = open_clip.transform.PreprocessCfg(**settings)
     transform = open_clip.transform.image_transform_v2(configuration, is_train=False)
@@ -230,34 +232,38 @@ def _facts(model, tokenizer, settings):
     }
 
 
-def tokenize(clip, texts):
+def tokenize(tokenizer, texts):
     """Turn texts into rows of tokens. A text longer than the context is cut, as by every CLIP.
 
-    A word is unknown if the model's embedding of it is zero. Only the built-in CLIP has such words,
-    since its vocabulary is that of its small world.
-
-    Returns: tokens (N, L), int64; N bools, whether a text is cut; N bools, whether it has an
-        unknown word.
-    Raises: UserError if the model has fewer tokens than its tokenizer.
+    Returns: tokens (N, L), int64; N bools, whether a text is cut.
     """
-    tokens = clip.tokenizer(texts)
+    tokens = tokenizer(texts)
     length = tokens.shape[1]
-    padding = clip.tokenizer([""])[0, -1]
+    padding = tokenizer([""])[0, -1]
     is_cut = (tokens[:, -1] != padding).tolist()  # or it fits exactly
     for row, text in enumerate(texts):
         if is_cut[row]:
-            one_longer = clip.tokenizer([text], context_length=length + 1)[0, :length]
+            one_longer = tokenizer([text], context_length=length + 1)[0, :length]
             is_cut[row] = not torch.equal(one_longer, tokens[row])
-    unknown = torch.zeros(len(texts), dtype=torch.bool)
+    return tokens, is_cut
+
+
+def have_unknown_words(clip, tokens):
+    """Whether each row of tokens (N, L) has a word that the model does not know: N bools.
+
+    A word is unknown if the model's embedding of it is zero. Only the built-in CLIP has such words,
+    since its vocabulary is that of its small world.
+    Raises: UserError if the model has fewer tokens than its tokenizer.
+    """
     embedding = getattr(getattr(clip.model, "text", clip.model), "token_embedding", None)
-    if embedding is not None:
-        is_empty = (embedding.weight == 0).all(dim=1).cpu()
-        problem = f"a vocabulary of {len(is_empty)} is too small for its tokenizer"
-        fits = tokens.max() < len(is_empty)
-        need(fits, f"--model {clip.info['model']}: {problem}; mend vocab_size")
-        is_empty[0] = False  # padding
-        unknown = is_empty[tokens].any(dim=1)
-    return tokens, is_cut, unknown.tolist()
+    if embedding is None:
+        return [False] * len(tokens)
+    is_empty = (embedding.weight == 0).all(dim=1).cpu()
+    problem = f"a vocabulary of {len(is_empty)} is too small for its tokenizer"
+    fits = tokens.max() < len(is_empty)
+    need(fits, f"--model {clip.info['model']}: {problem}; mend vocab_size")
+    is_empty[0] = False  # padding
+    return is_empty[tokens].any(dim=1).tolist()
 
 
 def _find(flag, name):

@@ -83,7 +83,7 @@ def main(repeats=3):
             embed_units([ListUnit("image", 0, files)], clip, store, CHUNK, workers)
             store.remove()
 
-        tokens, bar = tokenize(clip, some_texts(TEXTS))[0], tqdm(disable=True)
+        tokens, bar = tokenize(clip.tokenizer, some_texts(TEXTS))[0], tqdm(disable=True)
 
         def full_length():
             with torch.inference_mode():
