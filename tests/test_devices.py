@@ -43,10 +43,12 @@ from utils.run import Run
 D, B = 16, 8
 IMAGES, CAPTIONS_PER_IMAGE = 8, 2
 EVERY = pytest.mark.parametrize("method", METHODS)
-UNCERTAIN_TEXTS = pytest.mark.parametrize(
-    "method", [method for method in METHODS if "-image" not in method]
-)
 DEVICES = pytest.mark.parametrize("name", ["cuda", "mps"])
+# Every method whose texts are uncertain by its own score, and one by the other scores too.
+QUESTIONS = [
+    *((method, "mps", OWN) for method in METHODS if "-image" not in method),
+    *(("asymvlm-psd", name, score) for name in ("cuda", "mps") for score in (PUBLISHED, FROZEN)),
+]
 # What a step waits for, and why: of the paper's six methods, nothing.
 EXPECTED_WAITS = {
     # same_rows finds the captions of one image; it does not know how many images there are.
@@ -285,8 +287,9 @@ def test_all_six_methods_of_the_paper_are_to_wait_for_nothing():
     assert not set(GROUPS["all"]) & set(EXPECTED_WAITS)
 
 
-@pytest.mark.parametrize("method", GROUPS["all"])
-@DEVICES
+@pytest.mark.parametrize(
+    "method, name", [*((method, "cuda") for method in GROUPS["all"]), ("asymvlm-vmf", "mps")]
+)
 def test_a_training_waits_once_an_epoch_and_not_once_a_step(method, name, cache_files):
     waits = []
     for batch_size in (8, 4):
@@ -360,8 +363,7 @@ def test_training_free_uncertainties_are_those_of_the_cpu(name, cache_files):
     torch.testing.assert_close(*answers)
 
 
-@UNCERTAIN_TEXTS
-@pytest.mark.parametrize("name, score", [("cuda", OWN), ("mps", PUBLISHED), ("mps", FROZEN)])
+@pytest.mark.parametrize("method, name, score", QUESTIONS)
 def test_questions_are_answered_there(method, name, score, cache_files):
     texts = ["a", "b", "c"]
     with PretendedDevice(name):
