@@ -13,10 +13,11 @@ import torch
 
 import train as train_script
 from datasets.embedding import EmbeddingCache
-from models import GROUPS, METHODS
-from models.asymvlm import distributions
+from models import GROUPS, METHODS, layers
+from models.asymvlm import distributions, variants
 from models.base import total_loss
 from models.pfe.adaptor import PFEAdaptor
+from models.probvlm.adaptor import BayesCap
 from tests.conftest import make_cache, recipe_of, write_tiny_clip
 from tests.devices import PretendedDevice, WrongDevice
 from utils.checkpoint import load_adaptor
@@ -56,6 +57,14 @@ EXPECTED_WAITS = {
     # Nor how many pairs of captions of one image there are, which nonzero lists.
     "pfe-original": ["unique_dim at models/layers.py", "nonzero at models/pfe/loss.py"],
 }
+
+
+@pytest.fixture(autouse=True)
+def narrow_layers(monkeypatch):
+    """Hidden layers of width 32, which take half the time."""
+    monkeypatch.setattr(layers, "HIDDEN", 32)
+    monkeypatch.setattr(variants, "HIDDEN", 32)
+    monkeypatch.setattr(BayesCap, "hidden", 32)
 
 
 @pytest.fixture(autouse=True)
