@@ -52,6 +52,11 @@ def widest(x):
     return x.double()
 
 
+def as_float64(x):
+    """Convert x to float64, on the CPU if its device has no float64."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
 @full_precision
 def pairwise_products(x, y):
     """x_i . y_j, x (N, D), y (M, D) -> (N, M), float32 or float64.

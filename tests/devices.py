@@ -125,6 +125,8 @@ class _Names(TorchFunctionMode):
             return function(*arguments, **options).to(META)
         if self._is_named(options.get("device")):
             options["device"] = META
+        if function is torch.Tensor.pin_memory:
+            return arguments[0]  # only a driver can pin memory
         if function is torch.Tensor.to:
             arguments = [META if self._is_named(argument) else argument for argument in arguments]
         return function(*arguments, **options)

@@ -261,7 +261,10 @@ def test_an_adaptor_stays_on_its_device(method, name):
         results += [*adaptor.adapt_image(z_image), *adaptor.adapt_text(z_text)]
         results += [adaptor.variance_of(*image), adaptor.variance_of(*text)]
         results += [adaptor.similarity(z_image, z_text), adaptor(z_image, z_text)]
-        assert {x.device.type for x in results if x is not None} == {name}
+        for x in results:
+            if x is not None:
+                is_refused_there = name == "mps" and x.dtype == torch.float64
+                assert x.device.type == ("cpu" if is_refused_there else name)
 
 
 @EVERY
@@ -311,7 +314,8 @@ def test_a_training_waits_once_an_epoch_and_not_once_a_step(method, name, cache_
             config = {"seed": 0, "captions": len(cache.text)}
             with Run(path, recipe, config) as run:
                 run.method = method
-                train_script.train(run, cache, embeddings(name), torch.float32, 100)
+                prompts = embeddings(name)
+                train_script.train(run, cache, prompts, torch.float32, 100, use_graph=False)
         waits.append(sorted(device.waits))
         assert load_adaptor(path).recipe["batch_size"] == batch_size
     assert waits[0] == waits[1]
@@ -417,8 +421,9 @@ def test_a_clip_encodes_there_what_it_encodes_on_the_cpu(name, tmp_path):
                 device.forget()
             with torch.inference_mode():
                 image = in_chunks(clip.model.encode_image, images, clip.device)
-            encoded.append([image, text])
-    assert len(device.waits) == 4  # to the device and back, for each of two chunks
+            if device is not None:
+                assert len(device.waits) == (name == "mps")  # the copy of one chunk to it
+            encoded.append([image.cpu(), text])
     torch.testing.assert_close(*encoded)
 
 

@@ -8,7 +8,7 @@ authors' code.
 import torch
 from torch.nn import functional as F
 
-from models.layers import full_precision, widest
+from models.layers import as_float64, full_precision
 
 # In the loss.
 LIKELIHOOD_WEIGHT = 0.05  # relative to the absolute error: the default of the authors' function
@@ -111,14 +111,14 @@ def variance_of_passes(mean, inv_alpha, beta):
     divides by K - 1.
 
     Args: (K, N, D) each.
-    Returns: (N, D), up to 1e28, in float64 if the device supports it, because the square of a
-        variance overflows in float32.
+    Returns: (N, D), up to 1e28, in float64, because the square of a variance overflows in float32;
+        on the CPU if the device has no float64.
     Source: arXiv 2307.00398, sec. 3, in the form of the authors' code.
     """
-    average_inv_alpha = widest(inv_alpha).mean(dim=0)  # (N, D)
-    average_beta = widest(beta).mean(dim=0)
+    average_inv_alpha = as_float64(inv_alpha).mean(dim=0)  # (N, D)
+    average_beta = as_float64(beta).mean(dim=0)
     aleatoric = variance(average_inv_alpha, average_beta)
-    variance_of_variance = widest(variance(inv_alpha, beta)).var(dim=0)
-    variance_of_mean = widest(mean).var(dim=0)
+    variance_of_variance = as_float64(variance(inv_alpha, beta)).var(dim=0)
+    variance_of_mean = as_float64(mean).var(dim=0)
     epistemic = (variance_of_variance * variance_of_mean).sqrt()
     return aleatoric + epistemic

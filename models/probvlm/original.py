@@ -92,7 +92,7 @@ class ProbVLMOriginalDefaultWeight(ProbVLMOriginal):
 
 @torch.no_grad()
 def _uncertainty(bayescap, z):
-    """mean_d u of what a network reads, (N, D) -> (N,), in float64 if the device supports it.
+    """mean_d u of what a network reads, (N, D) -> (N,), as `variance_of_passes` has it.
 
     Coordinates with beta = 0, whose variance is the largest that the clips allow, dominate the
     mean. The remaining differences between texts are about 1e-5 of it, which float32 would round
