@@ -10,6 +10,7 @@ changing files that others still read. In a single process, everything here does
 import contextlib
 import datetime
 import logging
+import math
 
 import torch
 import torch.distributed as dist
@@ -77,33 +78,56 @@ def gather(encoded, total):
     """
     if world_size() == 1:
         return encoded
-    return tuple(_Gather.apply(share, total) for share in encoded)
+    return _Gather.apply(total, *encoded)
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather with a gradient.
+    """all_gather of several tensors at once, with a gradient.
 
     The backward pass needs no exchange: each rank computes the loss of the whole batch, so it
     already has the gradient of all rows.
     """
 
     @staticmethod
-    def forward(ctx, x, total):
+    def forward(ctx, total, *parts):
         shares = torch.empty(total).tensor_split(world_size())
-        sizes = [len(share) for share in shares]
-        ctx.sizes = sizes
-        padding = x.new_zeros(sizes[0] - len(x), *x.shape[1:])
-        padded = torch.cat([x, padding])  # all_gather needs equal sizes
-        gathered = [torch.empty_like(padded) for _ in sizes]
+        ctx.sizes = [len(share) for share in shares]
+        rows = torch.cat([_row_bytes(part) for part in parts], dim=1)  # (b, bytes)
+        padding = rows.new_zeros(ctx.sizes[0] - len(rows), rows.shape[1])
+        padded = torch.cat([rows, padding])  # all_gather needs equal sizes
+        gathered = [torch.empty_like(padded) for _ in ctx.sizes]
         _exchange(dist.all_gather, gathered, padded)
-        rows = [share[:size] for share, size in zip(gathered, sizes, strict=True)]
-        return torch.cat(rows)
+        shares = [share[:size] for share, size in zip(gathered, ctx.sizes, strict=True)]
+        whole = torch.cat(shares)  # (B, bytes)
+        results = []
+        start = 0
+        for part in parts:
+            end = start + _row_bytes(part).shape[1]
+            content = whole[:, start:end].contiguous().view(part.dtype)
+            results.append(content.view(total, *part.shape[1:]))
+            start = end
+        needs_gradient = ctx.needs_input_grad[1:]
+        constants = [x for x, needed in zip(results, needs_gradient, strict=True) if not needed]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)  # None for them
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, gradient):
-        share = gradient.split(ctx.sizes)[rank()]
+    def backward(ctx, *gradients):
         # average_gradients divides by the number of ranks, but the sum over the ranks is right.
-        return share * world_size(), None
+        shares = []
+        for gradient in gradients:
+            if gradient is None:
+                shares.append(None)
+            else:
+                shares.append(gradient.split(ctx.sizes)[rank()] * world_size())
+        return None, *shares
+
+
+def _row_bytes(part):
+    """The bytes of each row of a tensor (b, ...), (b, bytes) uint8; b may be 0."""
+    row_size = math.prod(part.shape[1:])
+    return part.reshape(len(part), row_size).view(torch.uint8)
 
 
 def average_gradients(parameters):
