@@ -86,7 +86,7 @@ def encoders(setup):
     """Images and texts per second of cache_embeddings.py, and of the encoder alone."""
     decoded = calculated.decoding_rate(setup.sizes.drawn)
     yield "images of 640 x 480 that a core decodes per second", f"{decoded:.0f}", "", ""
-    handed_over = calculated.handover_rate()
+    handed_over = calculated.handover_rate(setup.sizes.handed_over)
     what = "images of 224 x 224 that the main process takes over per second"
     yield what, f"{handed_over:.0f}", "", ""
     texts = some_texts(setup.sizes.texts)
@@ -199,10 +199,14 @@ def expected_rate(clip, kind, rows, tokens=calculated.TOKENS):
 
 
 def steps(setup):
-    """A step of every method beside the textbook's."""
-    for method in GROUPS["all"]:
-        for dim in setup.sizes.dims:
-            yield from step_rows(setup, method, dim)
+    """A step of every method beside the textbook's, with deterministic kernels as in train.py."""
+    seed_everything(0)
+    try:
+        for method in GROUPS["all"]:
+            for dim in setup.sizes.dims:
+                yield from step_rows(setup, method, dim)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def step_rows(setup, method, dim):
@@ -220,22 +224,21 @@ def step_rows(setup, method, dim):
     textbook = make_textbook_step(method, small, dim, device)
     textbook_taken, textbook_memory = time_and_memory(setup, textbook)
     del textbook
-    beside = f"textbook: {1000 * textbook_taken:.2f}" if small == batch else ""
-    yield f"{what}, ms", f"{1000 * taken:.2f}", beside, f"{1000 * expected.seconds():.2f}"
+    beside = f"textbook: {1000 * textbook_taken:.2f}"
     if small < batch:
         ours, _ = time_and_memory(setup, make_step(method, small, dim, "auto", device))
-        shown = f"textbook: {1000 * textbook_taken:.2f}"
-        yield f"{method}, a step, B = {small}, D = {dim}, ms", f"{1000 * ours:.2f}", shown, ""
+        beside = f"at B = {small}: {1000 * ours:.2f}, {beside}"
+    yield f"{what}, ms", f"{1000 * taken:.2f}", beside, f"{1000 * expected.seconds():.2f}"
 
     flops = necessary_flops(method, batch, dim)
     share = flops / taken / matrix_rate(setup)
     expected_share = flops / expected.seconds() / calculated.RATE[torch.bfloat16]
-    yield f"{what}, share of the matrix rate", f"{share:.0%}", "", f"{expected_share:.0%}"
+    yield f"{what}, share of the matrix rate", f"{share:.1%}", "", f"{expected_share:.1%}"
     yield f"{what}, launches", f"{launches}", "", f"{expected.launches}"
     yield f"{what}, synchronisations", f"{waits}", "0", f"{expected.synchronisations}"
     if setup.is_gpu:
-        shown = f"textbook at B = {small}: {textbook_memory:.0f}"
-        yield f"{what}, peak memory, MB", f"{memory:.0f}", shown, ""
+        beside = f"textbook at B = {small}: {textbook_memory:.0f}"
+        yield f"{what}, peak memory, MB", f"{memory:.0f}", beside, ""
 
 
 def time_and_memory(setup, step):
@@ -327,6 +330,8 @@ def peak_of_evaluation(*flags):
 
 # The table.
 
+SECTIONS = (card, equality, encoders, steps, epoch, evaluation)
+
 
 def print_row(*cells):
     print(f"| {' | '.join(cells)} |", flush=True)
@@ -345,11 +350,11 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     device = pick_device(parser.parse_args(argv).device)
     setup = Setup(device, Sizes() if device.type == "cuda" else SMALL)
-    seed_everything(0)  # with deterministic kernels, as train.py does
+    torch.manual_seed(0)
     status = 0
     print(markdown_table([describe(setup), "measured", "beside it", "calculated"], []), flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for section in (card, equality, encoders, steps, epoch, evaluation):
+        for section in SECTIONS:
             start = time.perf_counter()
             try:
                 for row in section(setup):

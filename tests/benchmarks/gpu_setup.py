@@ -29,6 +29,7 @@ class Sizes:
     trained_in: tuple = ("fp32", "bf16")  # and in which it trains
     encoders: tuple = (("ViT-B-32-quickgelu", 4096), ("ViT-L-14-quickgelu", 1024))  # with images
     drawn: int = 256  # different images; the others are copies
+    handed_over: int = 16  # chunks of images that the main process takes over
     texts: int = 4096
     large_batch: int = 1024  # of an encoder, beside CHUNK
     batch: int = 2048  # B of the training steps
@@ -49,6 +50,7 @@ SMALL = Sizes(
     trained_in=("fp32",),
     encoders=(("datasets/shapes/clip.json", 32),),
     drawn=8,
+    handed_over=2,
     texts=32,
     large_batch=128,
     batch=64,
