@@ -4,6 +4,7 @@
 # make ablation DATASET=coco: the variants too, and one table of all; what is trained already is not trained again.
 # RESUME=--overwrite trains all of it anew.
 # make zero-shot: classes of the built-in world from uncertain prompts, by heads trained on shapes.
+# make gpu: on a machine with a GPU, checks and measures everything there in eight minutes; without one, a short trial.
 # make fair DATASET=coco: the baselines also as their own authors build and rank them, one table, and whose leads survive.
 PYTHON ?= python3
 RESUME ?= --resume
@@ -20,7 +21,7 @@ RUN := $(BIN)/python
 # What a CPU without native bfloat16 has.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test faults tables ablation fair zero-shot lint bench clean about-demo about-test
+.PHONY: demo test faults tables ablation fair zero-shot lint bench gpu clean about-demo about-test
 
 demo: about-demo .venv/installed
 	$(RUN) cache_embeddings.py --dataset shapes
@@ -85,6 +86,7 @@ lint: .venv/installed-tests
 
 bench: .venv/installed-tests
 	mkdir -p results/benchmarks
+	$(RUN) -m tests.benchmarks.calculated > results/benchmarks/calculated.md
 	$(RUN) -m tests.benchmarks.train_step > results/benchmarks/train_step.md
 	$(AVX2) $(RUN) -m tests.benchmarks.train_step --precision fp32 > results/benchmarks/train_step_avx2.md
 	$(RUN) -m tests.benchmarks.seeds > results/benchmarks/seeds.md
@@ -93,6 +95,11 @@ bench: .venv/installed-tests
 	$(RUN) -m tests.benchmarks.scaling > results/benchmarks/scaling.md
 	$(RUN) -m tests.benchmarks.limits > results/benchmarks/limits.md
 	cat results/benchmarks/limits.md
+
+gpu: .venv/installed-tests
+	mkdir -p results/benchmarks
+	$(RUN) -m tests.benchmarks.gpu > results/benchmarks/gpu.md; \
+	    status=$$?; cat results/benchmarks/gpu.md; exit $$status
 
 clean:
 	rm -rf .venv data/shapes embeddings/shapes checkpoints/shapes results/shapes

@@ -22,7 +22,7 @@ def run_mlp(weights, prefix, z, activations=(0, 2, 4, 6)):
 def asymvlm(weights, z_image, z_text, log_prob):
     x, eta = F.normalize(z_image, dim=1), run_mlp(weights, "text_mlp", z_text)
     logits = weights["temperature"] * log_prob(x, eta)
-    target = torch.arange(len(x))
+    target = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -67,7 +67,7 @@ def pcmepp(weights, z_image, z_text):
     variances = log_var_image.exp()[:, None] + log_var_text.exp()  # (B, B, D)
     logits = -weights["negative_scale"] * (between + variances).sum(dim=2) + weights["shift"]
     return 2 * F.binary_cross_entropy_with_logits(
-        logits, torch.eye(len(logits), dtype=logits.dtype)
+        logits, torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     )
 
 
@@ -75,7 +75,7 @@ def prolip(weights, z_image, z_text):
     mean_image, log_var_image, mean_text, log_var_text = gaussians(weights, z_image, z_text)
     variances = (log_var_image.exp()[:, None] + log_var_text.exp()).sum(dim=2)  # of (B, B, D)
     logits = mean_image @ mean_text.T - variances / 2
-    signs = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
     bottleneck = sum(
         -0.5 * (1 + v / 2 - m**2 - torch.exp(v / 2)).mean()
         for m, v in ((mean_image, log_var_image), (mean_text, log_var_text))

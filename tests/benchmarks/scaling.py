@@ -1,41 +1,27 @@
-"""Weak scaling: one and two ranks of one thread each, with as many pairs a rank; and, calculated, what large runs take.
+"""Weak scaling: one and two ranks of one thread each, with as many pairs a rank.
 
-    COCO_ROOT=<a COCO folder> python -m tests.benchmarks.scaling
+    python -m tests.benchmarks.scaling
 
 A rank encodes its share of the batch and computes the loss of all of it: what grows with the ranks is the loss and the
-exchange.
+exchange. What large runs should take is in calculated.py.
 """
 
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from datasets.images import decode_file
 from models import GROUPS, METHODS
-from tests.benchmarks.caching import MODEL, make_pictures
-from tests.benchmarks.machine import describe, markdown_table, seconds
-from tests.benchmarks.train_step import GPU_FLOPS, GPU_SHARE, gpu_seconds, profile_step
+from tests.benchmarks.machine import describe, markdown_table
 from utils.device import pick_device, pick_precision
 from utils.distributed import is_first, joined, share_of_rank, world_size
 
 SHARE, DIM, STEPS = 512, 512, 15  # pairs a rank; width; steps that are timed
-CORES = 16  # of the machine in the calculation, that decode for its GPU
-DATA_SETS = {
-    "COCO": (118_287, 591_753),
-    "CC3M": (3_318_333,) * 2,
-    "CC12M": (12_423_374,) * 2,
-    "LAION-400M": (413_871_335,) * 2,
-}  # as published
 
 
 def rank():
@@ -81,59 +67,7 @@ def weak_scaling():
     return times
 
 
-def flops_a_row():
-    """FLOPs of encoding an image and a text with a ViT-B/32."""
-    import open_clip
-
-    model = open_clip.create_model(MODEL, pretrained=None)
-    counts = []
-    for encode, row in (
-        (model.encode_image, torch.randn(1, 3, 224, 224)),
-        (model.encode_text, torch.ones(1, 77, dtype=torch.int64)),
-    ):
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            encode(row)
-        counts.append(counter.get_total_flops())
-    return counts
-
-
-def decoding_rate():
-    """Pictures of 640 x 480 that one core decodes and resizes in a second."""
-    import open_clip
-
-    with tempfile.TemporaryDirectory() as folder:
-        files = make_pictures(Path(folder), 64)
-        transform = open_clip.image_transform(224, is_train=False)
-        return 64 / seconds(lambda: [decode_file(path, transform) for path in files], repeats=3)[0]
-
-
-def large_runs(decoded):
-    """Rows of the table: what data sets should take on one H100 beside CORES cores, which decode so many a second."""
-    image, text = flops_a_row()
-    _, operations, passes = profile_step("asymvlm-psd", 2048)
-    step = gpu_seconds("asymvlm-psd", 2048, DIM, operations, passes)
-    rows = []
-    for name, (images, captions) in DATA_SETS.items():
-        encoding = (images * image + captions * text) / (GPU_FLOPS * GPU_SHARE)
-        decoding = images / (decoded * CORES)
-        size = (images + captions) * DIM * 2
-        epoch = captions / 2048 * step
-        rows.append(
-            [
-                name,
-                f"{images:,}",
-                f"{captions:,}",
-                f"{encoding / 3600:.2g}",
-                f"{decoding / 3600:.2g}",
-                f"{size / 1e9:.1f}",
-                f"{epoch / 60:.2g}",
-            ]
-        )
-    return rows
-
-
 def main():
-    random.seed(0)
     torch.set_num_threads(1)
     print(describe(), "\n")
     times = weak_scaling()
@@ -160,25 +94,6 @@ def main():
         "efficiency",
     ]
     print(markdown_table(header, rows))
-    decoded = decoding_rate()
-    gpu = f"one H100 at {GPU_SHARE:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s"
-    print(f"\nCalculated, not measured: {gpu}, ViT-B/32, {CORES} cores that decode")
-    print(
-        f"{decoded:.0f} pictures of 640 x 480 a second each, as one core was measured to do here. N GPUs with as many"
-    )
-    print(
-        "cores each take 1/N of the hours of caching, of which the larger of the two columns counts.\n"
-    )
-    header = [
-        "",
-        "images",
-        "captions",
-        "encoding, h",
-        "decoding, h",
-        "embeddings, GB",
-        "minutes an epoch of asymvlm-psd",
-    ]
-    print(markdown_table(header, large_runs(decoded)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.seeds
 
 Stacked: torch.func's stacked modules under vmap, one optimiser for all. Seconds are of this machine, operations those
-that a GPU would launch, and its milliseconds calculated from them as in train_step.py, not measured.
+that a GPU would launch, and its milliseconds calculated as in calculated.py, not measured.
 """
 
 import copy
@@ -14,8 +14,8 @@ import torch
 from torch.func import functional_call, stack_module_state, vmap
 
 from models import METHODS
+from tests.benchmarks.calculated import count
 from tests.benchmarks.machine import describe, in_turn, markdown_table
-from tests.benchmarks.train_step import GPU_FLOPS, GPU_LAUNCH, GPU_SHARE, NO_KERNEL, necessary_flops
 from utils.device import autocast, pick_device, pick_precision
 from utils.optimizer import make_optimizer
 
@@ -56,16 +56,6 @@ def make_steps(method, batch):
     return {"one by one": one_by_one, "stacked": stacked}
 
 
-def count_operations(step):
-    """How many kernels a step would launch."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        step()
-    events = recorded.key_averages()
-    return sum(
-        e.count for e in events if e.key.startswith("aten::") and not NO_KERNEL.fullmatch(e.key)
-    )
-
-
 def main():
     print(describe(), "\n", flush=True)
     rows = []
@@ -73,11 +63,8 @@ def main():
         for batch in batches:
             steps = make_steps(method, batch)
             times = {name: statistics.median(found) for name, found in in_turn(steps, 5).items()}
-            operations = {name: count_operations(step) for name, step in steps.items()}
-            products = SEEDS * necessary_flops(method, batch, DIM) / GPU_FLOPS / GPU_SHARE
-            gpu = [
-                f"{1000 * max(products, count * GPU_LAUNCH):.1f}" for count in operations.values()
-            ]
+            counts = {name: count(step) for name, step in steps.items()}
+            gpu = [f"{1000 * counted.seconds():.1f}" for counted in counts.values()]
             speed = f"{times['one by one'] / times['stacked']:.2f}"
             seconds = [f"{time:.3f}" for time in times.values()]
             rows.append(
@@ -85,7 +72,7 @@ def main():
                     f"{SEEDS} x {method}, B = {batch}",
                     *seconds,
                     speed,
-                    *map(str, operations.values()),
+                    *(f"{counted.launches}" for counted in counts.values()),
                     *gpu,
                 ]
             )

@@ -5,7 +5,7 @@
 
 A step is what train.py does: forward, backward, optimiser, schedule, with the method's own paper recipe. The share of
 the bound is the time that its necessary matrix products would take at this machine's measured rate, over the time that
-it takes. Then: where the time goes, on the CPU; and what a GPU should take, by calculation.
+it takes. Then: where the time goes, on the CPU. What a GPU should take is in calculated.py.
 """
 
 import argparse
@@ -26,11 +26,12 @@ TEXTBOOK_BATCH = {
 }  # their (B, B, D) tensors take 8.6 GB each at 2048
 
 
-def make_step(method, batch, embed_dim, precision="auto"):
+def make_step(method, batch, embed_dim, precision="auto", device="auto"):
     """A call that does one full optimiser step on random embeddings, as train.py does it, and returns the loss, ()."""
-    device = pick_device("auto")
+    device = pick_device(device)
     torch.manual_seed(0)
-    adaptor = METHODS[method](embed_dim).to(device)
+    with device:
+        adaptor = METHODS[method](embed_dim)
     recipe = next(iter(adaptor.recipes.values()))  # the paper's, or its authors'
     optimizer, schedule = train.make_optimizer(adaptor, recipe, 10_000)
     pairs = [torch.randn(batch, embed_dim, dtype=torch.float16).to(device) for _ in range(2)]
@@ -43,10 +44,11 @@ def make_step(method, batch, embed_dim, precision="auto"):
     return step
 
 
-def make_textbook_step(method, batch, embed_dim):
+def make_textbook_step(method, batch, embed_dim, device="cpu"):
     """The same with the textbook's float32 loss and a plain optimiser."""
+    device = pick_device(device)
     torch.manual_seed(0)
-    adaptor = METHODS[method](embed_dim)
+    adaptor = METHODS[method](embed_dim).to(device)
     recipe, weights = adaptor.recipes["paper"], parameters(adaptor)
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(
@@ -54,7 +56,7 @@ def make_textbook_step(method, batch, embed_dim):
         )
     else:
         optimizer = torch.optim.AdamW(weights.values(), recipe.lr, weight_decay=recipe.weight_decay)
-    z_image, z_text = torch.randn(2, batch, embed_dim)
+    z_image, z_text = torch.randn(2, batch, embed_dim, device=device)
 
     def step():
         loss = LOSSES[method](weights, z_image, z_text)
@@ -90,12 +92,6 @@ def necessary_flops(method, batch, embed_dim):
     return trunk_flops(method, batch, embed_dim) + pairwise.get(method, 0)
 
 
-# For the calculation: an H100 SXM's data sheet, and what is usually reached of it.
-GPU_FLOPS = 989e12  # bfloat16
-GPU_SHARE = 0.5  # of the matrix products' rate
-GPU_BYTES = 3.35e12  # memory, a second
-GPU_LAUNCH = 5e-6  # seconds that the host takes for one operation
-COCO_STEPS = 200 * 289
 # What the profiler names but no kernel computes: views, allocations, and names for several others.
 NO_KERNEL = re.compile(
     r"aten::(_to_copy|to|as_strided|detach|diagonal|diagonal_backward|dropout|empty.*|expand.*|item|_local_scalar_dense|linear|log_sigmoid|logsumexp"
@@ -104,10 +100,7 @@ NO_KERNEL = re.compile(
 
 
 def profile_step(method, batch, embed_dim=512, steps=5, precision="auto"):
-    """Where a step's time goes on the CPU, and how many operations it has.
-
-    Returns: ({kind: share of the time}, operations a step, passes over (B, B) a step).
-    """
+    """Where a step's time goes on the CPU: {kind: share of the time}, the largest first."""
     step = make_step(method, batch, embed_dim, precision)
     for _ in range(3):
         step()
@@ -116,7 +109,7 @@ def profile_step(method, batch, embed_dim=512, steps=5, precision="auto"):
     ) as recorded:
         for _ in range(steps):
             step()
-    times, operations, passes = {}, 0, 0
+    times = {}
     for event in recorded.key_averages(group_by_input_shape=True):
         if not event.key.startswith("aten::") or NO_KERNEL.fullmatch(event.key):
             continue
@@ -136,24 +129,12 @@ def profile_step(method, batch, embed_dim=512, steps=5, precision="auto"):
             kind = "conversion to bfloat16 and back"
         elif elements >= batch**2:
             kind = "passes over (B, B)"
-            passes += event.count
         else:
             kind = "the rest"
         times[kind] = times.get(kind, 0) + event.self_cpu_time_total
-        operations += event.count
     total = sum(times.values())
-    return (
-        {kind: time / total for kind, time in sorted(times.items(), key=lambda item: -item[1])},
-        operations / steps,
-        passes / steps,
-    )
-
-
-def gpu_seconds(method, batch, embed_dim, operations, passes):
-    """What a step should take on an H100, calculated: products and memory, or the launches where they take longer."""
-    products = necessary_flops(method, batch, embed_dim) / GPU_FLOPS
-    memory = passes * 2 * 4 * batch**2 / GPU_BYTES  # each pass reads and writes
-    return max(products / GPU_SHARE + memory, operations * GPU_LAUNCH)
+    by_time = sorted(times.items(), key=lambda item: -item[1])
+    return {kind: time / total for kind, time in by_time}
 
 
 def main():
@@ -214,35 +195,15 @@ def main():
     print(markdown_table([f"{header[0]} in {precision_name(dtype)}", *header[1:]], rows))
     if device.type != "cpu":
         return
-    shares, rows = {}, []
+    shares = {}
     for method in GROUPS["all"]:
-        shares[method], operations, passes = profile_step(method, 2048, precision=precision)
-        step = gpu_seconds(method, 2048, 512, operations, passes)
-        flops = necessary_flops(method, 2048, 512)
-        rows.append(
-            [
-                method,
-                f"{flops / 1e9:.1f}",
-                f"{operations:.0f}",
-                f"{1000 * step:.2f}",
-                f"{COCO_STEPS * step / 60:.1f}",
-            ]
-        )
+        shares[method] = profile_step(method, 2048, precision=precision)
     kinds = dict.fromkeys(kind for share in shares.values() for kind in share)
     print("\nWhere the time of a step goes here, B = 2048:\n")
     print(
         markdown_table(
             ["", *shares],
             [[kind, *(f"{share.get(kind, 0):.0%}" for share in shares.values())] for kind in kinds],
-        )
-    )
-    if precision != "auto":
-        return
-    print("\nWhat an H100 should take, calculated from its data sheet, not measured:\n")
-    print(
-        markdown_table(
-            ["B = 2048", "GFLOP a step", "operations", "ms a step", "minutes for COCO, 200 epochs"],
-            rows,
         )
     )
 
