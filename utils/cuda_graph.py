@@ -7,6 +7,8 @@ It is the same kernels in the same order, so the gradients are the same.
 
 import torch
 
+from utils.cli import UserError
+
 
 class GraphedGradients:
     """Computes gradients as a function does, by a CUDA graph that the first batch captures.
@@ -16,6 +18,7 @@ class GraphedGradients:
             parameters and returns (loss, {name: term}), scalars. It launches the same kernels for
             every batch, and waits for none of them.
         parameters: those whose gradients `compute` sets.
+    Raises: UserError at the first batch if `compute` waits for the GPU.
     """
 
     def __init__(self, compute, parameters):
@@ -45,8 +48,15 @@ class GraphedGradients:
                 self._compute_anew()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.loss, self.terms = self._compute_anew()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss, self.terms = self._compute_anew()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the step cannot be a CUDA graph ({reason}); give --no-cuda-graph, and set "
+                "has_fixed_kernels = False in the method"
+            ) from None
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.graph = graph
 

@@ -23,10 +23,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from datasets.registry import DATASETS
-from datasets.source import list_units
+from datasets.source import UNIT, list_units
 from datasets.units import UnitStore
 from models import GROUPS
 from tests.benchmarks import calculated
@@ -43,7 +42,7 @@ from tests.benchmarks.train_step import (
 )
 from utils.checkpoint import checkpoint_path
 from utils.device import pick_device, pick_precision, precision_name
-from utils.embed import CHUNK, STEP, embed_texts, embed_units, shortened, text_ends
+from utils.embed import CHUNK, STEP, chunk_size, embed_units, shortened, text_ends
 from utils.preprocess import load_clip, tokenize
 from utils.seed import seed_everything
 
@@ -89,7 +88,7 @@ def encoders(setup):
     handed_over = calculated.handover_rate(setup.sizes.handed_over)
     what = "images of 224 x 224 that the main process takes over per second"
     yield what, f"{handed_over:.0f}", "", ""
-    texts = some_texts(setup.sizes.texts)
+    texts = [f"{text} {n}" for n in range(4) for text in some_texts(setup.sizes.texts // 4)]
     for model, images in setup.sizes.encoders:
         expected = ""
         if not model.endswith(".json"):
@@ -135,6 +134,7 @@ def image_rows(setup, clip, files, expected):
         store.remove()
 
     embed(files[:CHUNK])
+    setup.wait()
     start = time.perf_counter()
     embed(files)
     rate = len(files) / (time.perf_counter() - start)
@@ -143,7 +143,8 @@ def image_rows(setup, clip, files, expected):
     ready = torch.randn(shape, device=setup.device, dtype=clip.dtype)
     bare = bare_rates(setup, clip.model.encode_image, ready)
     name = f"{name_of(clip)}, images per second"
-    beside = f"the encoder, {CHUNK} at a time: {bare[CHUNK]:.0f}"
+    chunk = chunk_size(setup.device)
+    beside = f"the encoder, {chunk} at a time: {bare[chunk]:.0f}"
     yield f"{name} of cache_embeddings.py", f"{rate:.0f}", beside, expected
     for rows, found in bare.items():
         shown = expected_rate(clip, "image", rows)
@@ -152,19 +153,25 @@ def image_rows(setup, clip, files, expected):
 
 def text_rows(setup, clip, texts):
     """Rows: texts per second of cache_embeddings.py, tokenizer included, and of the encoder."""
-    bar = tqdm(disable=True)
-    embed_texts(clip, texts[:CHUNK], bar)
+
+    def embed(some_texts):
+        store = UnitStore(Path("split"), {}, torch.float16)
+        embed_units(list_units("text", some_texts), clip, store, CHUNK, CORES)
+        store.remove()
+
+    embed(texts[:CHUNK])
     start = time.perf_counter()
-    embed_texts(clip, texts, bar)
+    embed(texts)
     rate = len(texts) / (time.perf_counter() - start)
-    tokens, _, _ = tokenize(clip, texts)
+    tokens, _ = tokenize(clip.tokenizer, texts[:UNIT])
     mean = text_ends(clip.model, tokens).float().mean().item()
     length = math.ceil(mean / STEP) * STEP
     repeated = torch.arange(setup.sizes.large_batch) % len(tokens)
     ready = tokens[repeated, :length].to(setup.device)
     bare = bare_rates(setup, shortened(clip.model, length).encode_text, ready)
     name = f"{name_of(clip)}, texts per second"
-    beside = f"the encoder, {CHUNK} at a time: {bare[CHUNK]:.0f}"
+    chunk = chunk_size(setup.device)
+    beside = f"the encoder, {chunk} at a time: {bare[chunk]:.0f}"
     yield f"{name} of cache_embeddings.py, {mean:.1f} tokens", f"{rate:.0f}", beside, ""
     for rows, found in bare.items():
         what = f"{name} of the encoder, {rows} at a time, {length} tokens"
@@ -180,7 +187,7 @@ def name_of(clip):
 def bare_rates(setup, encode, ready):
     """Rows per second of an encoder, {rows per call: rate}; the inputs are on the device."""
     rates = {}
-    for rows in (CHUNK, len(ready)):
+    for rows in (chunk_size(setup.device), len(ready)):
         batch = ready[:rows]
         rates[rows] = rows / setup.seconds(lambda: encode(batch), calls=4, repeats=3)  # noqa: B023
     return rates
@@ -215,8 +222,9 @@ def step_rows(setup, method, dim):
     device = setup.device
     what = f"{method}, a step, B = {batch}, D = {dim}"
     expected = calculated.step_counts(method, batch, dim)
-    step = make_step(method, batch, dim, "auto", device)
-    taken, memory = time_and_memory(setup, step)
+    taken, memory = time_and_memory(setup, make_step(method, batch, dim, "auto", device))
+    step = make_step(method, batch, dim, "auto", device, use_graph=False)
+    one_by_one, _ = time_and_memory(setup, step)
     launches, waits = launches_and_waits(setup, step)
     del step
 
@@ -225,14 +233,17 @@ def step_rows(setup, method, dim):
     textbook_taken, textbook_memory = time_and_memory(setup, textbook)
     del textbook
     beside = f"textbook: {1000 * textbook_taken:.2f}"
+    if setup.is_gpu:
+        beside = f"without a CUDA graph: {1000 * one_by_one:.2f}, {beside}"
     if small < batch:
         ours, _ = time_and_memory(setup, make_step(method, small, dim, "auto", device))
         beside = f"at B = {small}: {1000 * ours:.2f}, {beside}"
-    yield f"{what}, ms", f"{1000 * taken:.2f}", beside, f"{1000 * expected.seconds():.2f}"
+    seconds = expected.graph_seconds()
+    yield f"{what}, ms", f"{1000 * taken:.2f}", beside, f"{1000 * seconds:.2f}"
 
     flops = necessary_flops(method, batch, dim)
     share = flops / taken / matrix_rate(setup)
-    expected_share = flops / expected.seconds() / calculated.RATE[torch.bfloat16]
+    expected_share = flops / seconds / calculated.RATE[torch.bfloat16]
     yield f"{what}, share of the matrix rate", f"{share:.1%}", "", f"{expected_share:.1%}"
     yield f"{what}, launches", f"{launches}", "", f"{expected.launches}"
     yield f"{what}, synchronisations", f"{waits}", "0", f"{expected.synchronisations}"

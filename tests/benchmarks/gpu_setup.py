@@ -30,8 +30,8 @@ class Sizes:
     encoders: tuple = (("ViT-B-32-quickgelu", 4096), ("ViT-L-14-quickgelu", 1024))  # with images
     drawn: int = 256  # different images; the others are copies
     handed_over: int = 16  # chunks of images that the main process takes over
-    texts: int = 4096
-    large_batch: int = 1024  # of an encoder, beside CHUNK
+    texts: int = 32768
+    large_batch: int = 1024  # of an encoder, beside what cache_embeddings.py takes
     batch: int = 2048  # B of the training steps
     dims: tuple = (512, 1024)  # D of them
     steps: int = 20  # that are timed at once

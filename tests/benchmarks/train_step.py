@@ -26,8 +26,12 @@ TEXTBOOK_BATCH = {
 }  # their (B, B, D) tensors take 8.6 GB each at 2048
 
 
-def make_step(method, batch, embed_dim, precision="auto", device="auto"):
-    """A call that does one full optimiser step on random embeddings, as train.py does it, and returns the loss, ()."""
+def make_step(method, batch, embed_dim, precision="auto", device="auto", use_graph=True):
+    """A call that does one full optimiser step on random embeddings, as train.py does it, and returns the loss, ().
+
+    Args:
+        use_graph: on a GPU, by a CUDA graph.
+    """
     device = pick_device(device)
     torch.manual_seed(0)
     with device:
@@ -36,9 +40,10 @@ def make_step(method, batch, embed_dim, precision="auto", device="auto"):
     optimizer, schedule = train.make_optimizer(adaptor, recipe, 10_000)
     pairs = [torch.randn(batch, embed_dim, dtype=torch.float16).to(device) for _ in range(2)]
     dtype = pick_precision(precision, device)
+    graph = train.graph_of(adaptor, batch, dtype, use_graph)
 
     def step():
-        loss, _ = train.step(adaptor, pairs, batch, optimizer, schedule, dtype)
+        loss, _ = train.step(adaptor, pairs, batch, optimizer, schedule, dtype, graph=graph)
         return loss
 
     return step
