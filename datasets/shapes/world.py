@@ -87,12 +87,12 @@ FRAMES = _TABLES["frames"]  # texts around the objects that say nothing about th
 VAGUE_CAPTIONS = _TABLES["vague captions"]  # texts that are true of every scene -> weight
 LADDER = tuple(_TABLES["ladder"])  # prompts, each of which adds a detail to the one before
 
-FULL_SHARE = 0.4  # of captions describe everything
+FULL_SHARE = 0.4  # share of captions that describe everything
 MAX_NATS = math.log(1000)  # information of a caption that describes one image of 1,000
-BY_OBJECT_SHARE = 0.8  # of captions give all details of one object before those of the next
-HYPERNYM_SHARE = 0.1  # of details are given by a hypernym
-EMPTY_SHARE = 0.1  # of the other objects are mentioned without any detail
-MAX_WORDS = 51  # words that fit into the 64 tokens of the built-in CLIP
+BY_OBJECT_SHARE = 0.8  # share of captions that collect the details of one object after another
+HYPERNYM_SHARE = 0.1  # share of details that are given by a hypernym
+EMPTY_SHARE = 0.1  # share of the remaining objects that are mentioned without any detail
+MAX_WORDS = 51  # of a caption; as many fit into the 64 tokens of the built-in CLIP
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def _corners_around(distances, first_angle):
     """The corners of a polygon at equal angles, given their distances from the centre."""
     corners = []
     for i, distance in enumerate(distances):
-        corners.append((distance, first_angle + i * 2 * math.pi / len(distances)))
+        angle = first_angle + i * 2 * math.pi / len(distances)
+        corners.append((distance, angle))
     return corners
 
 
@@ -273,7 +274,8 @@ def write_caption(scene, rng, full_share=FULL_SHARE):
     nats = 0.0
     for subject, name in _details(scene, rng):
         phrase = _say(name, _value_of(scene, subject, name), rng, HYPERNYM_SHARE)
-        more = {**content, subject: {**content.get(subject, {}), name: phrase}}
+        details = {**content.get(subject, {}), name: phrase}
+        more = {**content, subject: details}
         more_nats = information(more)
         # The detail that crosses the wanted information is added with a probability that makes the
         # information equal to the wanted one on average.
@@ -396,7 +398,13 @@ def _plain_caption(values):
 
 
 def write_chains(seed=0, count=200):
-    """The texts of chains of captions: `count` lists of 6 strings. No split shows their scenes."""
+    """The texts of chains of captions.
+
+    The train split shows none of their scenes. Val shows a few of them by chance, 10 of 200 with
+    seed 0.
+
+    Returns: `count` lists of 6 strings.
+    """
     chains = []
     for i in range(count):
         rng = random.Random(f"shapes/{seed}/chains/{i}")
@@ -442,7 +450,7 @@ def _noun_phrase(words, rng):
     has_comma = phrase.endswith(" in colour")  # "a small ring, red in colour"
     if place is not None:
         return f"{phrase}, {place}" if has_comma else f"{phrase} {place}"
-    if has_comma:  # a comma opens a clause that a place would close
+    if has_comma:  # nothing follows: "a small ring that is red in colour"
         return phrase.replace(", ", " that is ", 1)
     return phrase
 
@@ -499,7 +507,7 @@ def _with_article(words):
 
 @functools.lru_cache(maxsize=4)
 def _reserved(seed):
-    """What the scenes of val and of the chains show. No other split shows any of it."""
+    """What the scenes of val and of the chains show. The train split shows none of it."""
     reserved = set()
     for split, count in (("val", 1000), ("chains", 200)):
         for i in range(count):
@@ -510,7 +518,9 @@ def _reserved(seed):
 
 def shown(scene):
     """What a scene shows, without the small shifts, turns and shades: a string."""
-    objects = [[thing[name] for name in ATTRIBUTES] for thing in scene["objects"]]
+    objects = []
+    for thing in scene["objects"]:
+        objects.append([thing[name] for name in ATTRIBUTES])
     return json.dumps([scene["background"], sorted(objects)])
 
 
@@ -520,7 +530,7 @@ def make_split(seed, split, images, captions_per_image=5):
     Args: seed: int. split: name, part of the random seed. images, captions_per_image: counts.
     Returns: dict with "info", "images" and "annotations", plain types only.
     """
-    first_id = {"train": 100_000, "val": 1}.get(split, 0)
+    first_id = {"train": 100_000, "val": 1}.get(split, 0)  # of images; the splits share no id
     reserved = () if split == "val" else _reserved(seed)
     entries = []
     annotations = []
