@@ -51,7 +51,7 @@ def existing(path):
 
 
 def load_embeddings(path):
-    """The embeddings in a file, (N, D). All are finite, and none is zero."""
+    """The embeddings in a file, (N, D). All are finite, and no row is all zeros."""
     z = load_tensors(existing(path))
     expected = "expected a float tensor of shape (rows, width)"
     if not isinstance(z, torch.Tensor):
