@@ -1,8 +1,9 @@
 """WebDataset tar files: their images and captions, and the cache that they become.
 
-A sample is <key>.jpg (or .jpeg, .png, .webp) and <key>.txt, or a <key>.json with a "caption", side
-by side in the tar, as img2dataset writes them. Each line of the .txt, or each entry of a list in
-the .json, is a caption. A key has no dot, as everywhere in WebDataset. Nothing is unpickled.
+A sample is an image <key>.jpg (or .jpeg, .png, .webp) and a <key>.txt, or a <key>.json with a
+"caption". They stand side by side in the tar, as img2dataset writes them. Each line of the .txt, or
+each entry of a list in the .json, is a caption. A key has no dot, as everywhere in WebDataset.
+Nothing is unpickled.
 """
 
 import glob
@@ -29,14 +30,12 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 NO_IMAGE = "no image beside it in the tar, where links are not followed"
 NO_CAPTION = "no caption in UTF-8 beside it in the tar"
 MISSING = (NO_IMAGE, NO_CAPTION)
-# A complete tar ends in 1 KB of zeros or more. With more than 1 MB of them it is a download that
-# reserved its space and was not finished.
-END = 1024
-MOST = 2**20
-# How gzip, bzip2, xz and zstd files begin; these formats know their own end.
+MIN_ZEROS = 1024  # at the end of a complete tar
+MAX_ZEROS = 2**20  # with more, it is an unfinished download that has reserved its space
+# How gzip, bzip2, xz and zstd files begin. These formats know their own end.
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-KINDS = ("image", "text", "images", "captions")  # the files that a tar becomes: a shard
-NOTES = {
+KINDS = ("image", "text", "images", "captions")  # the files of a shard, which a tar becomes
+NOTES = {  # fields of notes-00000.json and their types
     "tar": list,
     "rows": int,
     "width": list,
@@ -47,80 +46,85 @@ NOTES = {
 
 
 class TarSplit(Split):
-    """The tars of a split; each is a unit, and a shard of the cache.
+    """The tars of a split. Each is a unit, and becomes a shard of the cache.
 
     Args:
-        root: a folder with .tar files, or their paths or URLs, with braces or, of paths, * and ?:
-            "path/{00000..00099}.tar", "pipe:aws s3 cp s3://bucket/{00000..00099}.tar -".
-        split, layout: of no use here.
-    Raises: UserError if a file is missing or cut off, or the package webdataset is not there.
+        root: a folder with .tar files, or a pattern of their paths or URLs:
+            "path/{00000..00099}.tar", "pipe:aws s3 cp s3://bucket/{00000..00099}.tar -". A pattern
+            of paths may have * and ? instead of braces.
+        split, layout: not used here.
+    Raises: UserError if a file is missing or cut off, or the package webdataset is not installed.
     """
 
     def __init__(self, root, split=None, layout=None):
-        self.root, folder = str(root), Path(root)
+        self.root = str(root)
+        folder = Path(root)
+        has_wildcard = "*" in self.root or "?" in self.root  # in a URL, ? begins the query
         if folder.is_dir():
             self.urls = sorted(str(path) for path in folder.glob("[!.]*.tar"))
-        elif _is_file(self.root) and ("*" in self.root or "?" in self.root):
+        elif has_wildcard and _is_path(self.root):
             self.urls = sorted(glob.glob(self.root))
         else:
             self.urls = _expand(self.root)
         if not self.urls:
             found = listing(folder if folder.is_dir() else folder.parent)
             raise UserError(f"--data-root {root}: expected .tar files, found {found}")
-        for url in filter(_is_file, self.urls):
-            _check_end(Path(url))
+        for url in self.urls:
+            if _is_path(url):
+                _check_end(Path(url))
 
     def fingerprint(self):
         """The names of the tars."""
-        names = [Path(url).name if _is_file(url) else url for url in self.urls]
+        names = [Path(url).name if _is_path(url) else url for url in self.urls]
         return {"tars": f"{len(names)} tars, {digest(names)}"}
 
     def state(self):
-        """What the files are now, since tars of the same names may be others."""
+        """The sizes and dates of the tars, since tars of the same names may have other contents."""
         tars = [_identity(url) for url in self.urls]
-        return {"tar_files": f"{sum(size for _, size, _ in tars)} bytes, {digest(tars)}"}
+        total_bytes = sum(size for _, size, _ in tars)
+        return {"tar_files": f"{total_bytes} bytes, {digest(tars)}"}
 
     def units(self):
         """One unit per tar."""
         return [TarUnit(number, url) for number, url in enumerate(self.urls)]
 
     def assemble(self, store, folder, meta):
-        """Move the files of all tars to the split; a run that is stopped here can go on."""
+        """Move the files of all tars to the split. A run that is stopped here can go on."""
         notes = store.load(self.units())
         skipped = []  # [tar and key, reason]
         for note in notes:
+            tar_name = note["tar"][0]
             for key, reason in note["left_out"]:
-                skipped.append([f"{note['tar'][0]}: {key}", reason])
+                skipped.append([f"{tar_name}: {key}", reason])
         store.check_broken(": ".join(sample) for sample in skipped)
         say_notes(notes, meta["context_length"])
         image_of_caption = _image_of_caption(notes)
-        count = sum(note["rows"] for note in notes)
-        need(
-            count,
-            f"--data-root {self.root}: holds no sample; a sample is an image and "
-            "a .txt or .json of one name",
-        )
-        check_widths(meta, *notes[0]["width"])
-        meta["embed_dim"] = notes[0]["width"][0]
-        meta["image_count"] = count
+        image_count = sum(note["rows"] for note in notes)
+        problem = "holds no sample; a sample is an image and a .txt or .json of one name"
+        need(image_count, f"--data-root {self.root}: {problem}")
+        image_width, text_width = notes[0]["width"]
+        check_widths(meta, image_width, text_width)
+        meta["embed_dim"] = image_width
+        meta["image_count"] = image_count
         meta["caption_count"] = len(image_of_caption)
         meta.update(self.state())
         meta["skipped"] = skipped
         meta["versions"] = versions()
-        index = {"image": [], "text": []}
+        index = {"image": [], "text": []}  # [rows, SHA-256] of each shard
         for note in notes:
-            sums = dict(zip(KINDS, note["sums"], strict=True))
-            index["image"].append([note["rows"], sums["image"]])
-            index["text"].append([note.get("captions", note["rows"]), sums["text"]])
+            image_sum, text_sum, _, _ = note["sums"]
+            captions = note.get("captions", note["rows"])
+            index["image"].append([note["rows"], image_sum])
+            index["text"].append([captions, text_sum])
         move_shards(store.folder, folder, index, image_of_caption, meta)
-        self._tell_repeated_keys(folder, len(notes))
+        self._warn_of_repeated_keys(folder)
         return meta
 
-    def _tell_repeated_keys(self, folder, tars):
-        """Note it if a key is in more than one tar: a filter by keys would not tell them apart."""
+    def _warn_of_repeated_keys(self, folder):
+        """Log it if a key is in more than one tar, since a filter by keys would confuse them."""
         seen = set()
         repeated = []
-        for number in range(tars):
+        for number in range(len(self.urls)):
             keys = load_json(shard_file(folder, "images", number))
             repeated += [key for key in keys if key in seen]
             seen.update(keys)
@@ -132,14 +136,14 @@ class TarSplit(Split):
 def _image_of_caption(notes):
     """The image row of every caption of a split, (M,) int64.
 
-    Args:
-        notes: of all tars. Older ones have one caption per image.
+    Args: notes: of all tars.
     """
     parts = []
-    first_image = 0
+    first_image = 0  # of the tar
     for note in notes:
-        rows = note.get("image_of_caption", range(note["rows"]))
-        parts.append(torch.tensor(list(rows), dtype=torch.int64) + first_image)
+        one_per_image = range(note["rows"])  # in notes that older versions wrote
+        rows_in_tar = list(note.get("image_of_caption", one_per_image))
+        parts.append(torch.tensor(rows_in_tar, dtype=torch.int64) + first_image)
         first_image += note["rows"]
     return torch.cat(parts)
 
@@ -147,56 +151,63 @@ def _image_of_caption(notes):
 class TarUnit:
     """One tar: a `Unit` of utils/embed.py.
 
-    It is kept as a shard of the finished split, and notes-00000.json.
+    Its files are a shard of the finished split, and notes-00000.json.
     """
 
     texts = ()  # they come with the images
-    pictures = None  # only reading tells how many there are
+    pictures = None  # their number is not known before the tar is read
 
     def __init__(self, number, url):
         self.number = number
         self.url = url
 
     def streams(self, size):
-        """The tar itself: it is read by one process."""
+        """One stream, since a tar is read from beginning to end by one process."""
         return [partial(tar_stream, self.url, size)]
 
     def name(self, key):
-        """A sample in a message."""
+        """How a message calls a sample."""
         return key
 
     def describe(self, key, reason):
-        """A broken sample in a message."""
+        """A message about a broken sample."""
         return f"{self.url}: {key}: {reason}"
 
     def load(self, folder):
-        """What was noted of it, a dict as NOTES has it, or None."""
+        """Read its notes, a dict with the fields of NOTES; None if they are missing or damaged."""
         try:
             notes = load_json(folder / f"notes-{self.number:05d}.json")
         except (UserError, FileNotFoundError):
             return None
-        fits = has_fields(notes, NOTES) and all(
-            isinstance(pair, list) and len(pair) == 2 for pair in notes["left_out"]
-        )
-        return notes if fits else None
+        if not has_fields(notes, NOTES):
+            return None
+        for pair in notes["left_out"]:
+            if not isinstance(pair, list) or len(pair) != 2:
+                return None
+        return notes
 
     def left_out(self, folder):
-        """The broken samples that it was kept without; None if it is missing or of another tar."""
+        """The broken samples that were left out, {key: reason}.
+
+        Returns: None if the unit is missing or damaged, or the tar has changed since.
+        """
         notes = self.load(folder)
         if notes is None or notes["tar"] != _identity(self.url):
             return None
-        if notes["left_out"] and not _is_file(self.url):
+        if notes["left_out"] and not _is_path(self.url):
             return None  # a URL has no size or date, so its broken samples may be mended
-        for kind, file_sum in zip(KINDS, notes["sums"], strict=False):
+        if len(notes["sums"]) != len(KINDS):
+            return None
+        for kind, file_sum in zip(KINDS, notes["sums"], strict=True):
             file = shard_file(folder, kind, self.number)
             if not file.exists():
                 file = folder.parent / file.name  # `assemble` may have moved it already
             if not file.exists() or sha256(file) != file_sum:
                 return None
-        return dict(notes["left_out"]) if len(notes["sums"]) == len(KINDS) else None
+        return dict(notes["left_out"])
 
     def save(self, folder, embedded):
-        """Keep what it became, an Embedded, in the folder of units; the notes come last."""
+        """Keep an `Embedded` in the folder of units. The notes come last and make it valid."""
         files = [shard_file(folder, kind, self.number) for kind in KINDS]
         contents = (embedded.image, embedded.text, embedded.keys, embedded.captions)
         for file, content in zip(files, contents, strict=True):
@@ -217,82 +228,120 @@ class TarUnit:
         save_json(notes, folder / f"notes-{self.number:05d}.json")
 
 
+# Samples.
+
+
 def tar_stream(url, size, transform):
-    """Yield the samples of a tar as `Samples` of `size`.
+    """Yield the samples of a tar as `Samples`, at most `size` at once.
 
-    If the tar cannot be read to its end, the last has no keys, but the reason.
+    If the tar cannot be read to its end, the last `Samples` have no keys, but the reason.
     """
-    error = []
-    samples = _decoded(url, transform, error)
-    while group := list(itertools.islice(samples, size)):
-        keys, captions, decoded = zip(*group, strict=True)
-        yield Samples(list(keys), list(captions), *collate(decoded))
-    if error:
-        yield Samples([], [], None, error)
+    samples = _decoded(url, transform)
+    is_finished = False
+    while not is_finished:
+        batch, error = _take(samples, size)
+        if batch:
+            keys, captions, decoded = zip(*batch, strict=True)
+            images, reasons = collate(decoded)
+            yield Samples(list(keys), list(captions), images, reasons)
+        if error is not None:
+            problem = f"cannot be used to its end: {_reason(error)}"
+            message = f"{url}: {problem}; mend it, or fetch it again"
+            yield Samples([], [], None, [message])
+        is_finished = error is not None or len(batch) < size
 
 
-def _decoded(url, transform, error):
-    """Yield (key, captions, what `decode` gives of the image) for every sample of a tar.
+def _take(samples, size):
+    """The next samples, at most `size`, and the error that ended them early, or None."""
+    batch = []
+    try:
+        for sample in itertools.islice(samples, size):
+            batch.append(sample)
+    except Exception as error:  # noqa: BLE001  a broken tar, a lost connection, ...
+        return batch, error
+    return batch, None
 
-    Incomplete samples come last: only then it is known whether their other half lay elsewhere. If
-    the tar cannot be read, the reason is appended to the list error.
+
+def _reason(error):
+    """What an exception says, in one line of at most 200 characters."""
+    first_argument = error.args[0] if error.args else error
+    text = " ".join(str(first_argument).split())
+    text = re.sub(r" @ <.*", "", text)  # webdataset adds where it happened
+    return text[:200] or type(error).__name__
+
+
+def _decoded(url, transform):
+    """Yield (key, captions, (image, reason)) for every sample of a tar, as `decode` returns them.
+
+    Incomplete samples come last, since only then it is known whether their other half lay elsewhere
+    in the tar.
+
+    Raises: whatever happens if the tar cannot be read, or is not sorted.
     """
     seen = set()
     incomplete = {}  # key -> what is missing
-    try:
-        for key, members in _read(url):
-            dotted = _dotted_images(members)
+    for key, files in _read(url):
+        dotted = _dotted_images(files)
+        if dotted:
             for suffix in dotted:
                 yield f"{key}.{suffix}", [], (None, "it has a dot in its key; name it without")
-            if dotted:
-                continue
-            problem = _problem(key, members)
-            if key in seen:
-                need_sorted(key, problem, incomplete)
-                problem = "its key comes twice in the tar; give every sample its own"
-                yield f"{key} (again)", [], (None, problem)
-                continue
-            seen.add(key)
-            if problem in MISSING:
-                incomplete[key] = problem
-            elif problem:
-                yield key, [], (None, problem)
-            else:
-                content = next(content for suffix, content in members if suffix in IMAGES)
-                image, reason = decode(io.BytesIO(content), transform)
-                yield key, captions_of(members), (image, reason and reason[:200])
-        for key, problem in incomplete.items():
+            continue
+        problem = _problem(key, files)
+        if key in seen:
+            need_sorted(key, problem, incomplete)
+            problem = "its key comes twice in the tar; give every sample its own"
+            yield f"{key} (again)", [], (None, problem)
+            continue
+        seen.add(key)
+        if problem in MISSING:
+            incomplete[key] = problem
+        elif problem:
             yield key, [], (None, problem)
-    except Exception as broken:  # noqa: BLE001  a broken tar, a lost connection, ...
-        reason = " ".join(str((broken.args or (broken,))[0]).split())
-        reason = re.sub(r" @ <.*", "", reason)[:200] or type(broken).__name__
-        error.append(f"{url}: cannot be used to its end: {reason}; mend it, or fetch it again")
+        else:
+            yield key, captions_of(files), _decode_image(files, transform)
+    for key, problem in incomplete.items():
+        yield key, [], (None, problem)
+
+
+def _decode_image(files, transform):
+    """The transformed image of a sample and None; or None and what is wrong with it."""
+    content = next(content for suffix, content in files if suffix in IMAGES)
+    image, reason = decode(io.BytesIO(content), transform)
+    if reason is not None:
+        reason = reason[:200]
+    return image, reason
 
 
 def need_sorted(key, problem, incomplete):
-    """Raise a ValueError if image and text of a key lie apart, because the tar is not sorted."""
-    if {problem, incomplete.get(key)} == set(MISSING):
-        raise ValueError(
-            f"image and text of {key} lie apart: it is not sorted by name; make it with "
-            "tar --sort=name"
-        )
+    """Raise a ValueError if image and text of a key lie apart, because the tar is not sorted.
+
+    Args:
+        problem: what is missing where the key comes again.
+        incomplete: {key: what was missing before}.
+    """
+    if {problem, incomplete.get(key)} == {NO_IMAGE, NO_CAPTION}:
+        problem = f"image and text of {key} lie apart: it is not sorted by name"
+        raise ValueError(f"{problem}; make it with tar --sort=name")
 
 
-def _dotted_images(members):
-    """The suffixes of images whose key has a dot, such as "000.png"; empty if one has none."""
-    suffixes = [suffix for suffix, _ in members]
+def _dotted_images(files):
+    """The suffixes of images whose key has a dot, such as "000.png" of the image "a.000.png".
+
+    Args: files: a list of (suffix, bytes).
+    Returns: list, empty if the sample has an image whose key has no dot.
+    """
+    suffixes = [suffix for suffix, _ in files]
     if any(suffix in IMAGES for suffix in suffixes):
         return []
     return [suffix for suffix in suffixes if suffix.rpartition(".")[2] in IMAGES]
 
 
-def _problem(key, members):
+def _problem(key, files):
     """What is wrong with a sample, before its image is decoded; "" if nothing is.
 
-    Args:
-        members: its files, a list of (suffix, bytes).
+    Args: files: a list of (suffix, bytes).
     """
-    suffixes = [suffix for suffix, _ in members]
+    suffixes = [suffix for suffix, _ in files]
     for suffix in suffixes:
         if suffixes.count(suffix) > 1:
             return f"{key}.{suffix} is twice in the tar; keep one"
@@ -301,21 +350,23 @@ def _problem(key, members):
         return f"it has several images ({', '.join(images)}); keep one"
     if not images:
         return NO_IMAGE
-    return "" if captions_of(members) else NO_CAPTION
+    if not captions_of(files):
+        return NO_CAPTION
+    return ""
 
 
-def captions_of(members):
+def captions_of(files):
     """The captions of a sample: the lines of its .txt, else the "caption" of its .json.
 
-    Args:
-        members: its files, a list of (suffix, bytes).
+    Args: files: a list of (suffix, bytes).
     Returns: list of texts that are not blank; empty if there are none, or they are not UTF-8.
     """
-    contents = dict(members)
+    content_of = dict(files)
     try:
-        captions = re.split(r"\r\n|\r|\n", contents.get("txt", b"").decode("utf-8-sig"))
-        if not any(caption.strip() for caption in captions):
-            captions = json.loads(contents.get("json", b"null"))["caption"]
+        text = content_of.get("txt", b"").decode("utf-8-sig")
+        captions = re.split(r"\r\n|\r|\n", text)
+        if not text.strip():
+            captions = json.loads(content_of.get("json", b"null"))["caption"]
         if isinstance(captions, str):
             captions = [captions]
         return [clean_text(caption.strip()) for caption in captions if caption.strip()]
@@ -323,8 +374,11 @@ def captions_of(members):
         return []
 
 
+# Files of a tar.
+
+
 class _Watched:
-    """A stream that remembers how it began and in how many zeros it ended."""
+    """A stream that remembers its first bytes, and how many zeros it has ended in so far."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -333,55 +387,74 @@ class _Watched:
 
     def read(self, size=-1):
         content = self.stream.read(size)
-        self.beginning = self.beginning or content[:8]
-        left = content.rstrip(b"\0")
-        self.zeros = len(content) - len(left) + (0 if left else self.zeros)
+        if not self.beginning:
+            self.beginning = content[:8]
+        zeros = len(content) - len(content.rstrip(b"\0"))
+        if zeros == len(content):  # all of it
+            self.zeros += zeros
+        else:
+            self.zeros = zeros
         return content
 
 
 def _read(url):
-    """Yield (key, files) of the samples of a tar, files as a list of (suffix, bytes).
+    """Yield (key, files) of the samples of a tar; files is a list of (suffix, bytes).
 
-    Raises: whatever happens on the way.
+    Files of one sample stand side by side. Those without a dot in their name are ignored.
+
+    Raises: whatever happens if the tar cannot be read; ValueError if it is cut off.
     """
     webdataset = _webdataset()
     with webdataset.gopen(url) as stream:
         watched = _Watched(stream)
         tars = iter([{"url": url, "stream": watched}])
-        files = webdataset.tariterators.tar_file_expander(tars, select_files=_is_visible)
-        for key, group in itertools.groupby(filter(None, files), lambda file: _split_name(file)[0]):
-            if key is not None:
-                yield (
-                    clean_text(key),
-                    [(_split_name(file)[1].lower(), file["data"]) for file in group],
-                )
-        while watched.read(2**16):
+        members = webdataset.tariterators.tar_file_expander(tars, select_files=_is_visible)
+        for key, members_of_key in itertools.groupby(filter(None, members), _key_of):
+            if key is None:
+                continue
+            files = []
+            for member in members_of_key:
+                _, suffix = _split_name(member)
+                files.append((suffix.lower(), member["data"]))
+            yield clean_text(key), files
+        while watched.read(2**16):  # to the end, where the zeros are
             pass
         if hasattr(stream, "wait_for_child"):
-            stream.wait_for_child()
-    if not watched.beginning.startswith(PACKED) and not END <= watched.zeros <= MOST:
+            stream.wait_for_child()  # of "pipe:", which raises an error if the command failed
+    is_packed = watched.beginning.startswith(PACKED)
+    if not is_packed and not MIN_ZEROS <= watched.zeros <= MAX_ZEROS:
         raise ValueError("it is cut off: it does not end as a tar")
 
 
 def _is_visible(name):
-    """Whether a file is none of those that macOS adds, ._0.jpg or .DS_Store."""
+    """Whether a file is not one that macOS adds, such as ._0.jpg or .DS_Store."""
     return not name.rpartition("/")[2].startswith(".")
 
 
-def _split_name(file):
-    """The name of a file up to the first dot, with its folder, and the rest; None without a dot."""
-    return _webdataset().tariterators.base_plus_ext(file["fname"])
+def _key_of(member):
+    key, _ = _split_name(member)
+    return key
+
+
+def _split_name(member):
+    """The name of a file up to the first dot, with its folder, and the rest after the dot.
+
+    Returns: (None, None) without a dot.
+    """
+    return _webdataset().tariterators.base_plus_ext(member["fname"])
 
 
 def _webdataset():
-    """The package of that name, which only this data set needs."""
+    """Import the package webdataset, which only this data set needs."""
     try:
         import webdataset
     except ImportError:
-        raise UserError(
-            "--dataset webdataset: needs the package of that name: pip install webdataset"
-        ) from None
+        cure = "pip install webdataset"
+        raise UserError(f"--dataset webdataset: needs the package of that name: {cure}") from None
     return webdataset
+
+
+# Paths and URLs.
 
 
 def _expand(pattern):
@@ -391,12 +464,12 @@ def _expand(pattern):
         return webdataset.shardlists.expand_urls(pattern)
     except Exception as error:  # noqa: BLE001  its libraries raise many things
         reason = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"--data-root {pattern}: not a pattern of paths ({reason}); mend its braces"
-        ) from None
+        problem = f"not a pattern of paths ({reason})"
+        raise UserError(f"--data-root {pattern}: {problem}; mend its braces") from None
 
 
-def _is_file(url):
+def _is_path(url):
+    """Whether it is the path of a file on this machine, rather than a URL or a command."""
     return "://" not in url and not url.startswith("pipe:")
 
 
@@ -405,18 +478,21 @@ def _identity(url):
 
     For a URL it is [URL, 0, 0].
     """
+    if not _is_path(url):
+        return [url, 0, 0]
     path = Path(url)
-    return (
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns] if _is_file(url) else [url, 0, 0]
-    )
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def _check_end(path):
-    """Raise a UserError if a tar is not there, or was cut off: now, and not after hours."""
+    """Raise a UserError if a tar is missing or cut off, before hours of work on other tars."""
     need(path.is_file(), f"--data-root: {path}: no such file")
     with open(path, "rb") as file:
-        packed = file.read(8).startswith(PACKED)
+        is_packed = file.read(8).startswith(PACKED)
         size = file.seek(0, io.SEEK_END)
-        file.seek(-min(END, size), io.SEEK_END)
-        is_whole = packed or (size >= END and not any(file.read()))
-    need(is_whole, f"{path}: is cut off, or no tar: it does not end as one; fetch it again")
+        file.seek(-min(MIN_ZEROS, size), io.SEEK_END)
+        end = file.read()
+    is_tar = len(end) == MIN_ZEROS and not any(end)
+    problem = "is cut off, or no tar: it does not end as one"
+    need(is_packed or is_tar, f"{path}: {problem}; fetch it again")

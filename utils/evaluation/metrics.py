@@ -1,21 +1,21 @@
 """Metrics of retrieval and of its uncertainty: arrays in, numbers out.
 
-Q queries were asked. A query is answered correctly if its first answer is right. The uncertainty
-is one number per query; larger means less certain.
+Q is the number of queries. A query is answered correctly if its first answer is right. It has one
+number for its uncertainty; larger means less certain.
 
 Most metrics take an optional `weight` of integers, which says how often each query counts:
 
 - With no weight, or with one of shape (Q,), they return a float, or None if undefined.
 - With a weight of shape (R, Q), they return an array (R,), which is NaN where undefined.
 
-A bootstrap resample of the queries is such a weight. So the same function computes a metric and
-its resamples (bootstrap.py).
+A bootstrap resample draws queries with replacement; its weight says how often each was drawn. So
+one call with R such weights computes a metric of R resamples (bootstrap.py).
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-Metric = float | np.ndarray | None
+Metric = float | np.ndarray | None  # one number, one per resample (R,), or undefined
 
 
 def mean(values: ArrayLike, weight: ArrayLike | None = None) -> Metric:
@@ -26,7 +26,8 @@ def mean(values: ArrayLike, weight: ArrayLike | None = None) -> Metric:
     """
     values = np.asarray(values, dtype=np.float64)
     weight = _weight_of_queries(weight, len(values))
-    return _result(_sum(weight, values) / weight.sum(axis=-1))
+    total = _sum(weight, values)
+    return _result(total / weight.sum(axis=-1))
 
 
 def recall_at(rank: ArrayLike, k: int, weight: ArrayLike | None = None) -> Metric:
@@ -91,35 +92,49 @@ def recall_by_level(
         raise ValueError(f"{levels} levels for {queries} queries")
     correct = np.asarray(correct, dtype=bool)
     weight = _weight_of_queries(weight, queries)
-    cut = _recall_by_spacing if by == SPACING else _recall_by_count
-    recall = cut(correct, np.asarray(uncertainty), levels, weight)
-    return recall.tolist() if recall.ndim == 1 else recall
+    uncertainty = np.asarray(uncertainty)
+    if by == SPACING:
+        recall = _recall_by_spacing(correct, uncertainty, levels, weight)
+    else:
+        recall = _recall_by_count(correct, uncertainty, levels, weight)
+    if recall.ndim == 1:
+        return recall.tolist()
+    return recall
 
 
 def _recall_by_count(correct, uncertainty, levels, weight):
     order = np.argsort(uncertainty, kind="stable")
-    weight_in_order = weight[..., order]
-    count = _cumulative_from_zero(weight_in_order)  # (..., Q + 1): queries so far
-    hits = _cumulative_from_zero(weight_in_order * correct[order])
-    bounds = _level_bounds(count[..., -1], levels)  # (..., K + 1)
-    hits_at_bounds = _interpolate_rows(bounds, count, hits)
-    return np.diff(hits_at_bounds) / np.diff(bounds)
+    weight = weight[..., order]
+    queries_so_far = _cumulative_from_zero(weight)  # (..., Q + 1)
+    hits_so_far = _cumulative_from_zero(weight * correct[order])
+    bounds = _level_bounds(queries_so_far[..., -1], levels)  # (..., K + 1)
+    # A query of weight w counts as w queries. If a bound falls among them, two levels share it.
+    hits_at_bounds = _interpolate_rows(bounds, queries_so_far, hits_so_far)
+    hits = np.diff(hits_at_bounds)  # (..., K)
+    count = np.diff(bounds)
+    return hits / count
 
 
 def _recall_by_spacing(correct, uncertainty, levels, weight):
-    inner_bounds = np.linspace(uncertainty.min(), uncertainty.max(), levels + 1)[1:-1]
-    level_of_query = np.searchsorted(inner_bounds, uncertainty, side="right")
+    bounds = np.linspace(uncertainty.min(), uncertainty.max(), levels + 1)
+    level_of_query = np.searchsorted(bounds[1:-1], uncertainty, side="right")
     is_in_level = level_of_query[:, None] == np.arange(levels)  # (Q, K)
+    is_hit = is_in_level & correct[:, None]
     count = weight @ is_in_level  # (..., K)
-    hits = weight @ (is_in_level & correct[:, None])
+    hits = weight @ is_hit
     return np.where(count > 0, hits / np.maximum(count, 1), np.nan)
 
 
 def _level_bounds(total, levels):
-    """After how many queries the levels begin and end: totals (...) -> (..., levels + 1)."""
-    level = np.arange(levels + 1)
+    """After how many queries the levels begin and end: totals (...) -> (..., levels + 1).
+
+    The first total % levels levels have one query more than the others.
+    """
     total = np.asarray(total)[..., None]
-    return level * (total // levels) + np.minimum(level, total % levels)
+    size = total // levels
+    remainder = total % levels
+    level = np.arange(levels + 1)
+    return level * size + np.minimum(level, remainder)
 
 
 def level_spearman(recall: ArrayLike) -> Metric:
@@ -136,11 +151,13 @@ def level_spearman(recall: ArrayLike) -> Metric:
     """
     recall = np.asarray(recall, dtype=np.float64)
     is_known = ~np.isnan(recall)
-    # The rank of a value, up to a constant: how many are smaller minus how many are larger.
-    is_larger = np.sign(recall[..., :, None] - recall[..., None, :])
-    rank = np.nansum(is_larger, axis=-1)
+    # How many levels have a smaller recall, minus how many have a larger one. Up to scale and
+    # offset, to which the correlation is invariant, this is the rank with ties shared.
+    sign = np.sign(recall[..., :, None] - recall[..., None, :])  # (..., K, K)
+    rank = np.nansum(sign, axis=-1)
+    rank = np.where(is_known, rank, np.nan)
     rank_of_level = np.cumsum(is_known, axis=-1)
-    return _result(_correlation(np.where(is_known, rank, np.nan), rank_of_level))
+    return _result(_correlation(rank, rank_of_level))
 
 
 def level_r2(recall: ArrayLike) -> Metric:
@@ -152,7 +169,9 @@ def level_r2(recall: ArrayLike) -> Metric:
     1.0
     """
     recall = np.asarray(recall, dtype=np.float64)
-    return _result(_correlation(recall, np.arange(recall.shape[-1])) ** 2)
+    level = np.arange(recall.shape[-1])
+    correlation = _correlation(recall, level)
+    return _result(correlation**2)
 
 
 def level_score(recall: ArrayLike) -> Metric:
@@ -176,16 +195,20 @@ def _correlation(values, position):
     is_constant = np.nanmax(values, axis=-1) == np.nanmin(values, axis=-1)
     centred = _centred(values, is_known)
     centred_position = _centred(position, is_known)
-    spread = np.sqrt((centred**2).sum(axis=-1) * (centred_position**2).sum(axis=-1))
-    correlation = (centred * centred_position).sum(axis=-1) / np.where(is_constant, np.nan, spread)
-    return np.clip(correlation, -1, 1)  # rounding
+    covariance = (centred * centred_position).sum(axis=-1)
+    variance = (centred**2).sum(axis=-1)
+    position_variance = (centred_position**2).sum(axis=-1)
+    spread = np.sqrt(variance * position_variance)
+    correlation = covariance / np.where(is_constant, np.nan, spread)
+    return np.clip(correlation, -1, 1)  # rounding may lead out of the range
 
 
 def _centred(values, is_known):
-    """Values minus the mean of those that are known; 0 where they are not."""
+    """Known values minus their mean, and 0 for the others."""
     values = np.where(is_known, values, 0.0)
-    mean_of_known = values.sum(axis=-1, keepdims=True) / is_known.sum(axis=-1, keepdims=True)
-    return np.where(is_known, values - mean_of_known, 0.0)
+    total = values.sum(axis=-1, keepdims=True)
+    count = is_known.sum(axis=-1, keepdims=True)
+    return np.where(is_known, values - total / count, 0.0)
 
 
 # Selective prediction: the most certain queries are answered first.
@@ -248,36 +271,38 @@ def excess_aurc(area: Metric, correct: np.ndarray, weight: ArrayLike | None = No
     from scipy.special import digamma
 
     weight = _weight_of_queries(weight, len(correct))
-    total = weight.sum(axis=-1)
-    right = _sum(weight, np.asarray(correct, dtype=np.float64))
-    wrong = total - right
-    best = (wrong - right * (digamma(total + 1) - digamma(right + 1))) / total
-    return _result(np.maximum(0.0, area - best))
+    total = weight.sum(axis=-1)  # Q
+    right = _sum(weight, np.asarray(correct, dtype=np.float64))  # Q - E
+    wrong = total - right  # E
+    harmonic_difference = digamma(total + 1) - digamma(right + 1)  # H(Q) - H(Q - E)
+    best_area = (wrong - right * harmonic_difference) / total
+    return _result(np.maximum(0.0, area - best_area))
 
 
 def _risk_and_weight(correct, uncertainty, weight):
     """The risk-coverage curve and the weights, both (..., Q), most certain query first."""
     order = np.argsort(uncertainty, kind="stable")
-    weight = _weight_of_queries(weight, len(order))[..., order]
+    weight = _weight_of_queries(weight, len(order))
+    weight = weight[..., order]
     is_wrong = ~np.asarray(correct, dtype=bool)[order]
-    wrong = weight * is_wrong
-    sorted_uncertainty = np.asarray(uncertainty)[order]
-    is_last = np.append(sorted_uncertainty[1:] != sorted_uncertainty[:-1], True)  # of its value
-    if not is_last.all():
-        wrong = _share_among_ties(wrong, weight, is_last)
+    errors = weight * is_wrong
+    is_first = _is_first_of_ties(np.asarray(uncertainty)[order])
+    if not is_first.all():
+        errors = _share_among_ties(errors, weight, is_first)
     count = _cumulative(weight)
-    risk = _cumulative(wrong) / np.maximum(count, 1)  # 0 before the first that counts
+    # Queries of weight 0 may come first; the risk is 0 there.
+    risk = _cumulative(errors) / np.maximum(count, 1)
     return risk, weight
 
 
-def _share_among_ties(wrong, weight, is_last):
+def _share_among_ties(errors, weight, is_first):
     """Spread the errors (..., Q) of each group of tied queries evenly over the group."""
-    group = np.append(0, np.cumsum(is_last)[:-1])
-    first = np.flatnonzero(np.append(True, is_last[:-1]))  # of each group
-    wrong_in_group = np.add.reduceat(wrong, first, axis=-1)
-    weight_of_group = np.add.reduceat(weight, first, axis=-1)
-    error_rate = wrong_in_group / np.maximum(weight_of_group, 1)
-    return weight * error_rate[..., group]
+    first_rows = np.flatnonzero(is_first)  # one per group
+    errors_of_group = np.add.reduceat(errors, first_rows, axis=-1)
+    weight_of_group = np.add.reduceat(weight, first_rows, axis=-1)
+    error_rate = errors_of_group / np.maximum(weight_of_group, 1)  # (..., groups)
+    group_of_query = np.cumsum(is_first) - 1
+    return weight * error_rate[..., group_of_query]
 
 
 def auroc(correct: np.ndarray, uncertainty: np.ndarray) -> float | None:
@@ -296,19 +321,21 @@ def auroc(correct: np.ndarray, uncertainty: np.ndarray) -> float | None:
     wrong = len(correct) - right
     if right == 0 or wrong == 0:
         return None
-    rank_sum = rank_values(uncertainty)[~correct].sum()
-    pairs_in_order = rank_sum - wrong * (wrong + 1) / 2  # Mann-Whitney U
+    rank = rank_values(uncertainty)
+    smallest_rank_sum = wrong * (wrong + 1) / 2
+    pairs_in_order = rank[~correct].sum() - smallest_rank_sum  # Mann-Whitney U
     return float(pairs_in_order / (right * wrong))
 
 
 def share_of_ties(uncertainty: ArrayLike) -> float:
-    """The share of queries whose uncertainty another query has too, in [0, 1].
+    """The share of queries that have the same uncertainty as another query, in [0, 1].
 
     >>> share_of_ties(np.array([0.1, 0.1, 0.2, 0.3]))
     0.5
     """
     _, group, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
-    return float((count[group] > 1).mean())
+    is_tied = count[group] > 1
+    return float(is_tied.mean())
 
 
 # Rank correlations.
@@ -325,15 +352,21 @@ def rank_values(values: ArrayLike, weight: ArrayLike | None = None) -> np.ndarra
     [2.5, 1.0, 2.5]
     """
     order = np.argsort(values, kind="stable")
-    sorted_values = np.asarray(values)[order]
-    is_first = np.append(True, sorted_values[1:] != sorted_values[:-1])
-    weight_in_order = _weight_of_queries(weight, len(order))[..., order]
-    first_of_value = np.flatnonzero(is_first)
-    count = np.add.reduceat(weight_in_order, first_of_value, axis=-1)  # per distinct value
-    rank_of_value = _cumulative(count) - (count - 1) / 2
-    group = np.empty(len(order), dtype=np.int64)
-    group[order] = np.cumsum(is_first) - 1
-    return rank_of_value[..., group]
+    is_first = _is_first_of_ties(np.asarray(values)[order])
+    weight = _weight_of_queries(weight, len(order))
+    first_rows = np.flatnonzero(is_first)  # one per distinct value
+    count = np.add.reduceat(weight[..., order], first_rows, axis=-1)
+    last_rank = _cumulative(count)
+    mean_rank = last_rank - (count - 1) / 2  # (..., distinct values)
+    value_number = np.empty(len(order), dtype=np.int64)
+    value_number[order] = np.cumsum(is_first) - 1
+    return mean_rank[..., value_number]
+
+
+def _is_first_of_ties(sorted_values):
+    """Whether each of some sorted values (Q,) differs from the one before it; the first does."""
+    differs = sorted_values[1:] != sorted_values[:-1]
+    return np.append(True, differs)
 
 
 def spearman(x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None) -> Metric:
@@ -355,16 +388,17 @@ def partial_spearman(
 ) -> Metric:
     """Spearman correlation of x and y (Q,) that a third quantity does not explain, in [-1, 1].
 
-    (r_xy - r_xg r_yg) / sqrt((1 - r_xg^2)(1 - r_yg^2)), with r the Spearman correlations and g the
-    given quantity (Q,). Undefined if one of the three is constant, or if g determines x or y.
+    (r_xy - r_xg r_yg) / sqrt((1 - r_xg^2)(1 - r_yg^2)), where r are the Spearman correlations and
+    g is the third quantity, `given` (Q,). Undefined if one of the three is constant, or if g
+    determines x or y.
     """
     xy = spearman(x, y, weight)
     xg = spearman(x, given, weight)
     yg = spearman(y, given, weight)
     if xy is None or xg is None or yg is None:
         return None
-    unexplained = np.asarray((1 - xg**2) * (1 - yg**2))
-    unexplained = np.where(unexplained > 1e-12, unexplained, np.nan)
+    unexplained = (1 - xg**2) * (1 - yg**2)
+    unexplained = np.where(unexplained > 1e-12, unexplained, np.nan)  # g determines x or y
     return _result((xy - xg * yg) / np.sqrt(unexplained))
 
 
@@ -375,8 +409,9 @@ def share_falling(uncertainty: ArrayLike, chains: list[list[int]]) -> float | No
     """The share of the steps along caption chains at which the uncertainty falls.
 
     Args:
-        uncertainty: (T,).
-        chains: lists of rows, general first; chains of one text are left out.
+        uncertainty: of T texts, (T,).
+        chains: lists of texts, as rows of `uncertainty`, general first. Chains of one text are
+            left out.
     Returns: float in [0, 1], or None if there is no step.
 
     >>> share_falling(np.array([0.9, 0.5, 0.7]), [[0, 1, 2]])
@@ -386,13 +421,14 @@ def share_falling(uncertainty: ArrayLike, chains: list[list[int]]) -> float | No
     steps = [np.diff(uncertainty[chain]) for chain in chains if len(chain) > 1]
     if not steps:
         return None
-    return float((np.concatenate(steps) < 0).mean())
+    falls = np.concatenate(steps) < 0
+    return float(falls.mean())
 
 
 def mean_tau(uncertainty: ArrayLike, chains: list[list[int]]) -> float | None:
-    """Kendall's tau-b of depth and certainty, averaged over chains.
+    """Kendall's tau-b of depth in the chain and certainty, averaged over chains.
 
-    A chain of constant uncertainty counts 0.
+    A chain of constant uncertainty counts as 0.
 
     Args: as for `share_falling`.
     Returns: float in [-1, 1], 1 = uncertainty always falls; None if there is no chain.
@@ -402,42 +438,48 @@ def mean_tau(uncertainty: ArrayLike, chains: list[list[int]]) -> float | None:
     """
     from scipy.stats import kendalltau
 
+    uncertainty = np.asarray(uncertainty)
     taus = []
     for chain in chains:
-        values = np.asarray(uncertainty)[chain]
-        if len(values) < 2:
+        if len(chain) < 2:
             continue
-        if np.ptp(values) == 0:
+        certainty = -uncertainty[chain]
+        if np.ptp(certainty) == 0:
             taus.append(0.0)
         else:
-            taus.append(float(kendalltau(np.arange(len(values)), -values).statistic))
-    return float(np.mean(taus)) if taus else None
+            depth = np.arange(len(chain))
+            taus.append(float(kendalltau(depth, certainty).statistic))
+    if not taus:
+        return None
+    return float(np.mean(taus))
 
 
 def uncertainty_by_depth(uncertainty: ArrayLike, chains: list[list[int]]) -> list[float]:
-    """How the uncertainty falls with depth, as percentiles, so that methods can be compared.
+    """The mean percentile of the uncertainty at each depth of the chains.
+
+    A text's percentile is its rank among all T texts. It can be compared between methods, unlike
+    the uncertainty itself.
 
     Args: as for `share_falling`.
-    Returns: one float per depth, general first: the mean percentile, in [0, 100], of the texts at
-        this depth among all T texts.
+    Returns: one float in [0, 100] per depth, general first.
 
     >>> uncertainty_by_depth(np.array([0.9, 0.5, 0.7]), [[0, 1], [0, 2]])
     [100.0, 50.0]
     """
     percentile = 100 * rank_values(uncertainty) / len(uncertainty)
-    deepest = max(map(len, chains), default=0)
+    longest = max(map(len, chains), default=0)
     means = []
-    for depth in range(deepest):
+    for depth in range(longest):
         rows = [chain[depth] for chain in chains if len(chain) > depth]
         means.append(float(percentile[rows].mean()))
     return means
 
 
-# Weights.
+# Weighted sums.
 
 
 def _weight_of_queries(weight, queries):
-    """The weight as an array (..., Q) of integers; without one every query counts once.
+    """The weight as an array (..., Q) of integers. Without one, every query counts once.
 
     Cumulative sums of int32 take a tenth of the time of those of float64.
     """
@@ -452,7 +494,7 @@ def _sum(weight, values):
 
 
 def _cumulative(values):
-    """Cumulative sums along the last axis, (..., Q). They stay int32, if values are."""
+    """Cumulative sums along the last axis, (..., Q), of the dtype of the values."""
     return np.cumsum(values, axis=-1, dtype=values.dtype)
 
 
@@ -466,12 +508,16 @@ def _interpolate_rows(x, known_x, known_y):
     """np.interp for every row of arrays (..., K), (..., Q) and (..., Q): (..., K)."""
     if x.ndim == 1:
         return np.interp(x, known_x, known_y)
-    rows = [np.interp(*row) for row in zip(x, known_x, known_y, strict=True)]
+    rows = []
+    for row in range(len(x)):
+        rows.append(np.interp(x[row], known_x[row], known_y[row]))
     return np.stack(rows)
 
 
 def _result(value):
-    """A single number as a float, or None for NaN; an array stays an array."""
+    """A single number as a float, or None if it is NaN. An array stays as it is."""
     if np.ndim(value) > 0:
         return value
-    return None if np.isnan(value) else float(value)
+    if np.isnan(value):
+        return None
+    return float(value)

@@ -1,5 +1,6 @@
-"""Plots of results, a PNG and a PDF each, that are readable in print and without colour vision."""
+"""Plots of results, as PNG and PDF, that can be read in grey and without colour vision."""
 
+import math
 import textwrap
 import warnings
 
@@ -20,8 +21,8 @@ from utils.files import written_aside
 
 BEST = "best possible order"
 CALIBRATED = "perfectly calibrated"
-# Name of a row: colour, marker, dashes. The colours are Okabe & Ito's, which all common forms of
-# colour vision tell apart; markers and dashes tell lines apart in grey.
+# Name of a line -> colour, marker, dashes. The colours are Okabe & Ito's, which people with any
+# common form of colour vision can tell apart. In grey, markers and dashes tell lines apart.
 LOOKS = {
     "asymvlm-psd": ("#0072B2", "o", "-"),
     "asymvlm-vmf": ("#56B4E9", "s", "-"),
@@ -38,7 +39,7 @@ LOOKS = {
     BEST: ("#7F7F7F", "", ":"),
     CALIBRATED: ("#7F7F7F", "", ":"),
 }
-# Rows without an entry there take these in turn: Tol's muted colours, then other dashes.
+# Lines without an entry in LOOKS take these in turn: Tol's muted colours, then other dashes.
 OTHER_COLOURS = (
     "#882255",
     "#332288",
@@ -53,6 +54,7 @@ OTHER_COLOURS = (
 OTHER_MARKERS = "*ph<>X8dH"
 OTHER_DASHES = ("-.", "-", "--")
 RIGHT = "#009E73"  # frame of a correct image
+WRONG = "#bbbbbb"
 STYLE = {
     "font.size": 9,
     "lines.linewidth": 1.4,
@@ -67,8 +69,8 @@ STYLE = {
     "ps.fonttype": 42,
 }
 DPI = 300  # of the .png files
-MOST_LINES = 7  # in a panel
-LEAST_COVERAGE = 0.05  # from which risk-coverage curves are drawn
+MAX_LINES = 7  # in a panel; with more, training-free lines have panels of their own
+MIN_COVERAGE = 0.05  # below it, the risk is that of a few queries, and jumps
 POINTS = 200  # of a risk-coverage curve
 BINS = 12
 AMONG = "in percentiles among the captions; band: the middle half of the captions"
@@ -89,7 +91,7 @@ CAPTIONS = {
 
 
 def draw_all(results, examples, folder):
-    """Draw every plot that the results allow, and remove older ones.
+    """Draw every plot that the results allow, and remove older files of the others.
 
     The second row of a method, "..., frozen score", is left out: it has the same uncertainty.
 
@@ -100,45 +102,49 @@ def draw_all(results, examples, folder):
     Returns: {file name of the PNG: caption}.
     """
     labels = labels_of(results)
-    drawn = {}
+    uncertain = {}  # method -> its runs
     for row, runs in results.items():
-        if runs[0].is_uncertain and labels[row] == row.method:
-            drawn[row.method] = runs
-    with_texts = {name: runs for name, runs in drawn.items() if runs[0].has_uncertain_texts}
+        is_first_row = labels[row] == row.method
+        if runs[0].is_uncertain and is_first_row:
+            uncertain[row.method] = runs
+    text_uncertain = {name: runs for name, runs in uncertain.items() if runs[0].has_uncertain_texts}
     with plt.rc_context(STYLE):
         plots = {
-            "levels": draw_levels(with_texts),
-            "levels-image": draw_image_levels(drawn),
-            "risk-coverage": draw_risk_coverage(drawn),
-            "reliability": draw_reliability(drawn),
-            "length": draw_against(with_texts, "words", "words in the caption"),
+            "levels": draw_levels(text_uncertain),
+            "levels-image": draw_image_levels(uncertain),
+            "risk-coverage": draw_risk_coverage(uncertain),
+            "reliability": draw_reliability(uncertain),
+            "length": draw_against(text_uncertain, "words", "words in the caption"),
             "ambiguity": draw_against(
-                with_texts, "relevant", "images that the caption describes", logarithmic=True
+                text_uncertain, "relevant", "images that the caption describes", logarithmic=True
             ),
             "captions": draw_captions(examples),
-            "ladder": draw_ladder(drawn),
+            "ladder": draw_ladder(uncertain),
         }
         captions = dict(CAPTIONS)
-        for stem in _stems(drawn):
-            name = f"hierarchy-{stem}"
-            plots[name] = draw_depth(with_texts, stem)
-            captions[name] = f"Uncertainty by depth in the chains of {stem}, general first, "
-            captions[name] += "in percentiles"
+        for chains in _names_of_chains(uncertain):
+            name = f"hierarchy-{chains}"
+            plots[name] = draw_depth(text_uncertain, chains)
+            captions[name] = (
+                f"Uncertainty by depth in the chains of {chains}, general first, in percentiles"
+            )
         for name, plot in plots.items():
             _save(plot, folder, name)
     return {f"{name}.png": captions[name] for name, plot in plots.items() if plot is not None}
 
 
-def _stems(results):
-    """The files of caption chains that results have, in order."""
-    stems = {}
+def _names_of_chains(results):
+    """The names of the files of caption chains that results have, in order."""
+    names = []
     for runs in results.values():
-        stems.update(dict.fromkeys(runs[0].content.get("depth", {})))
-    return list(stems)
+        for name in runs[0].content.get("depth", {}):
+            if name not in names:
+                names.append(name)
+    return names
 
 
 def _save(plot, folder, name):
-    """Write a plot as PNG and PDF, and close it; without a plot (None), remove the files."""
+    """Write a plot as PNG and PDF, and close it. Without a plot (None), remove the files."""
     png = folder / f"{name}.png"
     pdf = folder / f"{name}.pdf"
     if plot is None:
@@ -149,7 +155,7 @@ def _save(plot, folder, name):
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         with written_aside(png) as file:
             plot.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-        plot.set_layout_engine("none")  # it is laid out already
+        plot.set_layout_engine("none")  # writing the PNG has laid it out
         with written_aside(pdf) as file:
             plot.savefig(file, format="pdf", metadata={"CreationDate": None})
     plt.close(plot)
@@ -160,7 +166,9 @@ def _save(plot, folder, name):
 
 def draw_levels(results):
     """Recall against the uncertainty level."""
-    recall = {name: [run.content for run in runs] for name, runs in results.items()}
+    recall = {}
+    for name, runs in results.items():
+        recall[name] = [run.content for run in runs]
     return _draw_recall(recall, "text")
 
 
@@ -174,16 +182,16 @@ def draw_image_levels(results):
 
 
 def _draw_recall(recall, modality):
-    """Recall by level; recall is {name: [{direction: recall by level}, one per seed]}."""
+    """Draw recall by level. Args: recall: {name: [{direction: recall by level}, one per seed]}."""
     if not recall:
         return None
     panels = {}
     for direction, title in DIRECTIONS.items():
         panels[title] = {}
         for name, runs in recall.items():
-            panels[title][name] = [_steps(run[direction]) for run in runs]
+            panels[title][name] = [_numbered(run[direction]) for run in runs]
     label = f"level of {modality} uncertainty (1 = most certain)"
-    plot, _ = _draw_lines(panels, label, "R@1", y_limits=(0, None))
+    plot, _ = _draw_lines(panels, label, "R@1", y_limits=(0, None), has_integer_x=True)
     return plot
 
 
@@ -195,13 +203,14 @@ def draw_risk_coverage(results):
     for direction, title in DIRECTIONS.items():
         panels[title] = {}
         for name, runs in results.items():
-            answers = [run.answers[direction] for run in runs]
-            panels[title][name] = [
-                _risk_curve(answered["rank"] == 1, uncertainty_of(answered)) for answered in answers
-            ]
+            curves = []
+            for run in runs:
+                answers = run.answers[direction]
+                curves.append(_risk_curve(answers["rank"] == 1, uncertainty_of(answers)))
+            panels[title][name] = curves
         first_runs = next(iter(results.values()))
-        correct = first_runs[0].answers[direction]["rank"] == 1
-        panels[title][BEST] = [_risk_curve(correct, ~correct)]
+        is_right = first_runs[0].answers[direction]["rank"] == 1
+        panels[title][BEST] = [_risk_curve(is_right, ~is_right)]  # all right answers first
     plot, _ = _draw_lines(
         panels,
         "coverage: share of queries kept",
@@ -213,20 +222,18 @@ def draw_risk_coverage(results):
 
 
 def _risk_curve(correct, uncertainty):
-    """`risk_coverage` at 200 points: coverage and risk, two arrays in [0, 1].
-
-    Below 5 % of coverage the risk is that of a few queries, and jumps.
-    """
+    """`risk_coverage` at 200 coverages from 5 % on: coverage and risk, two arrays in [0, 1]."""
     risk = risk_coverage(correct, uncertainty)
-    kept = np.ceil(np.linspace(LEAST_COVERAGE, 1, POINTS) * len(risk)).astype(int)
-    kept = np.unique(kept)
+    coverage = np.linspace(MIN_COVERAGE, 1, POINTS)
+    kept = np.unique(np.ceil(coverage * len(risk)).astype(int))  # number of queries
     return kept / len(risk), risk[kept - 1]
 
 
 def draw_reliability(results):
-    """How often answers are right against how probable that was, of all seeds together.
+    """The share of right answers against the predicted probability that they are right.
 
-    On the half of the images that is not calibrated on.
+    The answers of all seeds are taken together. They belong to the half of the images that is not
+    used for calibration (`selective.predict_right`).
     """
     panels = {}
     for direction, title in DIRECTIONS.items():
@@ -241,49 +248,60 @@ def draw_reliability(results):
 
 def _reliability_curve(answers):
     """Mean probability and share of right answers in each bin of the probability."""
-    predictions = []
-    for answered in answers:
-        image = answered.get("image", answered["query"])
-        correct = answered["rank"] == 1
-        predictions.append(predict_right(correct, uncertainty_of(answered), image))
+    predictions = []  # (probability, is_right, weight) of each seed
+    for answers_of_seed in answers:
+        image = answers_of_seed.get("image", answers_of_seed["query"])
+        is_right = answers_of_seed["rank"] == 1
+        predictions.append(predict_right(is_right, uncertainty_of(answers_of_seed), image))
     probability, is_right, weight = map(np.concatenate, zip(*predictions, strict=True))
-    bins = _bins(probability) if len(weight) else []
-    mean_probability = [np.average(probability[b], weights=weight[b]) for b in bins]
-    share_right = [np.average(is_right[b], weights=weight[b]) for b in bins]
+    mean_probability = []
+    share_right = []
+    if len(weight) == 0:  # there is only one image, which is calibrated on
+        return mean_probability, share_right
+    for in_bin in _bins(probability):
+        weight_in_bin = weight[in_bin]
+        mean_probability.append(np.average(probability[in_bin], weights=weight_in_bin))
+        share_right.append(np.average(is_right[in_bin], weights=weight_in_bin))
     return mean_probability, share_right
 
 
-def draw_depth(results, stem):
-    """The mean percentile of uncertainty by depth in caption chains."""
-    rows = {}
+def draw_depth(results, chains):
+    """The mean percentile of uncertainty by depth in the caption chains of a file."""
+    curves = {}
     for name, runs in results.items():
         if all("depth" in run.content for run in runs):
-            rows[name] = [_steps(run.content["depth"][stem]) for run in runs]
+            curves[name] = [_numbered(run.content["depth"][chains]) for run in runs]
     plot, _ = _draw_lines(
-        {"": rows}, "depth in the chain (1 = most general)", "percentile of uncertainty", (3.8, 2.9)
+        {"": curves},
+        "depth in the chain (1 = most general)",
+        "percentile of uncertainty",
+        size=(3.8, 2.9),
+        has_integer_x=True,
     )
     return plot
 
 
 def draw_ladder(results):
     """The uncertainty of every prompt of the ladder relative to the first one."""
-    rows = {}
+    curves = {}
     prompts = []
     for name, runs in results.items():
         if "ladder" not in runs[0].content:
             continue
         prompts = [step["prompt"] for step in runs[0].content["ladder"]]
-        values = [[step["uncertainty"] for step in run.content["ladder"]] for run in runs]
-        uncertainty = np.array(values)  # (seeds, prompts)
+        seeds = []
+        for run in runs:
+            seeds.append([step["uncertainty"] for step in run.content["ladder"]])
+        uncertainty = np.array(seeds)  # (seeds, prompts)
         with np.errstate(divide="ignore", invalid="ignore"):  # an uncertainty of 0 is not drawn
             log_ratio = np.log(uncertainty / uncertainty[:, :1])
             ratio = np.exp(log_ratio.mean(axis=0))
-        rows[name] = [(ratio, range(len(prompts)))]
-    if not rows:
+        curves[name] = [(ratio, range(len(prompts)))]
+    if not curves:
         return None
     size = (6.0, 0.42 * len(prompts) + 1.2)
     label = "uncertainty / uncertainty of the first prompt"
-    plot, axes = _draw_lines({"": rows}, label, "", size)
+    plot, axes = _draw_lines({"": curves}, label, "", size)
     axis = axes[-1]  # training-free scores have no ladder: there is one panel
     prompt_labels = [textwrap.fill(prompt, 26) for prompt in prompts]
     axis.set_yticks(range(len(prompts)), prompt_labels, fontsize=8)
@@ -304,7 +322,8 @@ def draw_captions(examples):
     images = len(examples[0]["images"])
     size = (1.25 * per_level * images, 1.62 * levels)
     plot = plt.figure(figsize=size, layout="constrained")
-    for part, example in zip(plot.subfigures(levels, per_level).flat, examples, strict=True):
+    parts = plot.subfigures(levels, per_level)
+    for part, example in zip(parts.flat, examples, strict=True):
         lines = textwrap.wrap(example["caption"], 52, max_lines=3, placeholder=" ...")
         part.suptitle("\n".join(lines), fontsize=7.5, x=0.02, ha="left")
         axes = part.subplots(1, images)
@@ -319,7 +338,7 @@ def _frame(axis, is_right):
     """Frame an image, thick and green if it is correct."""
     axis.set(xticks=[], yticks=[])
     axis.grid(visible=False)
-    colour = RIGHT if is_right else "#bbbbbb"
+    colour = RIGHT if is_right else WRONG
     width = 3.5 if is_right else 0.6
     for spine in axis.spines.values():
         spine.set(visible=True, color=colour, linewidth=width)
@@ -329,19 +348,25 @@ def draw_against(results, field, label, logarithmic=False):
     """The percentile of a caption's uncertainty against a field of the answers.
 
     One panel per method: median and middle half of the captions in each bin.
+
+    Args:
+        results: {name: [Results, one per seed]}.
+        field: "words" or "relevant", the number of images that the caption describes.
+        label: of the horizontal axis.
+        logarithmic: whether the horizontal axis is.
+    Returns: the plot, or None if the answers do not have the field.
     """
-    answers = {}
+    answers = {}  # name -> the text-to-image answers of each seed
     for name, runs in results.items():
-        captions = [run.answers["t2i"] for run in runs]
+        answers[name] = [run.answers["t2i"] for run in runs]
         if field == "relevant":
-            captions = [only_judged(answered) for answered in captions]
-        if field not in captions[0]:
+            answers[name] = [only_judged(answers_of_seed) for answers_of_seed in answers[name]]
+        if field not in answers[name][0]:
             return None
-        answers[name] = captions
     if not answers:
         return None
     columns = min(4, len(answers))
-    rows = -(-len(answers) // columns)
+    rows = math.ceil(len(answers) / columns)
     plot, axes = plt.subplots(
         rows,
         columns,
@@ -354,22 +379,26 @@ def draw_against(results, field, label, logarithmic=False):
     for axis in axes.flat[len(answers) :]:
         axis.set_visible(False)
     looks = looks_of(answers)
-    for axis, (name, captions) in zip(axes.flat, answers.items(), strict=False):
-        _draw_percentiles(axis, looks[name], captions, field, logarithmic)
+    for axis, name in zip(axes.flat, answers, strict=False):
+        _draw_percentiles(axis, looks[name], answers[name], field, logarithmic)
         axis.set_title(name, loc="left", fontsize=9)
     plot.supxlabel(label, fontsize=9)
     plot.supylabel("percentile of uncertainty", fontsize=9)
     return plot
 
 
-def _draw_percentiles(axis, look, captions, field, logarithmic):
-    """One panel of `draw_against`; captions are the answers of each seed."""
-    values = captions[0][field].astype(np.float64)
-    percentiles = [100 * rank_values(c["uncertainty"]) / len(values) for c in captions]
-    percentile = np.mean(percentiles, axis=0)  # over seeds
+def _draw_percentiles(axis, look, answers, field, logarithmic):
+    """Draw one panel of `draw_against`. Args: answers: one dict per seed."""
+    values = answers[0][field].astype(np.float64)  # the same for all seeds
+    percentiles_of_seeds = []
+    for answers_of_seed in answers:
+        rank = rank_values(answers_of_seed["uncertainty"])
+        percentiles_of_seeds.append(100 * rank / len(values))
+    percentile = np.mean(percentiles_of_seeds, axis=0)
     bins = _logarithmic_bins(values) if logarithmic else _bins(values)
-    centres = [values[b].mean() for b in bins]
-    low, median, high = np.array([np.percentile(percentile[b], [25, 50, 75]) for b in bins]).T
+    centres = [values[in_bin].mean() for in_bin in bins]
+    quartiles = [np.percentile(percentile[in_bin], [25, 50, 75]) for in_bin in bins]
+    low, median, high = np.transpose(quartiles)
     _draw_line(axis, "", look, centres, median, (low, high))
     axis.set_ylim(0, 100)
     if logarithmic:
@@ -378,19 +407,23 @@ def _draw_percentiles(axis, look, captions, field, logarithmic):
 
 
 def _bins(values):
-    """Masks of at most 12 bins of about equally many values; empty bins are left out."""
-    return _masks(values, np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1))))
+    """Masks of at most 12 bins of about equally many values. Empty bins are left out."""
+    edges = np.quantile(values, np.linspace(0, 1, BINS + 1))
+    return _masks(values, np.unique(edges))
 
 
 def _logarithmic_bins(values):
-    """Masks of bins from one power of 2 to the next; empty bins are left out."""
+    """Masks of bins from one power of 2 to the next. Empty bins are left out."""
     highest = np.ceil(np.log2(values.max() + 1))
-    return _masks(values, 2.0 ** np.arange(0, highest + 1))
+    edges = 2.0 ** np.arange(0, highest + 1)
+    return _masks(values, edges)
 
 
 def _masks(values, edges):
+    """One mask per bin that has values. The last bin includes its upper edge."""
+    last_bin = max(0, len(edges) - 2)
     bin_of_value = np.searchsorted(edges, values, side="right") - 1
-    bin_of_value = np.clip(bin_of_value, 0, max(0, len(edges) - 2))
+    bin_of_value = np.clip(bin_of_value, 0, last_bin)
     return [bin_of_value == number for number in np.unique(bin_of_value)]
 
 
@@ -398,9 +431,9 @@ def _masks(values, edges):
 
 
 def looks_of(names):
-    """The colour, marker and dashes of the rows of a plot: {name: options of a line}."""
+    """The colour, marker and dashes of the lines of a plot: {name: options of matplotlib}."""
     looks = {}
-    others = 0
+    others = 0  # lines so far that have no entry in LOOKS
     for name in names:
         if name in LOOKS:
             colour, marker, dashes = LOOKS[name]
@@ -415,29 +448,33 @@ def looks_of(names):
     return looks
 
 
-def _steps(values):
-    """Values against 1, 2, ..."""
+def _numbered(values):
+    """A curve of values against their number, 1, 2, ...: x and y."""
     return np.arange(1, len(values) + 1), np.array(values, dtype=float)
 
 
-def _draw_lines(panels, x_label, y_label, size=(2.9, 2.4), y_limits=None, marker=None):
+def _draw_lines(
+    panels, x_label, y_label, size=(2.9, 2.4), y_limits=None, marker=None, has_integer_x=False
+):
     """Means over seeds, with a band of one standard deviation.
 
-    Where there are more than MOST_LINES lines, training-free ones have a row of panels of their
-    own, above that of the trained heads. The panels of a row have one range of y.
+    Where there are more than MAX_LINES lines, training-free ones have a row of panels of their
+    own, above that of the trained heads. The panels of a row have the same range of y.
 
     Args:
         panels: {title: {name: [(x, y), one per seed]}}.
         size: of a panel, in inches.
         marker: of all lines; None: each has its own.
-    Returns: the figure and its axes.
+        has_integer_x: whether only integers are marked on the horizontal axis.
+    Returns: the plot and its axes.
     """
     panel_rows = _rows_of_panels(panels)
     width, height = size
     heights = []
     for panel_row in panel_rows:
-        lines = max(len(rows) for rows in panel_row.values())
-        heights.append(max(height, 0.17 * lines + 0.4))
+        lines = max(map(len, panel_row.values()))
+        height_of_legend = 0.17 * lines + 0.4
+        heights.append(max(height, height_of_legend))
     plot, axes = plt.subplots(
         len(panel_rows),
         len(panels),
@@ -448,16 +485,12 @@ def _draw_lines(panels, x_label, y_label, size=(2.9, 2.4), y_limits=None, marker
         layout="constrained",
     )
     for panel_row, axes_of_row in zip(panel_rows, axes, strict=True):
-        for axis, (title, rows) in zip(axes_of_row, panel_row.items(), strict=True):
-            looks = looks_of(rows)
-            for name, curves in rows.items():
-                if marker is not None:
-                    looks[name]["marker"] = marker
-                _draw_mean(axis, name, looks[name], curves)
+        for axis, (title, curves) in zip(axes_of_row, panel_row.items(), strict=True):
+            _draw_panel(axis, curves, marker)
             axis.set_title(title, loc="left")
             if y_limits is not None:
                 axis.set_ylim(y_limits)
-            if x_label.startswith(("level", "depth")):
+            if has_integer_x:
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes_of_row[0].set_ylabel(y_label)
         axes_of_row[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
@@ -469,29 +502,41 @@ def _draw_lines(panels, x_label, y_label, size=(2.9, 2.4), y_limits=None, marker
 
 
 def _rows_of_panels(panels):
-    """Panels as one row, or as a row of training-free lines and one of trained heads.
+    """Split panels with many lines into training-free lines and trained heads.
 
-    Args and Returns: panels as `_draw_lines` has them; a list of such.
+    The lines BEST and CALIBRATED are in both.
+
+    Args: panels: as for `_draw_lines`.
+    Returns: list of such panels, one per row of the plot.
     """
-    if max(len(rows) for rows in panels.values()) <= MOST_LINES:
+    if max(map(len, panels.values())) <= MAX_LINES:
         return [panels]
     training_free = {}
     trained = {}
-    for title, rows in panels.items():
+    for title, curves in panels.items():
         training_free[title] = {}
         trained[title] = {}
-        for name, curves in rows.items():
+        for name in curves:
             if name in TRAINING_FREE or name in (BEST, CALIBRATED):
-                training_free[title][name] = curves
+                training_free[title][name] = curves[name]
             if name not in TRAINING_FREE:
-                trained[title][name] = curves
-    rows_of_panels = [training_free, trained]
-    is_mixed = all(any(rows.values()) for rows in rows_of_panels)
-    return rows_of_panels if is_mixed else [panels]
+                trained[title][name] = curves[name]
+    if any(training_free.values()) and any(trained.values()):
+        return [training_free, trained]
+    return [panels]
+
+
+def _draw_panel(axis, curves, marker):
+    """Draw the lines of a panel. Args: curves: {name: [(x, y), one per seed]}."""
+    looks = looks_of(curves)
+    for name, curves_of_seeds in curves.items():
+        if marker is not None:
+            looks[name]["marker"] = marker
+        _draw_mean(axis, name, looks[name], curves_of_seeds)
 
 
 def _draw_mean(axis, name, look, curves):
-    """The mean of curves [(x, y), one per seed] and a band of one standard deviation."""
+    """Draw the mean of curves, [(x, y), one per seed], and a band of one standard deviation."""
     x, _ = curves[0]
     y = np.array([y for _, y in curves])
     mean = y.mean(axis=0)
@@ -503,7 +548,7 @@ def _draw_mean(axis, name, look, curves):
 
 
 def _draw_line(axis, name, look, x, y, band=None):
-    """A line in its look, with a band (low, high) around it."""
+    """Draw a line in its look, with a band (low, high) around it."""
     axis.plot(x, y, label=name, **look)
     if band is not None:
         low, high = band

@@ -3,9 +3,10 @@
 An answer is kept if its uncertainty is at most a threshold. The threshold is chosen on calibration
 queries, such that few of the kept answers are wrong.
 
-Captions of one image are not independent. Therefore we calibrate on one caption, drawn with a
-fixed seed, of each image of one half, and measure on all queries of the other half. There, every
-image has the same weight, so that the measured queries are distributed like the calibration ones.
+The images are split into two halves. We calibrate on one caption of each image of the first half,
+drawn with a fixed seed, since captions of one image are not independent. We measure on all
+queries of the second half. There, every image has the same weight, so that the measured queries
+are distributed like the calibration queries.
 """
 
 import functools
@@ -13,49 +14,53 @@ import functools
 import numpy as np
 from numpy.typing import ArrayLike
 
-from utils.cli import need
+from utils.cli import UserError, need
 from utils.files import load_json
 
 RISKS = [0.1, 0.2, 0.3]  # default of --risk
 CONFIDENCE = 0.95  # default of --confidence
 RANKS = [1, 5]  # default of --risk-at
-STARTS = (30, 60, 100, 150, 200)  # calibration queries kept at the first threshold that is tested
+STARTS = (30, 60, 100, 150, 200)  # queries kept at the first threshold of each sequence of tests
 BINS = 15  # of the expected calibration error
 KEEP = "keep"
 ABSTAIN = "ask back"
 
 
 def split_queries(image):
-    """Two sets of queries that share no image: one to calibrate on, one to measure on.
+    """Choose the queries to calibrate on, and those to measure on. They share no image.
 
-    The halves depend on the images alone. The larger half is for calibration.
+    The choice depends on the images alone. If their number is odd, the calibration half is larger.
 
     Args:
         image: the image that each query belongs to, (Q,).
     Returns:
-        calibration (C,): rows of queries, ascending, one per image of its half.
-        others (T,): rows of all queries of the other half.
-        weight (T,): of these; they sum to 1, and every image has the same.
+        calibration (C,): rows of the calibration queries, ascending, one per image of their half.
+        measured (T,): rows of all queries of the other half, ascending.
+        weight (T,): weights of the measured queries. They sum to 1, and every image has the same.
     """
     return _split_queries(np.asarray(image, dtype=np.int64).tobytes())
 
 
-@functools.lru_cache(maxsize=4)  # it is the same for every risk
+@functools.lru_cache(maxsize=4)  # every risk and metric asks for the same split
 def _split_queries(image_bytes):
     image = np.frombuffer(image_bytes, dtype=np.int64)
     generator = np.random.default_rng(0)
     images = np.unique(image)
+    shuffled_images = images[generator.permutation(len(images))]
     half = (len(images) + 1) // 2
-    calibration_images = images[generator.permutation(len(images))[:half]]
-    shuffled = generator.permutation(len(image))
-    _, first = np.unique(image[shuffled], return_index=True)
-    one_per_image = shuffled[first]
-    is_calibration = np.isin(image, calibration_images)
+    is_calibration = np.isin(image, shuffled_images[:half])  # (Q,)
+    # A random query of every image: the first one in a random order.
+    shuffled_queries = generator.permutation(len(image))
+    _, first = np.unique(image[shuffled_queries], return_index=True)
+    one_per_image = shuffled_queries[first]
     calibration = np.sort(one_per_image[is_calibration[one_per_image]])
-    others = np.flatnonzero(~is_calibration)
-    _, group, count = np.unique(image[others], return_inverse=True, return_counts=True)
-    weight = 1 / (count[group] * max(1, len(count)))
-    return calibration, others, weight
+    measured = np.flatnonzero(~is_calibration)
+    _, image_number, queries_of_image = np.unique(
+        image[measured], return_inverse=True, return_counts=True
+    )
+    images_measured = max(1, len(queries_of_image))
+    weight = 1 / (queries_of_image[image_number] * images_measured)
+    return calibration, measured, weight
 
 
 def choose_threshold(uncertainty, is_wrong, risk, confidence):
@@ -63,14 +68,14 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
 
     At threshold l, n_l queries have uncertainty <= l, and k_l of them are wrong. The
     Clopper-Pearson bound r+ solves BinomCDF(k_l; n_l, r+) = delta. A sequence of tests starts at
-    the threshold that keeps n queries, and goes on to less certain ones while r+ <= risk. Its order
+    the threshold that keeps n queries, and goes on to larger thresholds while r+ <= risk. Its order
     is fixed beforehand, so that it needs no correction for the number of its tests.
 
-    A single sequence ends at once if a few of the surest answers are wrong. So there are several,
-    which start at n = 30, 60, 100, 150 and 200, and each has its share of the error:
-    delta = (1 - confidence) / (number of sequences). The largest threshold that any of them reached
-    is valid (union bound). If queries are independent, the error among the kept answers exceeds the
-    risk for at most a share 1 - confidence of calibration sets.
+    A single sequence would end at once if a few of the most certain answers are wrong. So there are
+    several, which start at n = 30, 60, 100, 150 and 200. Each uses
+    delta = (1 - confidence) / (number of sequences), so that the largest threshold that any of them
+    reaches is valid (union bound). If queries are independent, the error among the kept answers
+    exceeds the risk for at most a share 1 - confidence of calibration sets.
 
     Args:
         uncertainty: of the calibration queries, (C,).
@@ -89,33 +94,35 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
     if not starts:
         return None
     order = np.argsort(uncertainty, kind="stable")
-    thresholds = np.asarray(uncertainty)[order]  # in ascending order, with ties
-    is_last_of_ties = np.append(thresholds[1:] != thresholds[:-1], True)
-    thresholds = thresholds[is_last_of_ties]
-    queries = np.arange(1, len(order) + 1)[is_last_of_ties]
-    errors = np.cumsum(np.asarray(is_wrong)[order])[is_last_of_ties]
+    sorted_uncertainty = np.asarray(uncertainty)[order]
+    errors_so_far = np.cumsum(np.asarray(is_wrong)[order])
+    # Every distinct uncertainty is a threshold. It keeps all queries that have it.
+    is_last_of_ties = np.append(sorted_uncertainty[1:] != sorted_uncertainty[:-1], True)
+    thresholds = sorted_uncertainty[is_last_of_ties]
+    kept = np.flatnonzero(is_last_of_ties) + 1  # n_l
+    errors = errors_so_far[is_last_of_ties]  # k_l
     delta = (1 - confidence) / len(starts)
-    passes = bdtr(errors.astype(float), queries, risk) <= delta  # the same as r+ <= risk
+    passes = bdtr(errors.astype(float), kept, risk) <= delta  # the same as r+ <= risk
     reached = []
     for start in starts:
-        first = np.searchsorted(queries, start)
+        first = np.searchsorted(kept, start)
         fails = np.append(~passes[first:], True)
-        passed = np.argmax(fails)  # tests before the first failure
-        if passed:
-            reached.append(thresholds[first + passed - 1].item())
+        tests_passed = np.argmax(fails)  # before the first one that fails
+        if tests_passed:
+            reached.append(thresholds[first + tests_passed - 1].item())
     return max(reached, default=None)
 
 
 def threshold(rank, uncertainty, image, risk, confidence, k):
-    """The threshold that `choose_threshold` finds on the calibration half, or None.
+    """The threshold that `choose_threshold` finds on the calibration queries, or None.
 
     Args:
-        rank: of the first right answer, (Q,); 1 is the best.
+        rank: the rank of the first right answer of each query, (Q,); 1 is the best.
         uncertainty: (Q,).
         image: the image that each query belongs to, (Q,).
-        risk: the share of wrong answers that is allowed.
-        confidence: with which it is not exceeded.
-        k: an answer is right if a right one is among the first k.
+        risk: the share of wrong answers that is allowed, in (0, 1).
+        confidence: how certain it is that the risk is not exceeded, in (0, 1).
+        k: a query counts as answered correctly if a right answer is among the first k.
     """
     calibration, _, _ = split_queries(image)
     is_wrong = rank[calibration] > k
@@ -123,43 +130,51 @@ def threshold(rank, uncertainty, image, risk, confidence, k):
 
 
 def coverage(rank, uncertainty, image, risk, confidence, k):
-    """The share of answers of the other half that are kept, in [0, 1]. Args: as `threshold`."""
-    return min(1.0, float(_weight_of_kept(rank, uncertainty, image, risk, confidence, k).sum()))
+    """The share of the measured answers that are kept, in [0, 1]. Args: as for `threshold`."""
+    weight, _ = _kept_answers(rank, uncertainty, image, risk, confidence, k)
+    return min(1.0, float(weight.sum()))
 
 
 def error(rank, uncertainty, image, risk, confidence, k):
-    """The share of wrong answers among the kept ones of the other half; None if none is kept.
+    """The share of wrong answers among the measured answers that are kept; None if none is kept.
 
-    Args: as `threshold`.
+    Args: as for `threshold`.
     """
-    weight = _weight_of_kept(rank, uncertainty, image, risk, confidence, k)
+    weight, is_wrong = _kept_answers(rank, uncertainty, image, risk, confidence, k)
     kept = float(weight.sum())
-    if not kept:
+    if kept == 0:
         return None
-    _, others, _ = split_queries(image)
-    return float(weight[rank[others] > k].sum() / kept)
+    return float(weight[is_wrong].sum() / kept)
 
 
-def _weight_of_kept(rank, uncertainty, image, risk, confidence, k):
-    """The weight of each query of the other half, (T,); 0 where its answer is not kept."""
-    _, others, weight = split_queries(image)
+def _kept_answers(rank, uncertainty, image, risk, confidence, k):
+    """Apply the threshold to the measured queries.
+
+    Returns:
+        weight (T,): of each answer, 0 if it is not kept.
+        is_wrong (T,): bool.
+    """
+    _, measured, weight = split_queries(image)
     chosen = threshold(rank, uncertainty, image, risk, confidence, k)
-    return weight * is_kept(uncertainty[others], chosen)
+    weight = weight * is_kept(uncertainty[measured], chosen)
+    is_wrong = rank[measured] > k
+    return weight, is_wrong
 
 
 def is_kept(uncertainty, threshold):
-    """Which answers are kept, (Q,) bool; without a threshold (None), none is."""
-    uncertainty = np.asarray(uncertainty, dtype=np.float64)
-    return uncertainty <= (-np.inf if threshold is None else threshold)
+    """Whether each answer is kept, (Q,) bool. Without a threshold (None), none is."""
+    if threshold is None:
+        threshold = -np.inf
+    return np.asarray(uncertainty, dtype=np.float64) <= threshold
 
 
 def decide(uncertainty: ArrayLike, threshold: float | None) -> str | list[str]:
-    """Keep an answer, or abstain and ask back.
+    """Decide whether to keep an answer, or to abstain and ask back.
 
     Args:
-        uncertainty: of one text, or of T texts, (T,).
+        uncertainty: of one text, a float, or of T texts, (T,).
         threshold: as `load_threshold` returns it.
-    Returns: "keep" or "ask back", or a list of them.
+    Returns: "keep" or "ask back", or a list of T of them.
 
     >>> decide([0.1, 0.3], 0.2)
     ['keep', 'ask back']
@@ -168,41 +183,52 @@ def decide(uncertainty: ArrayLike, threshold: float | None) -> str | list[str]:
 
 
 def load_threshold(path, risk=None, k=1, confidence=None):
-    """The threshold in a .threshold.json file of eval.py; None if no threshold has the guarantee.
+    """Read the threshold in a .threshold.json file of eval.py.
 
     Args:
-        risk: the share of wrong answers that is allowed; None: the first in the file.
+        risk: the share of wrong answers that is allowed. None: the first risk in the file.
         k: an answer is right if a right one is among the first k.
-        confidence: with which the risk is not exceeded; None: that of the file.
-    Raises: UserError if the file has no such threshold, or is damaged; FileNotFoundError.
+        confidence: how certain it is that the risk is not exceeded. None: that of the file.
+    Returns: float, or None if no threshold guarantees the risk.
+    Raises: UserError if the file is damaged, or was made for another risk, k or confidence;
+        FileNotFoundError.
     """
     content = load_json(path)
-    guarantees = content.get("guarantees") if isinstance(content, dict) else None
-    is_list = isinstance(guarantees, list)
-    need(is_list, f"{path}: this is not a file of thresholds; evaluate again")
+    if not isinstance(content, dict) or not isinstance(content.get("guarantees"), list):
+        raise UserError(f"{path}: this is not a file of thresholds; evaluate again")
     saved = content.get("confidence")
-    is_same = confidence in (None, saved)
-    cure = "evaluate again with it"
-    need(is_same, f"{path}: it is for --confidence {saved}, not {confidence}; {cure}")
-    for guarantee in guarantees:
-        if not isinstance(guarantee, dict) or guarantee.get("k") != k:
+    if confidence not in (None, saved):
+        problem = f"it is for --confidence {saved}, not {confidence}"
+        raise UserError(f"{path}: {problem}; evaluate again with it")
+    for guarantee in content["guarantees"]:
+        if not isinstance(guarantee, dict):
             continue
-        if risk in (None, guarantee.get("risk")):
-            chosen = guarantee.get("threshold", np.nan)
-            is_number = type(chosen) in (int, float) and np.isfinite(chosen)
-            problem = f"a threshold is {chosen!r}, which is no number"
-            need(chosen is None or is_number, f"{path}: {problem}; evaluate again")
-            return chosen
-    need(False, f"{path}: it has no threshold for --risk {risk} --risk-at {k}; evaluate with them")
+        has_k = guarantee.get("k") == k
+        has_risk = risk is None or guarantee.get("risk") == risk
+        if has_k and has_risk:
+            return _check_threshold(guarantee.get("threshold", np.nan), path)
+    problem = f"it has no threshold for --risk {risk} --risk-at {k}"
+    raise UserError(f"{path}: {problem}; evaluate with them")
+
+
+def _check_threshold(threshold, path):
+    """Return a threshold from a file if it is None or a finite number, else raise a UserError."""
+    if threshold is None:
+        return None
+    is_number = type(threshold) in (int, float) and np.isfinite(threshold)
+    problem = f"a threshold is {threshold!r}, which is no number"
+    need(is_number, f"{path}: {problem}; evaluate again")
+    return threshold
 
 
 def calibrate(uncertainty, is_right):
-    """Fit the probability that an answer is right, which falls with its uncertainty.
+    """Fit the probability that an answer is right, as a falling function of its uncertainty.
 
-    Isotonic regression; linear between the values that were seen, constant beyond them.
+    The fit is isotonic regression. It is interpolated linearly between the uncertainties of the
+    calibration queries, and constant beyond them.
 
     Args:
-        uncertainty: (C,).
+        uncertainty: of the calibration queries, (C,).
         is_right: (C,) bool.
     Returns: a function of uncertainty (T,) that returns probabilities (T,) in [0, 1].
     Source: Zadrozny & Elkan, "Transforming classifier scores into accurate multiclass probability
@@ -213,32 +239,36 @@ def calibrate(uncertainty, is_right):
     """
     from scipy.optimize import isotonic_regression
 
-    values, group, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
-    share_right = np.bincount(group, weights=np.asarray(is_right, dtype=np.float64)) / count
-    fitted = isotonic_regression(share_right, weights=count, increasing=False).x
+    is_right = np.asarray(is_right, dtype=np.float64)
+    distinct, group, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
+    share_right = np.bincount(group, weights=is_right) / count
+    probability = isotonic_regression(share_right, weights=count, increasing=False).x
 
     def probability_of_right(uncertainty):
-        return np.interp(uncertainty, values, fitted)
+        return np.interp(uncertainty, distinct, probability)
 
     return probability_of_right
 
 
 def predict_right(correct, uncertainty, image):
-    """Calibrate on one half and predict the other.
+    """Predict whether the measured answers are right, after calibration on the other half.
 
-    Args: as `brier`.
-    Returns: the probability that each answer is right, whether it is, and its weight; (T,) each.
+    Args: as for `brier`.
+    Returns: the probability that each answer is right, 1.0 if it is and 0.0 if not, and its weight;
+        (T,) each.
     """
-    calibration, others, weight = split_queries(image)
+    calibration, measured, weight = split_queries(image)
     probability_of_right = calibrate(uncertainty[calibration], correct[calibration])
-    is_right = np.asarray(correct, dtype=np.float64)[others]
-    return probability_of_right(uncertainty[others]), is_right, weight
+    probability = probability_of_right(uncertainty[measured])
+    is_right = np.asarray(correct, dtype=np.float64)[measured]
+    return probability, is_right, weight
 
 
 def brier(correct, uncertainty, image):
-    """The Brier score of the probability that an answer is right: mean (p - y)^2, y = 1 if it is.
+    """The Brier score of the probability that an answer is right.
 
-    The probability follows from the uncertainty alone (`calibrate`).
+    It is the weighted mean of (p - y)^2, where y is 1 if the answer is right, else 0. The
+    probability p follows from the uncertainty alone (`calibrate`).
 
     Args:
         correct: (Q,) bool.
@@ -247,7 +277,7 @@ def brier(correct, uncertainty, image):
     Returns: float in [0, 1], less is better; None if there is only one image.
     """
     probability, is_right, weight = predict_right(correct, uncertainty, image)
-    if not len(weight):
+    if len(weight) == 0:
         return None
     return float(np.sum(weight * (probability - is_right) ** 2))
 
@@ -255,14 +285,17 @@ def brier(correct, uncertainty, image):
 def expected_calibration_error(correct, uncertainty, image):
     """ECE of the probability that an answer is right, over 15 bins of p of equal width.
 
-    sum over bins of (share of queries in the bin) * |mean p - mean y|, y = 1 if it is right.
+    It is the sum over bins of (share of queries in the bin) * |mean p - mean y|, with p and y as
+    for `brier`.
 
-    Args and Returns: as `brier`.
+    Args and Returns: as for `brier`.
     Source: Guo et al., "On calibration of modern neural networks", arXiv 1706.04599.
     """
     probability, is_right, weight = predict_right(correct, uncertainty, image)
-    if not len(weight):
+    if len(weight) == 0:
         return None
-    bin_of_query = np.minimum((probability * BINS).astype(int), BINS - 1)
-    gap = np.bincount(bin_of_query, weights=weight * (probability - is_right))
-    return float(np.abs(gap).sum())
+    bin_of_query = (probability * BINS).astype(int)
+    bin_of_query = np.minimum(bin_of_query, BINS - 1)  # p = 1 belongs to the last bin
+    # The mean difference of a bin times its share is the weighted sum of its differences.
+    gap_of_bin = np.bincount(bin_of_query, weights=weight * (probability - is_right))
+    return float(np.abs(gap_of_bin).sum())

@@ -1,18 +1,21 @@
 """Zero-shot classification with uncertain prompts, on a cache of --dataset imagefolder.
 
-C classes have P prompts each. t_cp is the unit mean of prompt p of class c, u_cp its uncertainty,
-v_cp its variance per dimension (of Gaussians), x the unit mean of an image. The weights pi_cp of
-the prompts of a class sum to 1, and w_c = sum_p pi_cp t_cp. The class of an image is the c with the
-largest score:
+Each of C classes has P prompts, such as "a photo of a dog". For prompt p of class c,
 
-- plain: x . w_c, and its softmax at the CLIP's logit scale
-- unit: the same with w_c / ||w_c||, as CLIP does it
+- t_cp is its unit mean, u_cp its uncertainty, and v_cpd its variance in dimension d (of Gaussians)
+- pi_cp is its weight; the weights of the prompts of a class sum to 1
+
+The vector of a class is w_c = sum_p pi_cp t_cp, and x is the unit mean of an image. The image
+belongs to the class with the largest score:
+
+- plain: s x . w_c, where s is the CLIP's logit scale
+- unit: s x . w_c / ||w_c||, as CLIP does it
 - variance: 100 x . w_c - 50 sum_d sum_p pi_cp^2 v_cpd for Gaussians; sum_p pi_cp log p(x | text_cp)
   for AsymVLM
-- probit: the softmax of BayesVLM, which is flatter where embeddings are uncertain
+- probit: the logits of BayesVLM, whose softmax is flatter where embeddings are uncertain
 
 Sources: PCME++ (arXiv 2305.18171, appendix), ProLIP (arXiv 2410.18857, sec. 4, and its script),
-BayesVLM (arXiv 2412.06014) for the probit softmax.
+BayesVLM (arXiv 2412.06014) for probit.
 """
 
 import math
@@ -23,32 +26,33 @@ import torch
 from torch import Tensor
 
 from models.layers import unit
-from utils.cli import need
+from utils.cli import UserError, need
 from utils.evaluation import bootstrap, metrics
 from utils.evaluation.training_free import logit_scale
 
 BINS = 20  # of the expected calibration error
 THRESHOLD = 0.0  # prompts are kept up to the mean uncertainty plus this many standard deviations
 VARIANCE_SCALE = 100.0  # of the cosine in the variance-aware score
-# Of BPRW with the images nearest to a class: prior, images, samples of each, added variance.
-BPRW_PRIOR = 5.0
-BPRW_IMAGES = 10
-BPRW_SAMPLES = 10
-BPRW_EPS = 0.02
-BPRW_STEPS = 1000
-BPRW_TOLERANCE = 1e-12
+# Bayesian prompt re-weighting.
+BPRW_PRIOR = 5.0  # of the Dirichlet distribution
+BPRW_IMAGES = 10  # nearest images of a class
+BPRW_SAMPLES = 10  # of each image
+BPRW_EPS = 0.02  # added to the variances of the prompts
+BPRW_STEPS = 1000  # of EM, at most
+BPRW_TOLERANCE = 1e-12  # EM has converged if no weight changes by as much
 
 
 @dataclass
 class Prompts:
-    """The prompts of all classes and the images of a split, as one scorer sees them; float64.
+    """The prompts of all classes and the images of a split, embedded by one method; float64.
 
     Attributes:
         text: unit means of the prompts, (C, P, D).
         image: unit means of the images, (N, D).
-        uncertainty: of the prompts, (C, P), or None.
-        text_variance, image_variance: of unit means, (C, P, D) and (N, D), or None.
-        log_likelihood: log p(image | prompt), (N, C, P), or None.
+        uncertainty: of the prompts, (C, P); None if the method gives texts none.
+        text_variance, image_variance: of the same scale as the unit means, (C, P, D) and (N, D);
+            None if the method has no Gaussians.
+        log_likelihood: log p(image | prompt), (N, C, P); None if the method has none.
         scale: logit scale of the CLIP.
     """
 
@@ -62,35 +66,40 @@ class Prompts:
 
 
 def classes_of(cache):
-    """The classes of a cache, [folder, name] each, and how many prompts each has.
+    """The classes of a cache.
 
+    Returns:
+        classes: list of [folder, name].
+        prompts_per_class: P.
     Raises: UserError if the cache has no classes.
     """
     classes = cache.meta.get("classes")
-    prompts = cache.meta.get("prompts_per_class")
-    problem = "it has no classes"
-    cure = "make a cache with --dataset imagefolder"
-    need(classes and prompts, f"--zero-shot: {cache.folder}: {problem}; {cure}")
-    return classes, prompts
+    prompts_per_class = cache.meta.get("prompts_per_class")
+    if not classes or not prompts_per_class:
+        cure = "make a cache with --dataset imagefolder"
+        raise UserError(f"--zero-shot: {cache.folder}: it has no classes; {cure}")
+    return classes, prompts_per_class
 
 
 def frozen_prompts(cache):
     """The Prompts of the frozen CLIP, which has no uncertainty."""
-    text, image = _embeddings(cache)
-    return Prompts(_by_class(unit(text), cache), unit(image), scale=logit_scale(cache))
+    text = unit(_float64(cache.text.read()))
+    image = unit(_float64(cache.image.read()))
+    return Prompts(_by_class(text, cache), image, scale=logit_scale(cache))
 
 
 @torch.inference_mode()
 def prompts_of(adaptor, cache):
     """The Prompts of an adaptor."""
-    text, image = (z.float().to(cache.device) for z in _embeddings(cache))
-    encoded_text = adaptor.encode_text(text)
-    encoded_image = adaptor.encode_image(image)
+    encoded_text = adaptor.encode_text(cache.text.read().to(cache.device).float())
+    encoded_image = adaptor.encode_image(cache.image.read().to(cache.device).float())
     text_mean, uncertainty = adaptor.describe_text(*encoded_text)
     image_mean, _ = adaptor.describe_image(*encoded_image)
+    text_mean = _float64(text_mean)
+    image_mean = _float64(image_mean)
     prompts = Prompts(
-        _by_class(unit(_float64(text_mean)), cache),
-        unit(_float64(image_mean)),
+        text=_by_class(unit(text_mean), cache),
+        image=unit(image_mean),
         scale=logit_scale(cache),
     )
     if uncertainty is not None:
@@ -98,52 +107,58 @@ def prompts_of(adaptor, cache):
     text_variance = adaptor.variance_of(*encoded_text)
     image_variance = adaptor.variance_of(*encoded_image)
     if text_variance is not None and image_variance is not None:
-        squared_norm = _float64(text_mean).square().sum(dim=1, keepdim=True)
-        prompts.text_variance = _by_class(_float64(text_variance) / squared_norm, cache)
-        squared_norm = _float64(image_mean).square().sum(dim=1, keepdim=True)
-        prompts.image_variance = _float64(image_variance) / squared_norm
+        # Where a mean is divided by its norm, its variance is divided by the squared norm.
+        text_variance = _float64(text_variance) / _squared_norm(text_mean)
+        prompts.text_variance = _by_class(text_variance, cache)
+        prompts.image_variance = _float64(image_variance) / _squared_norm(image_mean)
     if hasattr(adaptor, "log_likelihood"):
         scores = _float64(adaptor.score(encoded_image, encoded_text))  # (N, C P)
         prompts.log_likelihood = scores.unflatten(1, prompts.text.shape[:2])
     return prompts
 
 
-def _embeddings(cache):
-    return cache.text.read().cpu().double(), cache.image.read().cpu().double()
-
-
 def _float64(values):
     return values.cpu().double()
 
 
+def _squared_norm(values):
+    """Of each row (N, D): (N, 1)."""
+    return values.square().sum(dim=1, keepdim=True)
+
+
 def _by_class(values, cache):
-    """Values of all captions, (C P, ...), by class: (C, P, ...)."""
-    _, prompts = classes_of(cache)
-    return values.unflatten(0, (-1, prompts))
+    """Group values of all captions by class: (C P, ...) -> (C, P, ...)."""
+    _, prompts_per_class = classes_of(cache)
+    return values.unflatten(0, (-1, prompts_per_class))
 
 
-# The weights of the prompts of each class, (C, P); a row sums to 1.
+# The weights pi of the prompts of each class, (C, P). The weights of a class sum to 1.
 
 
 def uniform_weights(prompts):
     """1 / P for every prompt."""
-    return torch.full(prompts.text.shape[:2], 1 / prompts.text.shape[1], dtype=torch.float64)
+    classes, prompts_per_class, _ = prompts.text.shape
+    return torch.full((classes, prompts_per_class), 1 / prompts_per_class, dtype=torch.float64)
 
 
 def top_weights(prompts, count):
-    """1 / K for the K least uncertain prompts of each class, 0 for the others."""
+    """1 / K for the K least uncertain prompts of each class, 0 for the others. Args: count: K."""
     order = prompts.uncertainty.argsort(dim=1, stable=True)
+    least_uncertain = order[:, :count]
     weights = torch.zeros_like(prompts.uncertainty)
-    return weights.scatter(1, order[:, :count], 1 / count)
+    return weights.scatter(1, least_uncertain, 1 / count)
 
 
 def threshold_weights(prompts):
     """Equal weights for the prompts that are no more uncertain than the mean of their class."""
     u = prompts.uncertainty
-    limit = u.mean(dim=1, keepdim=True) + THRESHOLD * u.std(dim=1, keepdim=True, correction=0)
-    least = u.amin(dim=1, keepdim=True)
-    kept = ((u <= limit) | (u == least)).to(u.dtype)
-    return kept / kept.sum(dim=1, keepdim=True)
+    std = u.std(dim=1, keepdim=True, correction=0)
+    limit = u.mean(dim=1, keepdim=True) + THRESHOLD * std
+    # Rounding of the mean must not leave a class without a prompt.
+    is_smallest = u == u.amin(dim=1, keepdim=True)
+    is_kept = (u <= limit) | is_smallest
+    count = is_kept.sum(dim=1, keepdim=True)
+    return is_kept.to(u.dtype) / count
 
 
 def inverse_weights(prompts):
@@ -155,44 +170,49 @@ def inverse_weights(prompts):
 def bprw_weights(prompts):
     """Bayesian prompt re-weighting: how well each prompt explains the images nearest to its class.
 
-    For each class, K samples are drawn of the Gaussian of each of the NN images that are nearest to
-    the mean prompt. The prompts, with eps added to their variances, are a mixture whose weights are
-    fitted to the samples by EM, under a Dirichlet prior a; negative ones become 0.
+    For each class, 10 samples are drawn from the Gaussian of each of the 10 images that are nearest
+    to the mean prompt. The Gaussians of the prompts, with eps added to their variances, are a
+    mixture. Its weights are fitted to the samples.
     Source: ProLIP, sec. 4.
     """
     generator = torch.Generator().manual_seed(0)
     weights = []
-    for text, variance in zip(prompts.text, prompts.text_variance, strict=True):
-        nearest = (prompts.image @ unit(text.mean(dim=0))).argsort(descending=True, stable=True)
-        rows = nearest[:BPRW_IMAGES]
-        mean = prompts.image[rows, None]
-        deviation = prompts.image_variance[rows, None].sqrt()
-        shape = (len(rows), BPRW_SAMPLES, text.shape[1])
+    for text, text_variance in zip(prompts.text, prompts.text_variance, strict=True):  # (P, D) each
+        cosine = prompts.image @ unit(text.mean(dim=0))  # (N,)
+        nearest = cosine.argsort(descending=True, stable=True)[:BPRW_IMAGES]
+        mean = prompts.image[nearest, None]  # (images, 1, D)
+        std = prompts.image_variance[nearest, None].sqrt()
+        shape = (len(nearest), BPRW_SAMPLES, text.shape[1])
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        samples = (mean + deviation * noise).flatten(0, 1)
-        weights.append(fit_mixture(samples, text, variance + BPRW_EPS, 1 / variance.mean(dim=1)))
+        samples = (mean + std * noise).flatten(0, 1)  # (images * samples, D)
+        first_weights = 1 / text_variance.mean(dim=1)
+        fitted = fit_mixture(samples, text, text_variance + BPRW_EPS, first_weights)
+        weights.append(fitted)
     return torch.stack(weights)
 
 
 def fit_mixture(samples, mean, variance, start, prior=BPRW_PRIOR):
-    """The weights of a mixture of P fixed diagonal Gaussians, fitted to n samples by EM, (P,).
+    """Fit the weights of a mixture of P fixed diagonal Gaussians to n samples by EM.
 
-    r_np is proportional to pi_p N(o_n; mean_p, variance_p), and
-    pi_p = (sum_n r_np + a - 1) / (n + P (a - 1)).
+    The E step is r_np proportional to pi_p N(o_n; mean_p, variance_p). The M step is
+    pi_p = (sum_n r_np + a - 1) / (n + P (a - 1)), under a Dirichlet prior a. Negative weights,
+    which a < 1 can give, become 0.
 
     Args:
-        samples: (n, D).
+        samples: o, (n, D).
         mean, variance: (P, D).
-        start: (P,), what the first weights are proportional to.
+        start: the first weights up to a factor, (P,).
         prior: a.
+    Returns: pi, (P,).
     """
     difference = samples[:, None] - mean  # (n, P, D)
     log_density = -(difference.square() / variance + variance.log()).sum(dim=2) / 2  # (n, P)
     weights = start / start.sum()
+    total = len(samples) + len(mean) * (prior - 1)
     for _ in range(BPRW_STEPS):
-        responsibility = (weights.log() + log_density).softmax(dim=1)
-        total = responsibility.sum(dim=0) + prior - 1
-        new_weights = (total / (len(samples) + len(mean) * (prior - 1))).clamp(min=0)
+        responsibility = (weights.log() + log_density).softmax(dim=1)  # (n, P)
+        count = responsibility.sum(dim=0) + prior - 1
+        new_weights = (count / total).clamp(min=0)
         new_weights = new_weights / new_weights.sum()
         change = (new_weights - weights).abs().max()
         weights = new_weights
@@ -202,10 +222,11 @@ def fit_mixture(samples, mean, variance, start, prior=BPRW_PRIOR):
 
 
 def weightings_of(prompts):
-    """The weights by name, {name: (C, P)}."""
+    """All weights that the method allows, {name: (C, P)}."""
     weightings = {"uniform": uniform_weights(prompts)}
+    prompts_per_class = prompts.text.shape[1]
     if prompts.uncertainty is not None:
-        for count in range(1, prompts.text.shape[1] + 1):
+        for count in range(1, prompts_per_class + 1):
             weightings[f"top {count}"] = top_weights(prompts, count)
         weightings["threshold"] = threshold_weights(prompts)
         weightings["inverse"] = inverse_weights(prompts)
@@ -215,6 +236,16 @@ def weightings_of(prompts):
 
 
 # The logits of all classes, (N, C).
+
+
+def class_vectors(prompts, weights):
+    """w_c = sum_p pi_cp t_cp, (C, D)."""
+    return (weights[..., None] * prompts.text).sum(dim=1)
+
+
+def class_variances(prompts, weights):
+    """The variance of w_c, sum_p pi_cp^2 v_cp, (C, D)."""
+    return (weights.square()[..., None] * prompts.text_variance).sum(dim=1)
 
 
 def plain_logits(prompts, weights):
@@ -239,26 +270,26 @@ def variance_logits(prompts, weights):
 
 
 def probit_logits(prompts, weights):
-    """s E / sqrt(1 + pi s^2 V / 8), with E and V the mean and variance of an uncertain cosine.
+    """s E / sqrt(1 + pi s^2 V / 8), where E and V are the mean and variance of an uncertain cosine.
 
-    n = sum_d (z^2 + a), E = z_i . z_t / sqrt(n_i n_t),
-    V = sum_d [(z_i^2 + a_i) a_t + a_i z_t^2] / (n_i n_t), where a is a variance per dimension.
+    With means z and variances a of an image i and a class t, and n = sum_d (z^2 + a),
+    E = z_i . z_t / sqrt(n_i n_t) and V = sum_d [(z_i^2 + a_i) a_t + a_i z_t^2] / (n_i n_t).
 
     Returns: None if the method has no variances.
     """
     if prompts.text_variance is None:
         return None
     z_text = class_vectors(prompts, weights)  # (C, D)
-    a_text = (weights.square()[..., None] * prompts.text_variance).sum(dim=1)
-    z_image = prompts.image
+    a_text = class_variances(prompts, weights)
+    z_image = prompts.image  # (N, D)
     a_image = prompts.image_variance
-    n_text = (z_text.square() + a_text).sum(dim=1)
-    n_image = (z_image.square() + a_image).sum(dim=1)[:, None]
-    expected = z_image @ z_text.T / (n_image * n_text).sqrt()
-    spread = (z_image.square() + a_image) @ a_text.T + a_image @ z_text.square().T
-    variance = spread / (n_image * n_text)
+    second_moment_text = z_text.square() + a_text
+    second_moment_image = z_image.square() + a_image
+    n = second_moment_image.sum(dim=1)[:, None] * second_moment_text.sum(dim=1)  # (N, C): n_i n_t
+    mean = z_image @ z_text.T / n.sqrt()
+    variance = (second_moment_image @ a_text.T + a_image @ z_text.square().T) / n
     s = prompts.scale
-    return s * expected / (1 + math.pi * s**2 * variance / 8).sqrt()
+    return s * mean / (1 + math.pi * s**2 * variance / 8).sqrt()
 
 
 SCORES = {
@@ -269,11 +300,6 @@ SCORES = {
 }
 
 
-def class_vectors(prompts, weights):
-    """w_c = sum_p pi_cp t_cp, (C, D)."""
-    return (weights[..., None] * prompts.text).sum(dim=1)
-
-
 # Metrics.
 
 
@@ -282,10 +308,10 @@ class Answers:
     """How every image was classified: arrays (N,).
 
     Attributes:
-        rank: of the right class, 1 = best.
+        rank: of the right class; 1 is the best.
         log_p: log probability of the right class.
-        confidence: probability of the class that was chosen.
-        uncertainty: of the class that was chosen, or None.
+        confidence: probability of the chosen class.
+        uncertainty: of the chosen class, or None.
     """
 
     rank: np.ndarray
@@ -302,17 +328,23 @@ class Answers:
             uncertainty: of the classes, a tensor (C,), or None.
         """
         log_p = logits.log_softmax(dim=1).numpy()
-        own = np.take_along_axis(log_p, label[:, None], axis=1)
-        chosen = log_p.argmax(axis=1)
+        log_p_right = np.take_along_axis(log_p, label[:, None], axis=1)  # (N, 1)
+        if uncertainty is not None:
+            chosen_class = log_p.argmax(axis=1)
+            uncertainty = uncertainty.numpy()[chosen_class]
         return cls(
-            rank=1 + (log_p > own).sum(axis=1),
-            log_p=own[:, 0],
+            rank=1 + (log_p > log_p_right).sum(axis=1),
+            log_p=log_p_right[:, 0],
             confidence=np.exp(log_p.max(axis=1)),
-            uncertainty=None if uncertainty is None else uncertainty.numpy()[chosen],
+            uncertainty=uncertainty,
         )
 
     def measure(self, weight=None):
-        """The metrics: {name: float}; with a weight (R, N), those that take one: {name: (R,)}."""
+        """The metrics, {name: float}.
+
+        Args: weight: (R, N), how often each image counts (metrics.py). With it, the result is
+            {name: (R,)}, without ECE and AUROC, which take no weight.
+        """
         correct = self.rank == 1
         measured = {
             "top-1": metrics.mean(correct, weight),
@@ -333,53 +365,66 @@ class Answers:
 
 def calibration_error(confidence, correct):
     """ECE over 20 bins of equal width: sum_b (n_b / N) |accuracy_b - mean confidence_b|."""
-    bin_of_image = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gap = np.bincount(bin_of_image, weights=confidence - correct)
-    return float(np.abs(gap).sum() / len(correct))
+    bin_of_image = (confidence * BINS).astype(int)
+    bin_of_image = np.minimum(bin_of_image, BINS - 1)  # confidence 1 belongs to the last bin
+    # n_b times the difference of means is the sum of the differences.
+    gap_of_bin = np.bincount(bin_of_image, weights=confidence - correct)
+    return float(np.abs(gap_of_bin).sum() / len(correct))
 
 
 @torch.inference_mode()
 def classify(prompts, label, resamples):
-    """All weightings and scores of one scorer.
+    """Classify the images of a method with every weighting and score.
 
     Args:
+        prompts: Prompts.
         label: the right class of each image, (N,) ints.
-    Returns: {(weighting, score): (metrics, their resamples)}.
+        resamples: how many resamples of the images the bootstrap draws, or 0.
+    Returns: {(weighting, score): ({metric: float}, {metric: its resamples (R,)})}.
     """
     results = {}
     for weighting, weights in weightings_of(prompts).items():
         uncertainty = None
         if prompts.uncertainty is not None:
             uncertainty = (weights * prompts.uncertainty).sum(dim=1)
-        for score, function in SCORES.items():
-            logits = function(prompts, weights)
+        for score, logits_of in SCORES.items():
+            logits = logits_of(prompts, weights)
             if logits is None:
                 continue
             answers = Answers.of(logits, label, uncertainty)
             draws = {}
             if resamples:
-                draws = bootstrap.resample(answers.measure, np.arange(len(label)), resamples)
-            results[weighting, score] = answers.measure(), draws
+                images = np.arange(len(label))  # each is its own query
+                draws = bootstrap.resample(answers.measure, images, resamples)
+            results[weighting, score] = (answers.measure(), draws)
     return results
 
 
 def labels_of(cache):
-    """The class of every image of a cache, (N,) ints, by the folder in its name.
+    """The class of every image of a cache, (N,) ints. The folder in an image's name tells it.
 
     Raises: UserError if an image is of no class.
     """
     classes, _ = classes_of(cache)
-    number_of = {folder: number for number, (folder, _) in enumerate(classes)}
+    class_of_folder = {folder: number for number, (folder, _) in enumerate(classes)}
     labels = []
     for image in cache.images:
         folder = image.partition("/")[0]
-        need(folder in number_of, f"{cache.folder}: {image} is of no class; make the cache anew")
-        labels.append(number_of[folder])
+        problem = f"{image} is of no class"
+        need(folder in class_of_folder, f"{cache.folder}: {problem}; make the cache anew")
+        labels.append(class_of_folder[folder])
     return np.array(labels)
 
 
 def answer(cache, adaptors, resamples):
-    """What `classify` finds: {(method, seed): ...}, the frozen CLIP first, whose seed is None."""
+    """Classify the images of a cache with the frozen CLIP and with adaptors.
+
+    Args:
+        cache: EmbeddingCache of --dataset imagefolder.
+        adaptors: {(method, seed): Adaptor}.
+        resamples: as for `classify`.
+    Returns: {(method, seed): what `classify` returns}. The first is ("frozen CLIP", None).
+    """
     label = labels_of(cache)
     results = {("frozen CLIP", None): classify(frozen_prompts(cache), label, resamples)}
     for (method, seed), adaptor in adaptors.items():

@@ -1,7 +1,7 @@
 """Tables and a plot of zero-shot classification.
 
-zero-shot.md has the plainest rows, zero-shot-all.md and zero-shot.csv have all, and zero-shot.png
-shows the accuracy by the number of prompts.
+zero-shot.md has the most important rows. zero-shot-all.md and zero-shot.csv have all rows.
+zero-shot.png shows the accuracy by the number of prompts.
 """
 
 import csv
@@ -22,51 +22,70 @@ COLUMNS = (
     "AUROC by p",
     "AUROC by class",
 )
-SHORT = ("uniform", "top 1", "threshold", "inverse", "BPRW")  # weightings of zero-shot.md
-SHORT_SCORE = "unit"  # and its score
-WITH_INTERVAL = ("top-1",)  # the others have it in the .csv
+SHORT_WEIGHTINGS = ("uniform", "top 1", "threshold", "inverse", "BPRW")  # rows of zero-shot.md
+SHORT_SCORE = "unit"  # of these rows, and of the plot
 
 
 def rows_of(results):
-    """{(method, weighting, score): list of (metrics, draws), one per seed}.
+    """Collect the seeds of every row.
 
     Args:
         results: {(method, seed): what `zero_shot.classify` returns}.
+    Returns: {(method, weighting, score): list of (metrics, their resamples), one per seed}.
     """
     rows = {}
-    for (method, _), by_weighting in results.items():
-        for (weighting, score), measured in by_weighting.items():
-            rows.setdefault((method, weighting, score), []).append(measured)
+    for (method, _), results_of_run in results.items():
+        for (weighting, score), measured in results_of_run.items():
+            runs = rows.setdefault((method, weighting, score), [])
+            runs.append(measured)
     return rows
 
 
 def summary(runs, name):
-    """Mean, standard deviation (None for one seed) and Estimate (or None) over seeds."""
-    values = [values.get(name) for values, _ in runs]
+    """Summarise a metric over seeds.
+
+    Args:
+        runs: list of (metrics, their resamples), one per seed.
+        name: of the metric.
+    Returns:
+        mean: float, or None if a seed does not have the metric.
+        std: float, or None if there is one seed.
+        estimate: Estimate, or None if there are no resamples.
+    """
+    values = []
+    resamples = []
+    for metrics, draws in runs:
+        values.append(metrics.get(name))
+        resamples.append(draws.get(name))
     if None in values:
         return None, None, None
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    draws = [draws.get(name) for _, draws in runs]
+    mean = float(np.mean(values))
+    std = None
+    if len(values) > 1:
+        std = float(np.std(values, ddof=1))
     estimate = None
-    if all(draw is not None for draw in draws):
-        estimate = Estimate.over_seeds(values, draws)
-    return float(np.mean(values)), std, estimate
+    if all(draws is not None for draws in resamples):
+        estimate = Estimate.over_seeds(values, resamples)
+    return mean, std, estimate
 
 
 def markdown(results, title, is_short=False):
     """The table: mean ± std over seeds, and the 95 % interval of the accuracy.
 
-    Args: is_short: leave out all scores but one, and all weightings but SHORT.
+    Args:
+        results: as for `rows_of`.
+        is_short: leave out all scores but SHORT_SCORE, and all weightings but SHORT_WEIGHTINGS.
     """
     lines = [[title, "prompts", "score", *COLUMNS]]
     for (method, weighting, score), runs in rows_of(results).items():
-        if is_short and (weighting not in SHORT or score != SHORT_SCORE):
+        is_in_short_table = weighting in SHORT_WEIGHTINGS and score == SHORT_SCORE
+        if is_short and not is_in_short_table:
             continue
         line = [method, weighting, score]
         for name in COLUMNS:
             mean, std, estimate = summary(runs, name)
             text = "-" if mean is None else number(mean, std)
-            if name in WITH_INTERVAL and estimate is not None:
+            if name == "top-1" and estimate is not None:  # the .csv has the other intervals
                 text += between(estimate)
             line.append(text)
         lines.append(line)
@@ -74,7 +93,7 @@ def markdown(results, title, is_short=False):
 
 
 def comma_separated(results):
-    """One line per row and metric: mean, standard deviation and interval."""
+    """All metrics as CSV, one line per row and metric: mean, standard deviation and interval."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "weighting", "score", "metric", "mean", "std", "low", "high"])
@@ -83,31 +102,36 @@ def comma_separated(results):
             mean, std, estimate = summary(runs, name)
             if mean is None:
                 continue
-            low, high = (estimate and estimate.interval()) or ("", "")
-            writer.writerow([*row, name, mean, "" if std is None else std, low, high])
+            interval = None
+            if estimate is not None:
+                interval = estimate.interval()
+            low, high = interval or (None, None)
+            writer.writerow([*row, name, mean, std, low, high])  # None becomes an empty field
     return file.getvalue()
 
 
 def plot(results, path):
-    """Accuracy against K, the number of least uncertain prompts, of every method."""
+    """Plot the accuracy of every method against K, the number of least uncertain prompts.
+
+    The frozen CLIP, which has no uncertainty, is a horizontal line.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axis = figure.add_subplot()
+    frozen_clip, _ = next(iter(results))
     accuracy = {}  # method -> {K: mean accuracy}
     for (method, weighting, score), runs in rows_of(results).items():
-        if score != "unit":
+        if score != SHORT_SCORE:
             continue
         mean, _, _ = summary(runs, "top-1")
-        if weighting.startswith("top "):
-            accuracy.setdefault(method, {})[int(weighting.removeprefix("top "))] = mean
-        elif method not in accuracy and weighting == "uniform":
-            accuracy.setdefault(method, {})
-            if method == next(iter(results))[0]:
-                axis.axhline(mean, color="grey", linewidth=1, linestyle=":", label=method)
+        if method == frozen_clip:
+            axis.axhline(mean, color="grey", linewidth=1, linestyle=":", label=method)
+        elif weighting.startswith("top "):
+            count = int(weighting.removeprefix("top "))
+            accuracy.setdefault(method, {})[count] = mean
     for method, by_count in accuracy.items():
-        if by_count:
-            axis.plot(list(by_count), list(by_count.values()), marker="o", ms=3, label=method)
+        axis.plot(list(by_count), list(by_count.values()), marker="o", ms=3, label=method)
     axis.set_xlabel("least uncertain prompts of each class")
     axis.set_ylabel("top-1 accuracy")
     axis.legend(fontsize=7)
