@@ -1,4 +1,4 @@
-"""Gradients by a CUDA graph: equal to those of plain steps, on a GPU; and its bookkeeping, without one."""
+"""Gradients by a CUDA graph: its bookkeeping, with a graph that computes again. tests/benchmarks/gpu.py has the real one."""
 
 import copy
 
@@ -8,58 +8,30 @@ import torch
 import train as train_script
 from models import GROUPS, METHODS
 from models.base import Adaptor
-from models.pfe.adaptor import PFEAdaptor
-from utils.cli import UserError
 from utils.cuda_graph import GraphedGradients
 from utils.optimizer import make_optimizer
 
 B = 32
 D = 16
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def run_steps(method, device, use_graph, sizes=(B, B, B - 3, B, B)):
+def run_steps(method, use_graph, sizes=(B, B, B - 3, B, B)):
     """The losses, terms and weights of a few steps on batches of these sizes."""
     torch.manual_seed(0)
-    adaptor = METHODS[method](D).to(device)
+    adaptor = METHODS[method](D)
     recipe = adaptor.recipes["small"]
     optimizer, schedule = make_optimizer(adaptor, recipe, 10)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.float32
     graph = train_script.graph_of(adaptor, B, dtype, use_graph)
     assert (graph is None) == (not use_graph)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for size in sizes:
-        pairs = torch.randn(2, size, D, generator=generator).to(device)
+        pairs = torch.randn(2, size, D, generator=generator)
         this_graph = graph if size == B else None
         arguments = (adaptor, pairs, size, optimizer, schedule, dtype, 1.0, 1.0, this_graph)
         losses.append(train_script.step(*arguments))
-    return losses, {name: weight.cpu() for name, weight in adaptor.state_dict().items()}
-
-
-@on_a_gpu
-@pytest.mark.parametrize("method", [*GROUPS["all"], *GROUPS["variants"]])
-def test_a_graph_gives_the_losses_and_weights_of_plain_steps(method):
-    torch.testing.assert_close(
-        run_steps(method, "cuda", True), run_steps(method, "cuda", False), rtol=0, atol=0
-    )
-
-
-class Waits(PFEAdaptor):
-    def loss(self, *encoded):
-        loss = super().loss(*encoded)
-        return loss / max(1.0, loss.item())
-
-
-@on_a_gpu
-def test_a_step_that_waits_is_refused_with_a_cure():
-    adaptor = Waits(D).cuda()
-    graph = train_script.graph_of(adaptor, B, torch.float32, True)
-    with pytest.raises(UserError, match="--no-cuda-graph"):
-        graph(torch.randn(2, B, D, device="cuda"))
-
-
-# Without a GPU: torch's graph is replaced by one that computes again, into the same tensors.
+    return losses, {name: weight.clone() for name, weight in adaptor.state_dict().items()}
 
 
 class Recomputing:
@@ -114,9 +86,7 @@ def test_steps_with_and_without_the_graph_can_alternate(method, no_gpu_needed, m
         return graph
 
     monkeypatch.setattr(train_script, "graph_of", graph_of)
-    torch.testing.assert_close(
-        run_steps(method, "cpu", True), run_steps(method, "cpu", False), rtol=0, atol=0
-    )
+    torch.testing.assert_close(run_steps(method, True), run_steps(method, False), rtol=0, atol=0)
 
 
 def test_what_a_step_returned_is_not_changed_by_the_next(no_gpu_needed, monkeypatch):

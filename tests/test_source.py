@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,9 +116,7 @@ def test_the_units_of_every_data_set_become_a_cache_that_is_read(named, tiny, tm
     assert [unit.left_out(store.folder) for unit in open_split().units()] == [{}] * len(
         split.units()
     )
-    embed_units(
-        open_split().units(), SimpleNamespace(transform=None), store
-    )  # nothing is left to encode
+    embed_units(open_split().units(), replace(clip, model=None), store)  # nothing is left to encode
     meta = open_split().assemble(
         store, folder, {"dtype": "float16", **split.fingerprint(), **clip.info}
     )

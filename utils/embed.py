@@ -6,6 +6,7 @@ The result has the same bytes whatever the batch size, the workers or the ranks.
 import contextlib
 import copy
 import logging
+import shutil
 import signal
 from collections import Counter
 from importlib.metadata import version
@@ -60,8 +61,7 @@ class Samples(NamedTuple):
 
     keys: list  # B names or rows; empty if the stream cannot be read on, for the reason in errors
     captions: list  # B lists of texts; empty if images come alone
-    pictures: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are. Workers
-    # hand over their bytes in the dtype of the CLIP (`as_bytes`).
+    pictures: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are
     errors: list  # B reasons; None where nothing is broken
 
 
@@ -101,7 +101,7 @@ class Embedded:
                 self.captions += samples.captions[row]
                 self.image_of_caption += [len(self.keys) - 1] * len(samples.captions[row])
         if samples.pictures is not None:
-            images = torch.from_numpy(samples.pictures).view(clip.dtype)
+            images = torch.as_tensor(samples.pictures).view(clip.dtype)
             encoded = in_chunks(clip.model.encode_image, images, clip.device)
             if len(good) < len(encoded):
                 encoded = encoded[good]
@@ -241,7 +241,7 @@ def _load(work, workers):
 
 
 def _as_it_is(item):
-    """Keeps the DataLoader from moving arrays to shared memory, which is small in containers."""
+    """Keeps the DataLoader from turning arrays into tensors, for which it needs shared memory."""
     return item
 
 
@@ -267,7 +267,8 @@ def _tell_of_a_dead_worker():
 class _Decoding(IterableDataset):
     """Streams for a DataLoader, whose workers take them in turn.
 
-    Yields (number of the stream, Samples), and (number, None) at the end of a stream.
+    Yields (number of the stream, Samples), and (number, None) at the end of a stream. The pictures
+    are bytes of the CLIP's dtype, (B, 3, H, w) uint8, an array or a tensor.
     """
 
     def __init__(self, streams, clip):
@@ -289,8 +290,23 @@ class _Decoding(IterableDataset):
 
 
 def as_bytes(pictures, dtype):
-    """The bytes of an array in a torch dtype, which numpy may not have: (..., W) -> (..., w)."""
-    return torch.from_numpy(pictures).to(dtype).view(torch.uint8).numpy()
+    """The bytes of an array (..., W) in a torch dtype, (..., w) uint8.
+
+    It is a tensor, which a worker hands over in shared memory, or, if there is little of that, as
+    in many containers, an array, which takes the slower way through a pipe.
+    """
+    content = torch.from_numpy(pictures).to(dtype).view(torch.uint8)
+    worker = get_worker_info()
+    waiting = 0 if worker is None else 3 * worker.num_workers  # batches: two each, and a new one
+    return content if free_shared_memory() > waiting * content.nbytes else content.numpy()
+
+
+def free_shared_memory():
+    """The bytes that are free in shared memory; 0 if this system does not say."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0
 
 
 class _Tokenising(Dataset):

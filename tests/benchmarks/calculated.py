@@ -253,7 +253,7 @@ def handover_rate(chunks=16):
         next(received)  # The other process has started.
         start = time.perf_counter()
         for images in received:
-            torch.from_numpy(images).view(torch.bfloat16)
+            torch.as_tensor(images).view(torch.bfloat16)
         rates.append(chunks * CHUNK / (time.perf_counter() - start))
     return max(rates)
 
