@@ -17,6 +17,7 @@ from models.layers import pairwise_sigmoid_loss, total_variance, unit
 from models.pcmepp.adaptor import NEGATIVE_SCALE, SHIFT
 from models.pcmepp.loss import closed_form_sampled_distance, matching_loss
 from models.pfe.loss import VARIANCE_MIN, mutual_likelihood_loss, variance
+from models.probvlm.adaptor import BayesCap
 from models.probvlm.loss import mean_variance, positive, probvlm_loss
 from models.prolip.loss import (
     LOGIT_BIAS,
@@ -494,3 +495,15 @@ def test_a_step_of_a_large_batch_stays_within_its_memory(words):
     command = [sys.executable, "-c", MEMORY_SCRIPT, *map(str, words)]
     script = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert 50 < float(script.stdout) < MEMORY_LIMIT
+
+
+def test_probvlms_mean_is_not_rounded_to_bfloat16():
+    """|mean - z| is small after training: of a rounded mean, its gradient would have the wrong sign."""
+    torch.manual_seed(0)
+    bayescap = BayesCap(16)
+    h = torch.randn(8, 16)
+    mean, inv_alpha, _ = bayescap.heads(h)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered_mean, lowered_inv_alpha, _ = bayescap.heads(h)
+    assert torch.equal(lowered_mean, mean)
+    assert not torch.equal(lowered_inv_alpha, inv_alpha)  # autocast was on

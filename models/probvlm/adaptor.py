@@ -1,5 +1,6 @@
 """ProbVLM: generalised Gaussians that reconstruct the embeddings (arXiv 2307.00398)."""
 
+import torch
 from torch import nn
 
 from models.base import Adaptor, Recipe, recipes_of
@@ -43,7 +44,9 @@ class BayesCap(nn.Module):
 
     def heads(self, h):
         """The same from the output of the trunk, (N, D)."""
-        mean = at_least_float32(self.block_mu(h))
+        # The gradient of |mean - z| is a sign, which rounding the mean to bfloat16 would often flip.
+        with torch.autocast(h.device.type, enabled=False):
+            mean = self.block_mu(at_least_float32(h))
         inv_alpha = self.positive(self.block_alpha(h))
         beta = self.positive(self.block_beta(h))
         return mean, inv_alpha, beta
