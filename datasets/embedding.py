@@ -228,7 +228,15 @@ class EmbeddingCache:
             generator: on the CPU.
             buffer: captions that are shuffled together on disk; see `RowsOnDisk.order`.
         """
-        return in_batches(self.text.order(generator, buffer), size)
+        return in_batches(self._load_each(self.text.order(generator, buffer), buffer), size)
+
+    def _load_each(self, orders, buffer):
+        """Yield what `order` yields, with the embeddings of these pairs at hand."""
+        most = 2 * buffer  # images may lie in more shards than their captions
+        for rows in orders:
+            self.text.load(rows, most)
+            self.image.load(self.image_of_caption[rows], most)
+            yield rows
 
     @functools.cached_property
     def judgements(self) -> dict:

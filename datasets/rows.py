@@ -4,6 +4,7 @@
     rows.read() -> (N, D)
     rows.to(device)
     rows.order(generator, buffer): the row numbers of an epoch, at random
+    rows.load(indices, most): these rows will be wanted soon, and are to be at hand
     len(rows), rows.shape, rows.dtype, rows.device
 
 On disk they lie in shards, as web-scale data sets do: one per tar.
@@ -24,10 +25,12 @@ from datasets.checks import (
     load_embeddings,
 )
 from utils.cli import UserError, need
+from utils.device import sent
 from utils.files import load_tensors
 
 BUFFER = 2**20  # rows; images and texts 512 wide in float16 take 2 GB, which a file cache can hold
 OPEN = 512  # shards that are open at a time
+NOT_LOADED = torch.iinfo(torch.int64).max
 
 
 def open_rows(folder, kind, meta, mapped=False):
@@ -70,6 +73,9 @@ class RowsInMemory:
         """All of them, (N, D)."""
         return self._z
 
+    def load(self, rows, most):
+        """They are at hand already."""
+
     def order(self, generator, buffer=BUFFER):
         """Yield the row numbers of an epoch, (N,) int64, in random order.
 
@@ -102,13 +108,19 @@ class RowsOnDisk:
         self._checked = set()  # numbers of shards
         self._open = OrderedDict()  # number -> tensor
         self._target = torch.device("cpu")
+        self._loaded = None  # rows of some shards on the device
+        # What to add to a row of a shard for its place there.
+        self._shift = torch.full((len(index),), NOT_LOADED)
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        z = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
         shard_of = torch.bucketize(rows, self.ends, right=True)  # (B,)
+        shift = self._shift[shard_of]
+        if len(rows) and (shift != NOT_LOADED).all():
+            return self._loaded[sent(rows + shift, self._target)]
+        z = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
         for shard in shard_of.unique().tolist():
             there = shard_of == shard
             z[there] = self._shard(shard)[rows[there] - self.starts[shard]]
@@ -117,20 +129,42 @@ class RowsOnDisk:
             shard = shard_of[bad]
             row = rows[bad] - self.starts[shard]
             raise UserError(f"{self.files[shard]}: row {row} {problem}; {CURE_OF_ROW}")
-        # z is gone when this returns, which only CUDA's copies allow for.
-        return z.to(self._target, non_blocking=self._target.type == "cuda")  # (B, D)
+        return sent(z, self._target)  # (B, D)
 
     def to(self, device):
         """These rows, which go to a device from now on when they are read."""
         self._target = torch.device(device)
         return self
 
+    def load(self, rows, most):
+        """Bring the shards of some rows to a GPU, if they have at most so many rows.
+
+        Batches of these rows are then read there. On the CPU nothing is to be gained.
+        """
+        self._shift.fill_(NOT_LOADED)
+        self._loaded = None
+        shards = torch.bucketize(rows, self.ends, right=True).unique().tolist()
+        size = sum(self.sizes[shard] for shard in shards)
+        if self._target.type == "cpu" or not 0 < size <= most:
+            return
+        self._loaded = self._read(shards)
+        first = 0
+        for shard in shards:
+            self._shift[shard] = first - self.starts[shard]
+            first += self.sizes[shard]
+
     def read(self):
         """All of them, (N, D), in memory."""
-        shards = [self._shard(number) for number in range(len(self.files))]
-        for z, file in zip(shards, self.files, strict=True):
-            check_rows(z, file)
-        return torch.cat(shards).to(self._target)
+        return self._read(range(len(self.files)))
+
+    def _read(self, shards):
+        """All rows of some shards on the device."""
+        parts = []
+        for number in shards:
+            z = self._shard(number)
+            check_rows(z, self.files[number])
+            parts.append(z)
+        return torch.cat(parts).to(self._target)
 
     def order(self, generator, buffer=BUFFER):
         """Yield the row numbers of an epoch, one buffer at a time.
@@ -195,6 +229,10 @@ class SomeRows:
     def read(self):
         """All of them, (n, D), in memory."""
         return self._rows[self._chosen]
+
+    def load(self, rows, most):
+        """Make some rows ready, as the other Rows do."""
+        self._rows.load(self._chosen[rows], most)
 
     def order(self, generator, buffer=BUFFER):
         """Yield the row numbers of an epoch, in the order of the other Rows."""

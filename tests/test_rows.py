@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from datasets import rows as rows_module
+from datasets.embedding import EmbeddingCache
 from datasets.rows import RowsInMemory, RowsOnDisk, SomeRows, in_batches, shuffled
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_cache
+from tests.devices import PretendedDevice
 from utils.cli import UserError
 from utils.files import save_json, save_tensors, sha256
 
@@ -189,3 +191,35 @@ def test_training_on_a_cache_of_300_mb_takes_no_100_mb_more_than_on_a_small_one(
     assert more < 1e8
     for name in sizes:
         assert json.loads(Path(f"checkpoints/{name}/0/asymvlm-psd.jsonl").read_text())["epoch"] == 1
+
+
+@pytest.mark.parametrize("make", [on_disk, some(lambda z: on_disk(z, (5, 0, 7)))])
+def test_loaded_rows_are_read_on_the_device_and_others_from_the_disk(workdir, make, monkeypatch):
+    z = torch.randn(6, 4)
+    with PretendedDevice("cuda") as device:
+        rows = make(z).to("cuda")
+        rows.load(torch.tensor([4, 3]), most=100)
+        with monkeypatch.context() as patch:
+            patch.setattr(RowsOnDisk, "_shard", None)  # it would fail if it were called
+            found = rows[torch.tensor([4, 3, 4])]
+        assert found.device.type == "cuda"
+        mixed = rows[torch.tensor([0, 4])]
+        assert torch.equal(found.cpu(), z[[4, 3, 4]])
+        assert torch.equal(mixed.cpu(), z[[0, 4]])
+        rows.load(torch.tensor([0]), most=1)  # more rows than that: nothing is loaded
+        assert torch.equal(rows[torch.tensor([0])].cpu(), z[[0]])
+        assert not [wait for wait in device.waits if "device.py" in wait]  # batches are sent
+
+
+def test_batches_of_a_cache_in_shards_are_the_same_on_a_device(workdir):
+    meta = {"model": "none", "pretrained": "none", "embed_dim": 8, "dtype": "float16"}
+    make_cache("tiny", 12, 2, 8, meta=meta, shard_rows=5)
+    batches = []
+    for name in ("cpu", "cuda"):
+        with PretendedDevice("cuda"):
+            cache = EmbeddingCache("tiny", "train", mapped=True).to(name)
+            for rows in cache.batches(4, torch.Generator().manual_seed(0), buffer=9):
+                batches.append([rows, *(z.cpu() for z in cache.pairs(rows))])
+    half = len(batches) // 2
+    assert half == 6
+    torch.testing.assert_close(batches[:half], batches[half:], rtol=0, atol=0)

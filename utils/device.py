@@ -38,6 +38,13 @@ def device_name(device):
     return device.type
 
 
+def sent(tensor, device):
+    """A tensor of the CPU on a device, to which CUDA may still be copying it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def pick_precision(name, device):
     """The dtype of --precision. "auto" is bfloat16 if the device computes it, else float32.
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from utils.cli import UserError, need
+from utils.device import sent
 from utils.distributed import is_first, rank, sum_over_ranks, world_size
 from utils.preprocess import have_unknown_words, tokenize
 
@@ -467,13 +468,6 @@ def in_chunks(encode, inputs, device):
         encoded = encode(sent(chunk, device))
         chunks.append(encoded.float())
     return torch.cat(chunks)[: len(inputs)]
-
-
-def sent(tensor, device):
-    """A tensor of the CPU on a device, to which CUDA may still be copying it."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def to_dtype(z, dtype, names):

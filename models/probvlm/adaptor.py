@@ -44,7 +44,7 @@ class BayesCap(nn.Module):
 
     def heads(self, h):
         """The same from the output of the trunk, (N, D)."""
-        # The gradient of |mean - z| is a sign, which rounding the mean to bfloat16 would often flip.
+        # The gradient of |mean - z| is a sign, which rounding to bfloat16 would often flip.
         with torch.autocast(h.device.type, enabled=False):
             mean = self.block_mu(at_least_float32(h))
         inv_alpha = self.positive(self.block_alpha(h))
