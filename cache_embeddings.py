@@ -63,7 +63,8 @@ def main(argv=None):
             cache_data_set(args, DATASETS[args.dataset], device)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on where it stopped") from None
-        logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name)
+        if not any(Path("checkpoints", args.name).glob("*/*.pt")):
+            logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name)
 
 
 def parse(argv):

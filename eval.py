@@ -432,7 +432,9 @@ def export_scores(args, adaptors, cache):
         return load_texts(args.dataset, stem, cache.embed_dim, meta=cache.meta)
 
     texts = load_export_texts(args.texts, load, cache) if args.texts else None
-    export(args.export, adaptors, cache, args.score, texts)
+    written = export(args.export, adaptors, cache, args.score, texts)
+    rows = ", ".join(f"{count} rows of {kind}s" for kind, count in written.items())
+    logging.info("written to %s: %s", args.export, rows)
 
 
 def classify(args, adaptors, cache, folder):

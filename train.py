@@ -75,6 +75,8 @@ def main(argv=None):
     if not args.resume and not args.overwrite:
         for run in runs:
             check_replaceable(run.path, run.recipe, run.config)
+    if len(runs) > 1:
+        logging.info("%s", plan_of(runs, len(cache.text)))
     with joined(device):
         for run in runs:
             with run:
@@ -103,6 +105,15 @@ def planned_runs(args, cache, precision):
                 former = settle(former, args.changes, captions)
             runs.append(Run(path, recipe, config, args.resume, args.save_every, former))
     return runs
+
+
+def plan_of(runs, captions):
+    """What several runs will do, in a line, for those who wait."""
+    epochs = sum(run.recipe.epochs for run in runs)
+    return (
+        f"{len(runs)} runs, {epochs} epochs over {captions} captions in all; "
+        "the bar says how long each run will take"
+    )
 
 
 def settle(recipe, changes, captions):

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -195,8 +196,7 @@ class Run:
             desc=f"{self.method}, seed {self.config['seed']}",
             initial=len(self.log) * pairs,
             total=self.recipe.epochs * pairs,
-            unit="pair",
-            unit_scale=True,
+            unit=" captions",
             mininterval=0.5,
             disable=not is_first(),
         )
@@ -214,11 +214,13 @@ class Run:
         return progress
 
     def record(self, record):
-        """Log a finished epoch, and save the state if it is time to.
+        """Log a finished epoch, the first with the recipe, and save the state if it is time to.
 
         Args: record: dict of plain types with "epoch" and "loss". To keep the best epoch it needs
             "validation", a dict with "AURC".
         """
+        if not self.log:
+            record = {**record, "recipe": asdict(self.recipe)}
         self.log.append(record)
         self.log_file.write(json.dumps(record) + "\n")
         content = describe(self.adaptor, untagged(self.method), self.recipe, self.config)

@@ -16,6 +16,7 @@ import csv
 import importlib.util
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +72,23 @@ def export(path, adaptors, cache, score=PUBLISHED, texts=None):
         score: what ranks, of SCORES.
         texts: further texts and their embeddings, as `load_texts` returns them; None: the split's
             captions and images.
+    Returns: how many rows were written, {"caption", "image" or "text": rows}.
     Raises: UserError if texts have no uncertainty.
     """
     if texts is not None:
         for adaptor in adaptors.values():
             first_text = texts[1][:1]
             check_uncertain(adaptor, text_uncertainty(adaptor, first_text, cache))
+    written = Counter()
+
+    def counted_tables():
+        for table in _all_tables(adaptors, cache, score, texts):
+            written.update(table["kind"])
+            yield table
+
     with written_aside(path) as file:
-        WRITERS[path.suffix](file, _all_tables(adaptors, cache, score, texts))
+        WRITERS[path.suffix](file, counted_tables())
+    return dict(written)
 
 
 def _all_tables(adaptors, cache, score, texts):
