@@ -11,6 +11,7 @@ Source: Efron & Tibshirani, "An introduction to the bootstrap", 1993; for cluste
 """
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ RESAMPLES = 1000
 MIN_RESAMPLES = 100  # With fewer resamples a p-value says nothing.
 CONFIDENCE = 0.95  # of intervals
 LOG_SMALLEST_P = np.log(1e-12)
+THREADS = min(4, os.cpu_count() or 1)  # more wait for the memory
 BATCH = 32  # resamples that are computed together; their weights of 25,000 queries take 6 MB
 
 
@@ -39,7 +41,7 @@ def resample(measure, images, resamples):
         weight = draws[first : first + BATCH, image_of_query]  # (r, Q)
         return measure(weight.astype(np.int32))
 
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         batches = list(threads.map(measure_batch, range(0, resamples, BATCH)))
     resampled = {}
     for name in batches[0]:
