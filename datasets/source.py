@@ -231,13 +231,13 @@ class ListUnit:
         self.kind = kind
         self.number = number
         self.items = items
-        self.pictures = len(items) if kind == "image" else 0
+        self.image_count = len(items) if kind == "image" else 0
         self.texts = items if kind == "text" else None
 
     def streams(self, size):
         """Streams of `size` images each; texts need none."""
         streams = []
-        for start in range(0, self.pictures, size):
+        for start in range(0, self.image_count, size):
             files = self.items[start : start + size]
             streams.append(partial(image_stream, files, self.number * UNIT + start))
         return streams

@@ -155,7 +155,7 @@ class TarUnit:
     """
 
     texts = ()  # they come with the images
-    pictures = None  # their number is not known before the tar is read
+    image_count = None  # their number is not known before the tar is read
 
     def __init__(self, number, url):
         self.number = number

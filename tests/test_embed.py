@@ -63,7 +63,7 @@ class Unit:
 
     def __init__(self, title, values=(), texts=None, kept=None):
         self.title, self.values, self.texts, self.kept = title, list(values), texts, kept
-        self.pictures = len(self.values)
+        self.image_count = len(self.values)
 
     def streams(self, size):
         return [self._stream(start, size) for start in range(0, len(self.values), size)]

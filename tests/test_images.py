@@ -179,10 +179,10 @@ def test_images_are_handed_over_as_one_tensor_black_where_one_is_broken(tmp_path
     (batch,) = image_stream([files[0], tmp_path / "absent.png", files[1]], 64, to_tensor)
     assert batch.keys == [64, 65, 66]
     assert batch.captions == []
-    assert batch.pictures[:, 0, 0, 0].tolist() == [5, 0, 90]
+    assert batch.images[:, 0, 0, 0].tolist() == [5, 0, 90]
     assert batch.errors == [None, f"{tmp_path / 'absent.png'}: no such file", None]
     (batch,) = image_stream([tmp_path / "absent.png"], 0, to_tensor)
-    assert (batch.keys, batch.pictures) == ([0], None)
+    assert (batch.keys, batch.images) == ([0], None)
 
 
 def to_tensor(image):

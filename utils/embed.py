@@ -36,7 +36,7 @@ class Unit(Protocol):
     """
 
     texts: list | None  # to embed; None: there are none; empty: they come with the images (tars)
-    pictures: int | None  # how many images; None: only reading them tells
+    image_count: int | None  # how many images; None: only reading them tells
 
     def streams(self, size):
         """Functions of the CLIP's transform that yield `Samples`, at most `size` at a time."""
@@ -62,7 +62,7 @@ class Samples(NamedTuple):
 
     keys: list  # B names or rows; empty if the stream cannot be read on, for the reason in errors
     captions: list  # B lists of texts; empty if images come alone
-    pictures: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are
+    images: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are
     errors: list  # B reasons; None where nothing is broken
 
 
@@ -101,8 +101,8 @@ class Embedded:
             if samples.captions:
                 self.captions += samples.captions[row]
                 self.image_of_caption += [len(self.keys) - 1] * len(samples.captions[row])
-        if samples.pictures is not None:
-            images = torch.as_tensor(samples.pictures).view(clip.dtype)
+        if samples.images is not None:
+            images = torch.as_tensor(samples.images).view(clip.dtype)
             encoded = in_chunks(clip.model.encode_image, images, clip.device)
             if len(good) < len(encoded):
                 encoded = encoded[good]
@@ -183,7 +183,7 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
     loader = _load(_Decoding(streams, clip), min(workers, len(streams)))
     text_counts = [len(unit.texts or ()) for unit in missing]
     with _tell_of_a_dead_worker(), _bar("texts", text_counts) as texts_bar:
-        with _bar("images", [unit.pictures for unit in missing]) as bar:
+        with _bar("images", [unit.image_count for unit in missing]) as bar:
             for number, samples in loader:
                 unit = unit_of_stream[number]
                 if samples is None:  # the end of a stream
@@ -268,7 +268,7 @@ def _tell_of_a_dead_worker():
 class _Decoding(IterableDataset):
     """Streams for a DataLoader, whose workers take them in turn.
 
-    Yields (number of the stream, Samples), and (number, None) at the end of a stream. The pictures
+    Yields (number of the stream, Samples), and (number, None) at the end of a stream. The images
     are bytes of the CLIP's dtype, (B, 3, H, w) uint8, an array or a tensor.
     """
 
@@ -284,22 +284,26 @@ class _Decoding(IterableDataset):
             streams = streams[worker.id :: worker.num_workers]
         for number, stream in streams:
             for samples in stream(self.transform):
-                if samples.pictures is not None:
-                    samples = samples._replace(pictures=as_bytes(samples.pictures, self.dtype))
+                if samples.images is not None:
+                    samples = samples._replace(images=as_bytes(samples.images, self.dtype))
                 yield number, samples
             yield number, None
 
 
-def as_bytes(pictures, dtype):
+def as_bytes(images, dtype):
     """The bytes of an array (..., W) in a torch dtype, (..., w) uint8.
 
     It is a tensor, which a worker hands over in shared memory, or, if there is little of that, as
     in many containers, an array, which takes the slower way through a pipe.
     """
-    content = torch.from_numpy(pictures).to(dtype).view(torch.uint8)
+    content = torch.from_numpy(images).to(dtype).view(torch.uint8)
     worker = get_worker_info()
-    waiting = 0 if worker is None else 3 * worker.num_workers  # batches: two each, and a new one
-    return content if free_shared_memory() > waiting * content.nbytes else content.numpy()
+    if worker is None:
+        return content
+    needed = 3 * worker.num_workers * content.nbytes  # each has two batches waiting, and a new one
+    if free_shared_memory() > needed:
+        return content
+    return content.numpy()
 
 
 def free_shared_memory():
