@@ -53,6 +53,15 @@ def files_in(folder):
     }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """This process has one thread, as the ranks have: on many cores the last bits depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # Training.
 
 
