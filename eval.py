@@ -119,8 +119,8 @@ def add_evaluation_flags(parser):
         "--score",
         choices=SCORES,
         default=PUBLISHED,
-        help="what ranks: the score of the paper's repository, the frozen CLIP's cosine, or the "
-        "score of each method's authors (default: published)",
+        help="what ranks: published, the score of the paper's repository; frozen, the frozen "
+        "CLIP's cosine; own, the score of each method's authors (default: published)",
     )
     add(
         "--reference",
@@ -203,14 +203,18 @@ def method_name(text):
 def add_question_flags(parser):
     group = parser.add_argument_group("questions, instead of an evaluation")
     group.add_argument(
-        "--most-uncertain", type=positive, default=0, metavar="N", help="list captions of the split"
+        "--most-uncertain",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="list the N most uncertain captions",
     )
     group.add_argument(
         "--least-uncertain",
         type=positive,
         default=0,
         metavar="N",
-        help="list captions of the split; goes with --most-uncertain",
+        help="list the N least uncertain captions; goes with --most-uncertain",
     )
     one = group.add_mutually_exclusive_group()
     one.add_argument(
@@ -235,7 +239,7 @@ def add_question_flags(parser):
     one.add_argument(
         "--zero-shot",
         action="store_true",
-        help="classify the images of a cache of --dataset imagefolder by uncertain prompts",
+        help="classify the images of a cache that has classes by uncertain prompts",
     )
     group.add_argument(
         "--texts",
@@ -309,7 +313,10 @@ def check_counts(cache, levels, folds):
 
 
 def evaluate_all(args, adaptors, cache, folder):
-    """Evaluate every row and save its results: {Row: [Results, one per seed]}."""
+    """Evaluate every row, and save those that have an uncertainty.
+
+    Returns: {Row: [Results, one per seed]}.
+    """
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
     chains = load_chains(args.dataset, cache.embed_dim, meta=cache.meta)
     risk = {"risks": args.risk, "confidence": args.confidence, "at": args.risk_at}
@@ -352,10 +359,11 @@ def report(args, results, adaptors, cache, folder):
         title += f"; {trained}"
     if args.trained_on:
         title += f"; heads trained on {args.trained_on}"
+    saved = folder  # where `evaluate_all` has put the results
     if args.score != PUBLISHED:
         title += f"; {SCORES[args.score]}"
         folder = folder / args.score
-    texts = tables.write_all(results, title)
+    texts = tables.all_texts(results, title)
     plot_captions = {}
     if not args.no_plots:
         from utils.evaluation import plots
@@ -366,7 +374,7 @@ def report(args, results, adaptors, cache, folder):
     page = results_page(title, command_of(args), texts, plot_captions)
     save_texts({**texts, "README.md": page}, folder)
     logging.info("written to %s: README.md, tables and plots", folder)
-    logging.info("and for every method and seed a .json and an .npz file\n")
+    logging.info("and to %s: a .json and an .npz file per row and seed\n", saved)
     print(texts["report.txt"], end="")
 
 
@@ -400,6 +408,8 @@ def command_of(args):
         if value != default:
             flags[flag] = value
     words = ["python", "eval.py"]
+    if args.other_clip:
+        words.append("--other-clip")
     for flag, value in flags.items():
         values = value if isinstance(value, list) else [value]
         words += [f"--{flag}", *map(str, values)]
@@ -419,7 +429,7 @@ def compare(args, folder):
     text = (
         f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}{trained_on}: "
         f"{CONFIDENCE:.0%} intervals, from {args.resamples} paired resamples of the images"
-        f"{over_seeds}; not corrected for their number\n\n{differences}\n"
+        f"{over_seeds}; not corrected for the number of comparisons\n\n{differences}\n"
     )
     save_texts({f"{'-against-'.join(names)}.txt": text}, folder)
     print(text, end="")

@@ -57,7 +57,7 @@ def main(argv=None):
     prompts = None if ladder is None else ladder[1].to(device)
     held_out = None
     if args.validation:
-        from utils.evaluation.validation import HeldOut  # It imports the metrics.
+        from utils.evaluation.validation import HeldOut  # needs metrics, which training does not
 
         cache, held_out_cache = cache.hold_out(args.validation)
         held_out = HeldOut(held_out_cache, precision)
@@ -108,16 +108,21 @@ def planned_runs(args, cache, precision):
 
 
 def plan_of(runs, captions):
-    """What several runs will do, in a line, for those who wait."""
+    """One line on what several runs will do."""
     epochs = sum(run.recipe.epochs for run in runs)
     return (
-        f"{len(runs)} runs, {epochs} epochs over {captions} captions in all; "
-        "the bar says how long each run will take"
+        f"{len(runs)} runs with {epochs} epochs in all, over {captions} captions each; "
+        "the bar shows how long a run will take"
     )
 
 
 def settle(recipe, changes, captions):
-    """The recipe for so many captions, with the changes {field: value} of the command line."""
+    """The recipe of a run over this many captions.
+
+    The flags' changes {field: value} come first. Then `batch_share` and `min_steps` set the batch
+    size and the epochs, unless a flag does. The two fields themselves stay as they are, because
+    they are saved and compared.
+    """
     changed = replace(recipe, **changes)
     if "batch_size" in changes:
         changed = replace(changed, batch_share=None)
@@ -129,7 +134,10 @@ def settle(recipe, changes, captions):
 
 
 def run_config(args, seed, cache, precision):
-    """What a result depends on besides its recipe. It is saved, and --resume compares it."""
+    """What a result depends on besides the values in its recipe, of which this has the name.
+
+    It is saved with the checkpoint; --resume refuses a saved run with another one.
+    """
     config = {
         "dataset": args.dataset,
         "seed": seed,
@@ -178,7 +186,7 @@ def make_parser():
         "--recipe",
         default="paper",
         help="paper (made for COCO), original (by the authors of the baseline), small (for fewer "
-        "than about 100,000 captions) or demo (half as long); default: paper",
+        "than about 100,000 captions) or demo (small, with fewer epochs); default: paper",
     )
     add("--epochs", type=positive, help="the number of passes over the captions")
     add("--batch-size", type=positive, help="the number of pairs per step")
@@ -208,7 +216,8 @@ def make_parser():
         "--save-every",
         type=positive,
         default=10,
-        help="save the training state every so many epochs, and after five minutes (default: 10)",
+        help="save the training state after this many epochs, or sooner if five minutes have "
+        "passed (default: 10)",
     )
     add(
         "--resume",
@@ -230,7 +239,7 @@ def make_parser():
     add(
         "--no-cuda-graph",
         action="store_true",
-        help="launch the kernels of every step one by one; the result is the same, and slower",
+        help="launch the kernels of every step one by one: slower, with the same result",
     )
     return parser
 
@@ -252,7 +261,7 @@ def parse(argv):
         if args.recipe not in METHODS[method].recipes:
             recipes = ", ".join(recipes_for(method))
             parser.error(f"--recipe {args.recipe}: the recipes of {method} are {recipes}")
-        if ranks > 1 and getattr(METHODS[method], "single_process_only", False):
+        if ranks > 1 and METHODS[method].single_process_only:
             parser.error(
                 f"--method {method}: trains in a single process only; start it without torchrun"
             )
@@ -263,7 +272,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None, use_gra
     """Train one adaptor from its seed, or from where the run was saved.
 
     Args:
-        run: Run, entered.
+        run: Run, inside its with block.
         cache: EmbeddingCache of the train split.
         prompts: embeddings (T, D) of the prompt ladder, whose uncertainties are logged, or None.
         precision: dtype of matrix products.
@@ -293,7 +302,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None, use_gra
             # rows (see utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
             weight = number / steps if epoch == recipe.ramped_epoch else 1.0
-            is_whole = len(rows) == recipe.batch_size and weight == 1.0
+            fits_graph = len(rows) == recipe.batch_size and weight == 1.0
             loss, loss_terms = step(
                 adaptor,
                 pairs,
@@ -303,14 +312,15 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None, use_gra
                 precision,
                 weight,
                 recipe.clip_norm,
-                graph if is_whole else None,
+                graph if fits_graph else None,
             )
             losses.append(loss)
             terms.append(loss_terms)
             bar.update(len(rows))
 
         losses = torch.stack(losses)
-        check_finite(losses, adaptor.eval(), run.method, epoch)
+        adaptor.eval()  # for the measurements below
+        check_finite(losses, adaptor, run.method, epoch)
         record = {
             "epoch": epoch,
             "loss": losses.mean().item(),
@@ -326,7 +336,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None, use_gra
         run.record(record)
 
     if held_out and run.log:  # The log is empty if the run was finished before.
-        held_out.compare(run.kept_record(), run.path)
+        held_out.warn_if_poor(run.kept_record(), run.path)
 
 
 def step(
@@ -366,7 +376,7 @@ def step(
 
 
 def backward(adaptor, pairs, batch_size, precision, weight=1.0):
-    """Set the gradients of a batch. Args, Returns: as for `step`."""
+    """Add a batch's gradients to those of the parameters. Args, Returns: as for `step`."""
     with autocast(pairs[0].device, precision):
         terms = adaptor.loss(*gather(adaptor.encode(*pairs), batch_size))
         loss = total_loss(terms)

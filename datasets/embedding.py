@@ -41,8 +41,8 @@ class EmbeddingCache:
     Args:
         name, split: folders, as in embeddings/shapes/val.
         root: the folder embeddings/ itself.
-        mapped: leave embeddings that lie in shards on disk, and their captions and file names
-            unread.
+        mapped: if the embeddings are in shards, leave them on disk, and do not read captions and
+            file names.
     Attributes:
         image, text: Rows (N, D) and (M, D) of raw embeddings.
         image_of_caption: image rows, (M,) int64.
@@ -121,7 +121,7 @@ class EmbeddingCache:
             if not path.exists():
                 return None
             names = load_list(path, len(getattr(self, of)), str)
-        # Older caches may hold texts that cannot be encoded.
+        # Older caches may hold texts that cannot be written as UTF-8.
         return [name if name.isascii() else clean_text(name) for name in names]
 
     @property
@@ -151,7 +151,7 @@ class EmbeddingCache:
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits that are the same for the same embeddings and map."""
+        """16 hexadecimal digits, which change if the embeddings or image_of_caption change."""
         if "shards" in self.meta:
             return digest(self.meta["shards"])
         sums = hashlib.sha256()
@@ -204,8 +204,8 @@ class EmbeddingCache:
         """
         images = len(self.image)
         count = min(max(round(share * images), 1), HELD_OUT)
-        problem = f"of {images} images, {share:g} leave none to train on"
-        need(count < images, f"{self.folder}: {problem}; hold out fewer")
+        problem = f"a share of {share:g} of {images} images leaves none to train on"
+        need(count < images, f"{self.folder}: {problem}; hold out less")
         generator = torch.Generator().manual_seed(seed)
         is_held_out = torch.zeros(images, dtype=torch.bool)
         is_held_out[torch.randperm(images, generator=generator)[:count]] = True
@@ -232,10 +232,10 @@ class EmbeddingCache:
 
     def _load_each(self, orders, buffer):
         """Yield what `order` yields, with the embeddings of these pairs at hand."""
-        most = 2 * buffer  # images may lie in more shards than their captions
+        max_rows = 2 * buffer  # images may lie in more shards than their captions
         for rows in orders:
-            self.text.load(rows, most)
-            self.image.load(self.image_of_caption[rows], most)
+            self.text.load(rows, max_rows)
+            self.image.load(self.image_of_caption[rows], max_rows)
             yield rows
 
     @functools.cached_property

@@ -4,7 +4,7 @@
     rows.read() -> (N, D)
     rows.to(device)
     rows.order(generator, buffer): the row numbers of an epoch, at random
-    rows.load(indices, most): these rows will be wanted soon, and are to be at hand
+    rows.load(indices, max_rows): make ready rows that will be read soon
     len(rows), rows.shape, rows.dtype, rows.device
 
 On disk they lie in shards, as web-scale data sets do: one per tar.
@@ -49,7 +49,7 @@ def open_rows(folder, kind, meta, mapped=False):
 
 
 class RowsInMemory:
-    """A tensor (N, D). Row numbers are to be on its device."""
+    """A tensor (N, D). Row numbers must be on its device."""
 
     def __init__(self, z):
         self._z = z
@@ -73,7 +73,7 @@ class RowsInMemory:
         """All of them, (N, D)."""
         return self._z
 
-    def load(self, rows, most):
+    def load(self, rows, max_rows):
         """They are at hand already."""
 
     def order(self, generator, buffer=BUFFER):
@@ -109,7 +109,7 @@ class RowsOnDisk:
         self._open = OrderedDict()  # number -> tensor
         self._target = torch.device("cpu")
         self._loaded = None  # rows of some shards on the device
-        # What to add to a row of a shard for its place there.
+        # For each shard: what to add to a row number to get its place in _loaded.
         self._shift = torch.full((len(index),), NOT_LOADED)
 
     def __len__(self):
@@ -136,8 +136,8 @@ class RowsOnDisk:
         self._target = torch.device(device)
         return self
 
-    def load(self, rows, most):
-        """Bring the shards of some rows to a GPU, if they have at most so many rows.
+    def load(self, rows, max_rows):
+        """Copy the shards that hold these rows to a GPU, if they have at most max_rows rows in all.
 
         Batches of these rows are then read there. On the CPU nothing is to be gained.
         """
@@ -145,7 +145,7 @@ class RowsOnDisk:
         self._loaded = None
         shards = torch.bucketize(rows, self.ends, right=True).unique().tolist()
         size = sum(self.sizes[shard] for shard in shards)
-        if self._target.type == "cpu" or not 0 < size <= most:
+        if self._target.type == "cpu" or not 0 < size <= max_rows:
             return
         self._loaded = self._read(shards)
         first = 0
@@ -169,11 +169,11 @@ class RowsOnDisk:
     def order(self, generator, buffer=BUFFER):
         """Yield the row numbers of an epoch, one buffer at a time.
 
-        Shards are shuffled, and then the rows of as many shards as fill a buffer. So a batch has
-        rows of the shards of one buffer only. If the rows of a shard are alike, as those of one
-        crawl or topic are, the negatives of a batch are more alike than under a full shuffle, and
-        the gradient varies more from batch to batch. Every epoch draws other shards together. A
-        buffer of all rows is a full shuffle.
+        Shards are shuffled, and then the rows of as many shards as fill a buffer. So the rows of a
+        batch come from the shards of one buffer, or of two where a buffer ends. If the rows of a
+        shard are alike, as those of one crawl or topic are, the negatives of a batch are more alike
+        than under a full shuffle, and the gradient varies more from batch to batch. Every epoch
+        draws other shards together. A buffer of all rows is a full shuffle.
 
         Args:
             generator: on the CPU.
@@ -230,9 +230,9 @@ class SomeRows:
         """All of them, (n, D), in memory."""
         return self._rows[self._chosen]
 
-    def load(self, rows, most):
+    def load(self, rows, max_rows):
         """Make some rows ready, as the other Rows do."""
-        self._rows.load(self._chosen[rows], most)
+        self._rows.load(self._chosen[rows], max_rows)
 
     def order(self, generator, buffer=BUFFER):
         """Yield the row numbers of an epoch, in the order of the other Rows."""

@@ -1,4 +1,4 @@
-"""The methods by the names that --method takes, and the groups of methods that it takes too."""
+"""The methods, and the groups of methods, by the names that --method takes."""
 
 from dataclasses import replace
 
@@ -46,8 +46,9 @@ ORIGINALS = {
 }
 METHODS = {**PAPER, **VARIANTS, **ORIGINALS}
 
-# Learning rates of `small` in earlier versions.
+# Learning rates of `small` in earlier versions; of AsymVLM, those of all but -anchored.
 FORMER_LR = {"probvlm": 3e-4, "pfe": 3e-4, "prolip": 3e-4}
+FORMER_ASYMVLM_LR = 3e-3
 
 TAG = "@"  # between a method and the tag of a second run of it
 GROUPS = {"all": tuple(PAPER), "variants": tuple(VARIANTS), "originals": tuple(ORIGINALS)}
@@ -96,16 +97,16 @@ def _original_of(method):
 
 
 def former_recipe(method, name):
-    """What a recipe was in earlier versions, with which older runs are continued; None: the same.
+    """The recipe of this name in earlier versions, to resume their runs; None if it is unchanged.
 
-    `small` had a batch size of 1,024 and 10 epochs for all caches, and learning rates by method.
+    `small` had a batch size of 1,024, 10 epochs for every cache, and other rates for some methods.
     """
     if name != "small":
         return None
     recipe = METHODS[method].recipes[name]
     lr = FORMER_LR.get(method, recipe.lr)
     if method.startswith("asymvlm") and not method.endswith("-anchored"):
-        lr = 3e-3
+        lr = FORMER_ASYMVLM_LR
     return replace(recipe, lr=lr, batch_share=None, min_steps=None)
 
 

@@ -17,7 +17,7 @@ class Recipe:
 
     Attributes:
         optimizer: "sgd", "adam" or "adamw".
-        lr: the initial learning rate. It follows a cosine down to `min_lr`, unless `drops` is set.
+        lr: the highest learning rate. It follows a cosine down to `min_lr`, unless `drops` is set.
         weight_decay: applied to every parameter, unless `decayed_from` is set.
         batch_size: pairs per step.
         epochs: passes over the captions.
@@ -30,12 +30,12 @@ class Recipe:
         warm_up: fraction of the steps in which the learning rate rises linearly from 0.
         betas: of Adam and AdamW.
         eps: of Adam and AdamW.
-        decayed_from: the smallest number of dimensions of a parameter that is decayed: 1 leaves
-            out learned scalars, 2 leaves out all but matrices.
+        decayed_from: weight decay applies to parameters with at least this many dimensions: 1
+            leaves out learned scalars, 2 all but matrices.
         clip_norm: the largest norm of the gradient. None does not clip it.
         ramped_epoch: the epoch in which the weight of the loss rises from 0 to 1.
         averaged_after: fraction of the epochs after which the weights are averaged, one set of
-            weights per epoch.
+            weights per epoch; 1.0 averages none.
         max_steps: the largest number of steps per epoch.
         batch_share: the largest share of the captions in a batch. None sets no limit.
         min_steps: the smallest number of steps of the whole run, for which epochs are added.
@@ -62,7 +62,7 @@ class Recipe:
     eps: float = 1e-8
 
     def fitted_to(self, captions):
-        """The recipe for so many captions: `batch_share` and `min_steps` are applied."""
+        """The recipe for this many captions: `batch_share` and `min_steps` are applied."""
         batch_size = self.batch_size
         if self.batch_share is not None:
             batch_size = min(batch_size, max(2, int(self.batch_share * captions)))
@@ -91,7 +91,7 @@ SMALL = Recipe(
     batch_share=1 / 8,
     min_steps=150,
 )
-DEMO_EPOCHS = 5  # of `demo`, for a first look
+DEMO_EPOCHS = 5  # of `demo`, for a first look, or as many as make min_steps
 
 
 def recipes_of(paper, lr=SMALL.lr, start_variance=None):
@@ -122,12 +122,12 @@ class Adaptor(nn.Module):
     recipes: dict[str, Recipe]  # "paper" and "small" at least, or "original" alone
     # Whether `score` is the cosine of the frozen embeddings, which training does not change.
     ranks_by_frozen_cosine: bool = False
-    # Whether the method can only be trained by one process: batch norm sees one process's part of
-    # a batch, and dropout draws different masks if the batch is divided.
+    # Whether only one process can train the method. With several, batch norm would see a part of
+    # the batch, and dropout would draw other masks.
     single_process_only: bool = False
     # Whether a training step launches the same CUDA kernels for every batch of a size and waits for
     # none of them, so that it can be a CUDA graph (utils/cuda_graph.py). So it has no branch on a
-    # value, no dropout and nothing that Python counts.
+    # tensor's value, no dropout, and no Python state that changes from step to step.
     has_fixed_kernels: bool = False
 
     def __init__(self, embed_dim: int = 512):
@@ -209,7 +209,7 @@ class Adaptor(nn.Module):
     def adapt_text(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map text embeddings (N, D) to mean (N, D) and uncertainty, (N,) or None.
 
-        A larger uncertainty is less certain.
+        The larger the uncertainty, the less certain the text.
         """
         encoded = self.encode_text(at_least_float32(z))
         return self.describe_text(*encoded)

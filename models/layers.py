@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-HIDDEN = 1024  # width of every hidden layer in the paper's code
+HIDDEN = 1024  # width of every hidden layer in AsymVLM's repository
 
 
 def mlp(embed_dim):
-    """The network of all methods but ProbVLM: three hidden layers with ReLU, (N, D) -> (N, D)."""
+    """The MLP of the paper's methods but ProbVLM: three hidden layers, ReLU, (N, D) -> (N, D)."""
     return nn.Sequential(
         nn.Linear(embed_dim, HIDDEN),
         nn.ReLU(),
@@ -32,9 +32,9 @@ def at_least_float32(x):
 def full_precision(function):
     """Decorator: raises half-precision tensor arguments to float32.
 
-    Under autocast, log1p, lgamma and logsumexp would stay in bfloat16, which has three significant
-    digits. With float32 arguments, autocast lowers nothing but matrix products, and the only matrix
-    product of a loss is `pairwise_products`.
+    Autocast would leave lgamma, and on the CPU also log1p and logsumexp, in bfloat16, which has two
+    to three significant digits. With float32 arguments, autocast lowers nothing but matrix
+    products, and the only matrix product of a loss is `pairwise_products`.
     """
 
     @functools.wraps(function)
@@ -88,7 +88,7 @@ def total_variance(log_var):
 
 @full_precision
 def pairwise_sigmoid_loss(logits):
-    """Binary cross-entropy summed over all pairs, of which the diagonal is true: (B, B) -> ().
+    """Binary cross-entropy summed over all pairs; the true ones are on the diagonal: (B, B) -> ().
 
     -sum_ij log sigmoid(s_ij logit_ij), s_ii = 1, else -1. With targets 0 and 1 instead of signs,
     the loss of a confident negative would be the difference of two large numbers.
@@ -101,7 +101,7 @@ def pairwise_sigmoid_loss(logits):
 
 @full_precision
 def symmetric_cross_entropy(logits):
-    """InfoNCE in both directions over all pairs, of which the diagonal is true: (B, B) -> ().
+    """InfoNCE in both directions over all pairs; the true ones are on the diagonal: (B, B) -> ().
 
     -mean_b [log softmax over row b + log softmax over column b]_bb / 2, which is the mean of the
     cross-entropies of rows and of columns. Here the log normalisers are taken alone: a softmax over

@@ -182,10 +182,10 @@ def test_what_becomes_of_leads_in_a_world_where_it_is_known(workdir, script):
         assert list(found) == ["probvlm", "pfe", "prolip"]
         for column in ("R@1 t2i", "AURC t2i", "R@1 i2t", "AURC i2t"):
             told = {rival: cells[column][0] for rival, cells in found.items()}
-            assert told == {"probvlm": "survives", "pfe": "level", "prolip": "reversed"}
+            assert told == {"probvlm": "survives", "pfe": "tied", "prolip": "reversed"}
             assert found["pfe"][column][4] == "pfe"
             assert found["prolip"][column][4] == "prolip, own score"
-        summary = f"\n{leader}: of 3 baselines, its lead survives over 1 in R@1 t2i (1 level, 1 reversed), "
+        summary = f"\n{leader}: of 3 baselines, its lead survives over 1 in R@1 t2i (1 tied, 1 reversed), "
         assert summary in printed
 
 

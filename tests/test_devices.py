@@ -27,8 +27,8 @@ from utils.evaluation.scorers import (
     FROZEN,
     OWN,
     PUBLISHED,
+    AdaptorRankedByFrozen,
     AdaptorScorer,
-    FrozenScore,
     FrozenScorer,
     answer,
 )
@@ -343,7 +343,7 @@ def scorers_of(method, name, cache):
     adaptor = make(method, name).eval()
     published = AdaptorScorer(adaptor, cache, method)
     own = AdaptorScorer(adaptor, cache, method, score=OWN)
-    return [published, own, FrozenScore(frozen, published)]
+    return [published, own, AdaptorRankedByFrozen(frozen, published)]
 
 
 @EVERY

@@ -198,7 +198,7 @@ def test_loaded_rows_are_read_on_the_device_and_others_from_the_disk(workdir, ma
     z = torch.randn(6, 4)
     with PretendedDevice("cuda") as device:
         rows = make(z).to("cuda")
-        rows.load(torch.tensor([4, 3]), most=100)
+        rows.load(torch.tensor([4, 3]), max_rows=100)
         with monkeypatch.context() as patch:
             patch.setattr(RowsOnDisk, "_shard", None)  # it would fail if it were called
             found = rows[torch.tensor([4, 3, 4])]
@@ -206,7 +206,7 @@ def test_loaded_rows_are_read_on_the_device_and_others_from_the_disk(workdir, ma
         mixed = rows[torch.tensor([0, 4])]
         assert torch.equal(found.cpu(), z[[4, 3, 4]])
         assert torch.equal(mixed.cpu(), z[[0, 4]])
-        rows.load(torch.tensor([0]), most=1)  # more rows than that: nothing is loaded
+        rows.load(torch.tensor([0]), max_rows=1)  # more rows than that: nothing is loaded
         assert torch.equal(rows[torch.tensor([0])].cpu(), z[[0]])
         assert not [wait for wait in device.waits if "device.py" in wait]  # batches are sent
 

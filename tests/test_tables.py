@@ -67,7 +67,7 @@ def test_the_papers_table_has_means_of_both_directions_in_three_forms():
     for number, runs in enumerate(results.values()):
         for run in runs:
             run.content["metrics"]["t2i"]["R@1"] += number / 10
-    files = paper_table.write(results)
+    files = paper_table.texts(results)
     assert list(files) == ["paper.md", "paper.csv", "paper.tex"]
     values = [run.content["metrics"]["t2i"]["R@1"] for run in results[Row("pcmepp")]]
     cell = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"

@@ -100,7 +100,7 @@ def test_images_without_a_caption_are_held_out_too_and_a_part_without_any_is_ref
         UserError, match=r"embeddings/tiny/train: the 8 images that were drawn have no caption"
     ):
         cache.hold_out(0.2, seed=0)
-    with pytest.raises(UserError, match=r"of 40 images, 0\.99 leave none"):
+    with pytest.raises(UserError, match=r"a share of 0\.99 of 40 images leaves none"):
         cache.hold_out(0.99)
 
 
@@ -270,7 +270,7 @@ def test_a_state_without_its_best_is_refused(script, monkeypatch, change):
         (("--validation", 1), ["--validation", "below 1"]),
         (("--validation", "nan"), ["--validation", "below 1"]),
         (("--validation", -0.1), ["--validation", "at least 0"]),
-        (("--validation", 0.999), ["embeddings/tiny/train: of 40 images", "none to train on"]),
+        (("--validation", 0.999), ["embeddings/tiny/train: a share of 0.999 of 40 images", "none to train on"]),
         (("--validation", 0, "--keep", "best"), ["--keep best", "--validation 0.1"]),
         (("--keep", "first"), ["--keep", "last"]),
     ],

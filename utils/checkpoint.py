@@ -171,8 +171,8 @@ def load_adaptor(
 def check_weights(path, weights, method, embed_dim):
     """Check that weights, a state dict, are finite and fit a method at this width.
 
-    Batch norm counts its batches, in an integer that older files lack. `load_state_dict` sets it to
-    0 if a plain dict has no count.
+    A file may lack an integer, such as the count of batches of nn.BatchNorm1d; `load_state_dict`
+    then sets it to 0.
 
     Raises: UserError that names a tensor that does not fit.
     """

@@ -1,8 +1,8 @@
 """The gradients of a training step as one CUDA graph.
 
-A step of these small networks is some hundred kernels of a few microseconds each, and the host
+A step of these small networks is a few hundred kernels of a few microseconds each, and the host
 takes longer to launch them than the GPU to compute them. A CUDA graph launches all of them at once.
-It is the same kernels in the same order, so the gradients are the same.
+They are the same kernels in the same order, so the gradients are the same.
 """
 
 import torch

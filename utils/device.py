@@ -1,4 +1,8 @@
-"""Choose a device and a precision. "auto" is the fastest that the machine computes natively."""
+"""Choose a device and a precision.
+
+"auto" is the GPU if CUDA has one, else the CPU; and bfloat16 if that device computes it natively,
+else float32.
+"""
 
 import logging
 import os
@@ -39,7 +43,7 @@ def device_name(device):
 
 
 def sent(tensor, device):
-    """A tensor of the CPU on a device, to which CUDA may still be copying it."""
+    """Copy a CPU tensor to a device. On CUDA the copy may still be under way."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -114,7 +114,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        # average_gradients divides by the number of ranks, but the sum over the ranks is right.
+        # The parameters need the sum over the ranks. average_gradients takes the mean, so multiply.
         shares = []
         for gradient in gradients:
             if gradient is None:

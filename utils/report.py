@@ -39,7 +39,7 @@ def results_page(title, command, texts, plots):
     Args:
         title: one line.
         command: that makes them, one line.
-        texts: {file name: content}, as `tables.write_all` returns them.
+        texts: {file name: content}, as `tables.all_texts` returns them.
         plots: {file name of a PNG: caption}, as `plots.draw_all` returns them.
     Returns: markdown.
     """

@@ -17,7 +17,7 @@ from utils.cli import UserError
 from utils.distributed import barrier, is_first
 from utils.files import locked, save_tensors
 
-SAVE_AFTER = 300  # seconds; what is lost at most, and an epoch, if a process is killed
+SAVE_AFTER = 300  # seconds; a process that is killed loses at most these and one epoch
 
 
 class Run:
@@ -40,7 +40,8 @@ class Run:
             best on held-out images (`kept_record`). Otherwise it has those of the last epoch, or
             the average that the recipe asks for.
         resume: continue a saved run with this recipe and config.
-        save_every: the state is saved every so many epochs, and after SAVE_AFTER seconds.
+        save_every: save the state after this many epochs, or at the first epoch's end after
+            SAVE_AFTER seconds.
         former_recipe: what the recipe was in earlier versions; a run that was begun with it is
             continued with it. None: the same.
     Attributes:
@@ -106,7 +107,7 @@ class Run:
 
     def _find_saved(self):
         """Read the state of an unfinished run, or see that the run is finished."""
-        cure = "resume it with those, or start again without --resume"
+        cure = "resume it with the settings that it was begun with, or start again without --resume"
         self.saved = load_run(self.state_path, self.known_recipes, self.config, cure)
         if self.saved is None:
             cure = "give --overwrite in place of --resume to replace it"
@@ -214,7 +215,9 @@ class Run:
         return progress
 
     def record(self, record):
-        """Log a finished epoch, the first with the recipe, and save the state if it is time to.
+        """Log a finished epoch, and save the state if that is due.
+
+        The first record also holds the recipe.
 
         Args: record: dict of plain types with "epoch" and "loss". To keep the best epoch it needs
             "validation", a dict with "AURC".

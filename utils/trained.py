@@ -11,7 +11,8 @@ from utils.device import pick_device, pick_precision, precision_name
 from utils.files import is_locked, load_tensors
 from utils.preprocess import ClipId
 
-# Fields of a recipe that train.py has a flag for; of another method, only the first two apply.
+# Fields of a recipe that train.py has a flag for, and those of them that `training_command` also
+# copies from a checkpoint of another method.
 RECIPE_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "weight_decay")
 FLAGS_FOR_ALL_METHODS = ("epochs", "batch_size")
 
@@ -95,7 +96,7 @@ def settings_of(adaptor):
 def training_of(adaptor):
     """How a head was trained, for the results: recipe, epochs, and all settings; {} if unknown.
 
-    "planned_epochs" are those of the recipe, where it was stopped before.
+    "planned_epochs": the epochs of the recipe, given only if fewer were trained.
     """
     config = getattr(adaptor, "config", {})
     recipe = getattr(adaptor, "recipe", {})

@@ -8,14 +8,14 @@ from models.asymvlm.distributions import concentration
 from models.base import Adaptor, Recipe, recipes_of
 from models.layers import mlp, symmetric_cross_entropy, unit
 
-TEMPERATURE = 1.0  # initial value, as in the paper's code
+TEMPERATURE = 1.0  # initial value, as in AsymVLM's repository; it multiplies the logits
 PAPER_RECIPE = Recipe("sgd", lr=1e-2, weight_decay=5e-4)
 
 
 class AsymVLM(Adaptor):
     """An image stays a point x = unit(z) on the sphere, a text becomes a distribution on it.
 
-    eta = MLP(z), kappa = ||eta||, mu = eta / kappa; mean = mu, uncertainty = 1 / kappa.
+    eta = MLP(z), kappa = ||eta||, mu = eta / kappa: the mean direction. uncertainty = 1 / kappa.
     A subclass names the distribution. variants.py changes what is a point and what a distribution.
     Source: arXiv 2505.11029, sec. 3.
     """
@@ -48,7 +48,7 @@ class AsymVLM(Adaptor):
         return mu, 1 / kappa
 
     def log_likelihood(self, x, eta, temperature=1.0):
-        """temperature log p(x_i | text_j), (N, M), of what the encoders return."""
+        """temperature * log p(x_i | text_j), (N, M), of what the encoders return."""
         return self.log_prob(x, eta, temperature)
 
     def score(self, image, text):
@@ -59,7 +59,7 @@ class AsymVLM(Adaptor):
         return self.log_likelihood(*image, *text)
 
     def loss(self, *encoded):
-        """InfoNCE in both directions, of the logits temperature log p(x_i | text_j)."""
+        """InfoNCE in both directions, of the logits temperature * log p(x_i | text_j)."""
         logits = self.log_likelihood(*encoded, temperature=self.temperature)  # (B, B)
         return symmetric_cross_entropy(logits)
 

@@ -85,7 +85,8 @@ class Both(AsymVLM):
     S_ij = E_{x ~ p(x | image_i)} log p(x | text_j), which is minus the cross-entropy of the two
     and tends to log p(x_i | text_j) as the image's kappa tends to infinity. Equations and
     accuracy: `expected_..._log_prob` in distributions.py.
-    eta = D MLP(z) for an image: its mean depends on kappa / D alone. Without the factor D, all
+    eta = D MLP(z) for an image: the length of its mean is nearly a function of
+    kappa / D. Without the factor D, all
     logits would be nearly equal before training.
     """
 
@@ -113,7 +114,7 @@ class FixedTemperature(AsymVLM):
 
 
 class Anchored(AsymVLM):
-    """A text starts at its direction in the frozen CLIP and moves away by a short, decayed step.
+    """A text starts at its direction in the frozen CLIP, and weight decay keeps it near.
 
     eta = START_KAPPA exp(RATE a) (unit(z) + REACH b / sqrt(D)), where a (N, 1) and b (N, D) are
     linear in the MLP's last hidden layer and near 0 before training; kappa = ||eta|| and
@@ -129,10 +130,10 @@ class Anchored(AsymVLM):
         hidden = self.text_mlp[:-1](z)  # (N, 1024)
         a = at_least_float32(self.log_kappa(hidden))  # (N, 1)
         b = at_least_float32(self.text_mlp[-1](hidden))  # (N, D)
-        log_kappa = math.log(START_KAPPA) + RATE * a
-        kappa = log_kappa.clamp_max(LARGEST_LOG_KAPPA).exp()
+        log_scale = math.log(START_KAPPA) + RATE * a
+        scale = log_scale.clamp_max(LARGEST_LOG_KAPPA).exp()
         step = REACH * b / self.embed_dim**0.5
-        return (kappa * (unit(z) + step),)
+        return (scale * (unit(z) + step),)
 
 
 class PowerSphericalFrozen(Frozen, PowerSphericalAdaptor):

@@ -6,7 +6,7 @@ from torch import nn
 from models.base import GaussianAdaptor, Recipe, recipes_of
 from models.pcmepp.loss import closed_form_sampled_distance, matching_loss
 
-# Initial values, as in the paper's code.
+# Initial values, as in AsymVLM's repository.
 SHIFT = 5.0
 NEGATIVE_SCALE = 5.0
 
@@ -14,7 +14,7 @@ NEGATIVE_SCALE = 5.0
 class PCMEPPAdaptor(GaussianAdaptor):
     """A pair matches if its expected distance is small (arXiv 2305.18171, sec. 3).
 
-    As in the paper's code, without the terms for the VIB and the pseudo-positives.
+    As in AsymVLM's repository, without the terms for the VIB and the pseudo-positives.
     """
 
     recipes = recipes_of(

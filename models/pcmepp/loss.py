@@ -1,4 +1,4 @@
-"""PCME++'s loss: the logit of a match is the expected squared distance of two Gaussians."""
+"""PCME++'s loss: the logit of a pair falls linearly with the expected squared distance."""
 
 import torch
 from torch.nn import functional as F
@@ -11,7 +11,7 @@ from models.layers import (
     total_variance,
 )
 
-# The author's own terms, which the paper's code leaves out (arXiv 2305.18171, sec. 3).
+# The author's own terms, which AsymVLM's repository leaves out (arXiv 2305.18171, sec. 3).
 SMOOTHING = 1e-4  # a match has the label 1 - 1e-4, any other pair 1e-4
 VIB_WEIGHT = 1e-4  # of each modality's information bottleneck
 PSEUDO_WEIGHT = 0.1  # of the pseudo-positives of rows and of columns
@@ -42,7 +42,7 @@ def matching_loss(mean_image, log_var_image, mean_text, log_var_text, shift, neg
 
     Args: (B, D) each; shift and negative_scale are scalars.
     Returns: ().
-    Source: arXiv 2305.18171, eq. 2, twice, as in the paper's code.
+    Source: twice arXiv 2305.18171, eq. 2, as in AsymVLM's repository.
     """
     distance = closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text)
     logits = shift - negative_scale * distance  # (B, B)
@@ -51,11 +51,12 @@ def matching_loss(mean_image, log_var_image, mean_text, log_var_text, shift, neg
 
 @full_precision
 def original_loss(mean_image, log_var_image, mean_text, log_var_text, shift, negative_scale):
-    """2 BCE(logit, M) + 0.1 (P_rows + P_columns) + 1e-4 (KL_image + KL_text) of B true pairs.
+    """2 BCE(M) + 0.1 (BCE(M_rows) + BCE(M_columns)) + 1e-4 (KL_image + KL_text) of B true pairs.
 
-    logit_ij = -negative_scale d(i, j) + shift, and BCE is the mean over all pairs. M_ij is whether
-    text j describes image i, where equal means are the same image; labels are smoothed. P_rows and
-    P_columns: `pseudo_positives`. KL: `information_bottleneck`.
+    BCE(labels) is `soft_cross_entropy` of the logits shift - negative_scale d(i, j). M_ij is
+    whether text j describes image i; images with equal means are one image. M_rows and M_columns
+    also count the `pseudo_positives` of rows and of columns as matches. KL:
+    `information_bottleneck`.
 
     Args: (B, D) each; shift and negative_scale are scalars.
     Returns: the terms by name, () each, weighted so that their sum is the loss.

@@ -5,14 +5,15 @@ from models.layers import total_variance
 from models.pcmepp.adaptor import PCMEPPAdaptor
 from models.pcmepp.loss import original_loss
 
-START_LOG_VAR = 0.0  # the last bias of the MLP, which replaces a transformer block over tokens
+# The last bias of the MLP; the MLP stands for the author's transformer block over tokens.
+START_LOG_VAR = 0.0
 
 
 class PCMEPPOriginal(PCMEPPAdaptor):
     """With the VIB, pseudo-positives and smoothed labels; captions of one image are matches.
 
-    uncertainty = sum_d var. AdamW replaces AdamP, and images are not mixed, because a cache holds
-    embeddings alone.
+    uncertainty = sum_d var. AdamW replaces AdamP. There is no Mixup or CutMix, because a cache
+    holds embeddings, not images.
     """
 
     recipes = {
@@ -25,7 +26,7 @@ class PCMEPPOriginal(PCMEPPAdaptor):
             drops=(15 / 25,),
             decayed_from=1,
             clip_norm=2.0,
-            ramped_epoch=3,  # after two epochs of warm-up
+            ramped_epoch=3,  # theirs; in the two epochs before it, their image encoder is frozen
             averaged_after=16 / 25,
         )
     }

@@ -12,7 +12,7 @@ VARIANCE_MIN = 1e-6  # the loss divides by it, and softplus(-104) is 0 in float3
 # a processor's cache holds, or 160 MB on a GPU, which has to be busy while the host launches more.
 BLOCK = (256, 1024)
 BLOCK_ON_GPU = (5000, 8192)
-TOGETHER = 6  # so many variances are multiplied before the logarithm is taken
+FACTORS = 6  # variances that are multiplied before one logarithm is taken
 
 
 @full_precision
@@ -112,7 +112,7 @@ def _disagreement_of_block(mean_image, var_image, mean_text, var_text):
         torch.sub(mean_image[d], mean_text[d], out=difference)
         total.addcdiv_(difference.square_(), var)
         product.mul_(var)
-        if (d + 1) % TOGETHER == 0:
+        if (d + 1) % FACTORS == 0:
             total.add_(product.log_())
             product.fill_(1)
     return total.add_(product.log_())

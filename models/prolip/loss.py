@@ -15,12 +15,12 @@ from models.layers import (
     total_variance,
 )
 
-# Of the paper's code. ProLIP itself learns scale and bias.
+# Of AsymVLM's repository. ProLIP's authors learn scale and bias.
 LOGIT_SCALE = 1.0
 LOGIT_BIAS = 0.0
 VIB_BETA = 1e-5  # weight of the information bottleneck
 
-# Of the authors' own code, for terms that the paper's code leaves out or changes.
+# Of the authors' own code, for terms that AsymVLM's repository leaves out or changes.
 ORIGINAL_VIB_BETA = 1e-4
 INCLUSION_WEIGHT = 1e-7  # of the inclusion of the image in the text
 INCLUSION_SCALE = 1000.0  # multiplies the difference of the two inclusions
@@ -60,7 +60,7 @@ def information_bottleneck(mean, log_var):
 # The decorator is needed here, too, so that gradients of what the terms share add up in float32.
 @full_precision
 def prolip_loss(mean_image, log_var_image, mean_text, log_var_text):
-    """sum_ij -log sigmoid(+-logit_ij) / B, + if i = j, plus VIB_BETA times each modality's VIB.
+    """sum_ij -log sigmoid(s_ij logit_ij) / B + 1e-5 (VIB_image + VIB_text), s_ii = 1, else -1.
 
     Args: (B, D) each.
     Returns: the terms by name, () each, weighted so that their sum is the loss.
@@ -110,9 +110,10 @@ def inclusion_loss(mean, log_var, other_mean, other_log_var):
 def inclusion(mean, log_var, other_mean, other_log_var):
     """H(1, 2) = -2 s1 - s2 - log(A)/2 + Q^2/(4A) - C per coordinate, (B, D) each -> (B, D).
 
-    This follows the log integral of p_1^2 p_2. s = log_var, p = exp(-s1 - 20), q = exp(-s2 - 20),
-    A = p + q/2, Q = 2 mean_1 p + mean_2 q, C = mean_1^2 p + mean_2^2 q/2. The last two terms are
-    equal to -(mean_1 - mean_2)^2 p (q/2) / A, in which nothing cancels.
+    It has the form of the log integral of f_1^2 f_2, with densities f. s = log_var,
+    p = exp(-s1 - 20), q = exp(-s2 - 20), A = p + q/2, Q = 2 mean_1 p + mean_2 q,
+    C = mean_1^2 p + mean_2^2 q/2. The last two terms are equal to
+    -(mean_1 - mean_2)^2 p (q/2) / A, in which nothing cancels.
     """
     log_p = INCLUSION_EPS - log_var
     log_half_q = INCLUSION_EPS - other_log_var - math.log(2)

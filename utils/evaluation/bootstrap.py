@@ -22,7 +22,7 @@ MIN_RESAMPLES = 100  # With fewer resamples a p-value says nothing.
 CONFIDENCE = 0.95  # of intervals
 LOG_SMALLEST_P = np.log(1e-12)
 THREADS = min(4, os.cpu_count() or 1)  # more wait for the memory
-BATCH = 32  # resamples that are computed together; their weights of 25,000 queries take 6 MB
+BATCH = 32  # resamples that are computed together; their weights of 25,000 queries take 3 MB
 
 
 def resample(measure, images, resamples):
@@ -50,13 +50,16 @@ def resample(measure, images, resamples):
 
 
 @functools.lru_cache(maxsize=4)
-def _draw(images, resamples):
-    """How often each image is drawn in each resample: (resamples, images); a row sums to images."""
+def _draw(image_count, resamples):
+    """How often each image is drawn in each resample, (resamples, image_count).
+
+    A row sums to image_count.
+    """
     generator = np.random.default_rng(0)
-    counts = np.empty((resamples, images), dtype=np.uint16)
+    counts = np.empty((resamples, image_count), dtype=np.uint16)
     for row in counts:
-        drawn = generator.integers(images, size=images)
-        row[:] = np.bincount(drawn, minlength=images)
+        drawn = generator.integers(image_count, size=image_count)
+        row[:] = np.bincount(drawn, minlength=image_count)
     return counts
 
 
@@ -79,7 +82,7 @@ class Estimate:
 
     Attributes:
         mean: over the seeds.
-        draws: the same of each resample of the images, (R,).
+        draws: the mean over the seeds in each resample of the images, (R,).
         seed_variance: s^2 / S, or the sum of two; 0 if there is one seed.
         degrees_of_freedom: of seed_variance; 0 if there is one seed.
     """
@@ -154,8 +157,8 @@ def interval(values):
     """The 95 % percentile interval of a metric's resamples (R,): (low, high).
 
     A resample is noisier than the sample, and noise can only disturb an even fall of recall.
-    Therefore the intervals of S, R2 and -S*R2 lie towards the worse side, and may not contain the
-    metric itself.
+    Therefore the intervals of the metrics S, R2 and -S*R2 lie towards the worse side, and may not
+    contain the metric itself.
 
     Returns: None if there are no resamples, or if the metric is undefined (NaN) in one of them.
     """

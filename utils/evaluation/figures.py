@@ -17,7 +17,7 @@ DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric, and the arrays that it is computed from."""
+    """A metric (a number, not a plot), and the arrays that it is computed from."""
 
     name: str  # its column in tables
     more_is_better: bool | None  # None: it is neither good nor bad, and has no interval
@@ -96,7 +96,7 @@ class Section:
 
 
 def all_queries(answers, direction, levels):
-    """All queries of a direction, ordered by the uncertainty of the text, if texts have one.
+    """All queries of a direction; "uncertainty" is the text's, else the image's, if there is one.
 
     Args:
         answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
@@ -115,7 +115,7 @@ def all_queries(answers, direction, levels):
 
 
 def queries_by_image(answers, direction, levels):
-    """All queries of a direction, ordered by the uncertainty of the image; {} if it has none."""
+    """All queries of a direction; "uncertainty" is the image's. {} if images have none."""
     view = all_queries(answers, direction, levels)
     if "image_uncertainty" not in view:
         return {}
@@ -154,12 +154,13 @@ def both_directions(answers, direction, levels):
 def _answers_with_image(answers, direction):
     """The answers to the queries of a direction, with the "image" that each belongs to."""
     answered = answers[direction]
+    # Image-to-text: the query itself. Text-to-image has an "image", which replaces this one.
     image = answered.get("query", np.arange(len(answered["rank"])))
     return {"image": image, **answered}
 
 
 def uncertainty_of(answered):
-    """The uncertainty that queries are ordered by, (Q,): the text's, else the image's, or None."""
+    """The uncertainty of the queries, (Q,): the text's, else the image's, else None."""
     if "uncertainty" in answered:
         return answered["uncertainty"]
     return answered.get("image_uncertainty")
@@ -184,7 +185,7 @@ def recall(name, field, k, column=True):
 
 
 def sweep(name, more_is_better, metric_of_recall, levels):
-    """A metric of the recall by level, at another number of levels."""
+    """A metric of the recall by level, at another number of levels, always cut by count."""
 
     def function(correct, uncertainty):
         return metric_of_recall(metrics.recall_by_level(correct, uncertainty, levels))

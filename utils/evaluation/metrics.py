@@ -460,7 +460,7 @@ def uncertainty_by_depth(uncertainty: ArrayLike, chains: list[list[int]]) -> lis
     A text's percentile is its rank among all T texts. It can be compared between methods, unlike
     the uncertainty itself.
 
-    Args: as for `share_falling`.
+    Args: as for `share_falling`, but chains of one text count here.
     Returns: one float in [0, 100] per depth, general first.
 
     >>> uncertainty_by_depth(np.array([0.9, 0.5, 0.7]), [[0, 1], [0, 2]])

@@ -33,7 +33,7 @@ def paper_name(row):
     return name if row.score == "published" else f"{name}, {row.score} score"
 
 
-def write(results):
+def texts(results):
     """The files of the table: {file name: text}; {} without a method that has an uncertainty.
 
     Args:

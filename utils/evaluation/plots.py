@@ -19,7 +19,7 @@ from utils.evaluation.tables import labels_of
 from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import written_aside
 
-BEST = "best possible order"
+BEST = "best order (first row)"
 CALIBRATED = "perfectly calibrated"
 # Name of a line -> colour, marker, dashes. The colours are Okabe & Ito's, which people with any
 # common form of colour vision can tell apart. In grey, markers and dashes tell lines apart.
@@ -196,7 +196,7 @@ def _draw_recall(recall, modality):
 
 
 def draw_risk_coverage(results):
-    """The error rate among the most certain queries, and that of the best possible order."""
+    """The error rate among the most certain queries, and its minimum for the first row."""
     if not results:
         return None
     panels = {}

@@ -26,7 +26,7 @@ from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import load_arrays, load_json, save_json, written_aside
 from utils.trained import difference_of_settings
 
-TRAINED_ON = "trained-on-"  # how the folder of results begins whose heads saw another data set
+TRAINED_ON = "trained-on-"  # prefix of a folder: its heads were trained on another data set
 FIELDS = ("query", "rank", "top1")  # that the answers of both directions have
 
 
@@ -86,7 +86,7 @@ class Results:
         return self
 
     def save(self, folder: Path, config: dict) -> None:
-        """Write the files to results/<name>/.
+        """Write the files of these results to a folder, results/<name>/ or one in it.
 
         Args:
             config: how the results were made, with the scorer's own config.
@@ -106,7 +106,7 @@ class Results:
             save_json(self.thresholds(config), path, indent=1)
 
     def thresholds(self, config: dict) -> dict:
-        """What `selective.load_threshold` reads: thresholds of texts, and their calibration set."""
+        """What `selective.load_threshold` reads: text-to-image thresholds and calibration set."""
         settings = self.content["risk"]
         guaranteed = []
         for k in settings["at"]:
@@ -171,7 +171,7 @@ def _without_nan(values):
 def _check_answers(answered, table):
     """Raise a UserError if the answers of one direction are not complete."""
     names = f"{', '.join(FIELDS)} and uncertainty"
-    problem = f"{table}: it does not have one entry per query of {names} in both directions"
+    problem = f"{table}: {names} must have one entry per query in both directions"
     has_all = all(name in answered for name in FIELDS) and uncertainty_of(answered) is not None
     need(has_all, f"{problem}; evaluate again")
     shapes = {values.shape for values in answered.values()}
@@ -212,7 +212,7 @@ def result_files(folder, row, seed):
 
 
 def threshold_file(folder, row, seed):
-    """The .threshold.json beside them."""
+    """The .threshold.json of a Row, beside its .json and .npz."""
     document, _ = result_files(folder, row, seed)
     return document.with_name(f"{row_name(row)}.threshold.json")
 
@@ -222,6 +222,7 @@ def load_results(folder, row, seeds, split):
 
     Raises: UserError if a file is missing, or as `Results.load`.
     """
+    # --method takes no training-free rows, but every evaluation makes them.
     method = "all" if row.method in TRAINING_FREE else row.method
     flags = f"--dataset {folder.name}"
     if folder.name.startswith(TRAINED_ON):
@@ -232,6 +233,7 @@ def load_results(folder, row, seeds, split):
     command += f" --seed {' '.join(map(str, seeds))}"
     if row.score != PUBLISHED:
         command += f" --score {row.score}"
+    # A training-free row has the same files for every seed.
     files = dict.fromkeys(result_files(folder, row, seed) for seed in seeds)
     results = []
     for document, table in files:
@@ -253,7 +255,7 @@ def check_seeds_alike(results, files, command):
     settings = [(run.content["config"] or {}).get("training", {}) for run in results]
     for number, (document, _) in enumerate(files):
         changed = difference_of_settings(settings[0], settings[number])
-        problem = f"{document}: its head was not trained as that of the first seed ({changed})"
+        problem = f"{document}: its head has other settings than the first seed's ({changed})"
         need(not changed, f"{problem}; train it again, and evaluate with {command}")
 
 

@@ -40,7 +40,7 @@ class Scorer:
         seed: of the training, or None.
         needs: what the uncertainty needs besides the text: "-" (nothing), "gallery", "reference"
             images, true "pairs", or "training".
-        on_ladder: whether ratios of its uncertainties have a meaning.
+        on_ladder: whether it is shown on the prompt ladder, which compares ratios of uncertainties.
         config: what the saved results say of it.
     """
 
@@ -113,7 +113,7 @@ class RankedByFrozen(Scorer):
 
 
 class AdaptorScorer(Scorer):
-    """An adaptor. It ranks by its published score, or with score OWN by that of its authors.
+    """An adaptor. With score OWN it ranks by its authors' score, else by its published score.
 
     The embeddings of the cache are encoded once, when it is made.
     """
@@ -163,8 +163,8 @@ class AdaptorScorer(Scorer):
         return to_array(uncertainty)
 
 
-class FrozenScore(RankedByFrozen):
-    """The uncertainty of an adaptor, an AdaptorScorer, where the frozen CLIP ranks."""
+class AdaptorRankedByFrozen(RankedByFrozen):
+    """The uncertainty of an AdaptorScorer, with the ranking of the frozen CLIP."""
 
     def __init__(self, frozen, scorer):
         checkpoint = scorer.config["checkpoint"]
@@ -216,7 +216,7 @@ def rank(score, cache):
 
 
 def _add_judged(answers, prefix, score, right_answers, gallery_size):
-    """Add how well all right answers are found to the answers of one direction.
+    """Add to the answers of one direction how well all right answers are found.
 
     Args:
         right_answers: for each row that may be asked, the list of right rows; empty: not judged.

@@ -68,8 +68,9 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
 
     At threshold l, n_l queries have uncertainty <= l, and k_l of them are wrong. The
     Clopper-Pearson bound r+ solves BinomCDF(k_l; n_l, r+) = delta. A sequence of tests starts at
-    the threshold that keeps n queries, and goes on to larger thresholds while r+ <= risk. Its order
-    is fixed beforehand, so that it needs no correction for the number of its tests.
+    the first threshold that keeps at least n queries, and goes on to larger thresholds while
+    r+ <= risk. Its order is fixed beforehand, so that it needs no correction for the number of its
+    tests.
 
     A single sequence would end at once if a few of the most certain answers are wrong. So there are
     several, which start at n = 30, 60, 100, 150 and 200. Each uses
@@ -254,8 +255,8 @@ def predict_right(correct, uncertainty, image):
     """Predict whether the measured answers are right, after calibration on the other half.
 
     Args: as for `brier`.
-    Returns: the probability that each answer is right, 1.0 if it is and 0.0 if not, and its weight;
-        (T,) each.
+    Returns: three arrays (T,): the probability that each answer is right; whether it is, 1.0 or
+        0.0; its weight.
     """
     calibration, measured, weight = split_queries(image)
     probability_of_right = calibrate(uncertainty[calibration], correct[calibration])

@@ -41,14 +41,14 @@ since a resample is noisier than the sample. No interval is corrected for the nu
 comparisons."""
 
 KEPT = """Answers are kept up to a threshold of uncertainty. It is chosen on half of the images such
-that at most a share of 0.1, ... of the kept answers is wrong, with {:.0%} confidence. Coverage (the
-share of answers that are kept) and error (the share of these that are wrong) are measured on the
-other half. Coverage 0, threshold undefined: on these images, in one of the seeds, no threshold
-passed the test; with more images one might.
+that, with confidence {:g}, at most the share in the column's name of the kept answers is wrong.
+Coverage (the share of answers that are kept) and error (the share of these that are wrong) are
+measured on the other half. Coverage 0, threshold undefined: on these images, in one of the seeds,
+no threshold passed the test; with more images one might.
 
 The guarantee holds for captions drawn like the data set's, and for one row, k and risk that were
-chosen beforehand. Who looks at the table and then takes the row of the largest coverage has no
-guarantee: so there is no bold here."""
+chosen beforehand. If you pick the row with the largest coverage from the table, you have no
+guarantee; so nothing is bold."""
 
 
 # Names of rows, and cells.
@@ -115,7 +115,7 @@ def number(mean, std=None, form=".3f"):
     return f"{mean:{form}} ± {std:{form}}"
 
 
-def between(estimate, form=".3f"):
+def interval_text(estimate, form=".3f"):
     """The 95 % interval of an Estimate as text, " [0.388, 0.412]"; "" if undefined."""
     limits = estimate.interval()
     if limits is None:
@@ -215,7 +215,7 @@ def needs_of(results):
 # The files of a results folder.
 
 
-def write_all(results, title):
+def all_texts(results, title):
     """The texts of a results folder: {file name: text}."""
     stems = {}
     for runs in results.values():
@@ -233,7 +233,7 @@ def write_all(results, title):
         "risk.md": risk_text(results),
         "details.md": markdown(detailed, labels, suffix=recipe) + interval_tables(results),
         "comparison.csv": comma_separated({**compared, **detailed, **selective}, results),
-        **paper_table.write(results),
+        **paper_table.texts(results),
         "report.txt": f"{title}\n\n{screen(results)}\n",
     }
 
@@ -275,7 +275,7 @@ def risk_text(results):
 
 
 def interval_tables(results):
-    """The comparison with 95 % bootstrap intervals as markdown; "" without resamples."""
+    """The comparison with 95 % intervals as markdown; "" without resamples."""
     results = {row: runs for row, runs in results.items() if runs[0].draws}
     if not results:
         return ""
@@ -283,7 +283,7 @@ def interval_tables(results):
     def with_interval(section, figure, row, cells):
         mean, _ = cells[row]
         estimate = estimate_of(results[row], section, figure)
-        return number(mean) + (between(estimate) if estimate is not None else "")
+        return number(mean) + (interval_text(estimate) if estimate is not None else "")
 
     tables = tables_of(results)
     suffix = f"{suffix_of(results)}, 95 % interval"
@@ -294,8 +294,8 @@ def interval_tables(results):
 def comma_separated(tables, results):
     """Tables as tidy CSV, one value per line.
 
-    "seed" is a seed, or "mean", "std", "low" or "high" over the seeds: standard deviation, and the
-    95 % interval where there is one.
+    "seed" is a seed, or "mean" or "std" over the seeds, or "low" or "high", the ends of the 95 %
+    interval if there is one.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -373,14 +373,14 @@ def _difference_line(results, section, figure):
         return [*line, "-", "", ""]
     first, second = estimates
     difference = first - second
-    limits = between(difference, "+.3f").strip()
+    limits = interval_text(difference, "+.3f").strip()
     if not limits:
         return [*line, "-", "", ""]
     return [*line, f"{difference.mean:+.3f}", limits, f"{difference.p_value():.3f}"]
 
 
 def screen(results):
-    """What eval.py prints: recall by level, the comparison and the prompt ladder."""
+    """What eval.py prints: recall by level, the comparison, the first risk table and the ladder."""
     parts = [_level_text(results, direction) for direction in DIRECTIONS]
     labels = labels_of(results)
     tables = {**tables_of(results), **tables_of(results, risk_sections(results)[:1])}

@@ -14,8 +14,8 @@ from utils.cli import UserError, need
 from utils.evaluation.scorers import (
     FROZEN,
     PUBLISHED,
+    AdaptorRankedByFrozen,
     AdaptorScorer,
-    FrozenScore,
     FrozenScorer,
     RankedByFrozen,
     Row,
@@ -87,11 +87,10 @@ class Top1Cosine(GalleryScore):
 
 
 class Margin(GalleryScore):
-    """Minus the distance to the nearest text embedding that would retrieve another image.
+    """-tanh(d), where d estimates how far z is from a text that would retrieve another image.
 
     d = (s1 - s2) / (|gradient by z of s1 - s2| + 1e-8), with s1 and s2 the cosines of z with its
-    two best images, g1 and g2; |gradient| = sqrt(2 - 2 g1.g2 - (s1 - s2)^2) / |z|. The uncertainty
-    is -tanh(d).
+    two best images, unit vectors g1 and g2; |gradient| = sqrt(2 - 2 g1.g2 - (s1 - s2)^2) / |z|.
     Source: uCLIP, UAI 2025.
     """
 
@@ -192,7 +191,7 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
     """Yield every row of an evaluation, one Scorer at a time.
 
     First the frozen CLIP, then the training-free uncertainties, then the adaptors. Under PUBLISHED,
-    an adaptor that does not rank by the frozen cosine is followed by its FrozenScore.
+    an adaptor that does not rank by the frozen cosine is followed by its AdaptorRankedByFrozen.
 
     Args:
         cache: EmbeddingCache.
@@ -218,13 +217,13 @@ def every_scorer(cache, adaptors, score=PUBLISHED, reference=None):
     for (method, seed), adaptor in adaptors.items():
         scorer = AdaptorScorer(adaptor, cache, method, seed, score)
         if score == FROZEN:
-            yield FrozenScore(frozen, scorer)
+            yield AdaptorRankedByFrozen(frozen, scorer)
             continue
         if score == PUBLISHED and adaptor.ranks_by_frozen_cosine:
             scorer.ranking = frozen.ranking
         yield scorer
         if score == PUBLISHED and not adaptor.ranks_by_frozen_cosine:
-            yield FrozenScore(frozen, scorer)
+            yield AdaptorRankedByFrozen(frozen, scorer)
 
 
 def logit_scale(cache):
@@ -235,12 +234,12 @@ def logit_scale(cache):
 # A softmax over images that are seen a tile at a time.
 
 
-def empty_softmax(texts):
+def empty_softmax(text_count):
     """The softmax of T texts over no images, (2, T) float64.
 
     Row 0 is the log normaliser log sum_i exp(s c_i), row 1 the mean cosine sum_i p_i c_i.
     """
-    softmax = torch.zeros(2, texts, dtype=torch.float64)
+    softmax = torch.zeros(2, text_count, dtype=torch.float64)
     softmax[0] = -torch.inf
     return softmax
 

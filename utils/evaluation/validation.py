@@ -46,8 +46,8 @@ class HeldOut:
             raise UserError(f"--validation: {error} on the held-out images; {cure}") from None
         return {"loss": torch.stack(losses).mean().item(), **metrics}
 
-    def compare(self, record, path):
-        """Warn if the weights of this record of the log find far fewer images than the CLIP."""
+    def warn_if_poor(self, record, path):
+        """Warn if R@1 in a record of the log of a checkpoint is far below the frozen CLIP's."""
         recall = record["validation"]["R@1"]
         if recall < WARN_BELOW * self.frozen_recall:
             logging.warning(

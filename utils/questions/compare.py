@@ -1,7 +1,8 @@
 """Comparisons of methods that are evaluated already, from their saved results.
 
-`eval.py --compare A B` prints the paired bootstrap of two methods. This module, as a script, makes
-one table of many methods, and tells whether the leads of one survive: results/<name>/<NAME>.md.
+`eval.py --compare A B` prints the paired bootstrap of two methods. This module, as a script, writes
+one table of many methods to results/<dataset>/<--name>.md. With --against, it also tells whether
+the leads of one method survive.
 
 python -m utils.questions.compare --dataset shapes --method all variants --seed 0 1 2
 python -m utils.questions.compare --dataset shapes --method all originals \
@@ -23,9 +24,9 @@ from utils.evaluation.metrics import COUNT
 from utils.evaluation.results import Results, check_same_queries, load_results, save_texts
 from utils.evaluation.scorers import OWN, PUBLISHED, SCORES, Row
 from utils.evaluation.tables import (
-    between,
     differences,
     estimate_of,
+    interval_text,
     is_best,
     markdown_table,
     number,
@@ -46,16 +47,25 @@ for _section in SECTIONS:
             COLUMNS[f"{_figure.name} {_shown.key}"] = (_shown, _figure)
 ROUNDING = 1e-3  # share of queries that rounding may answer otherwise if two scores are the same
 SURVIVES = "survives"
-LEVEL = "level"
+TIED = "tied"
 REVERSED = "reversed"
-RESERVED_NAMES = ("README", "comparison", "t2i", "details")  # of files that eval.py writes
+RESERVED_NAMES = (  # of files that eval.py writes
+    "README",
+    "comparison",
+    "t2i",
+    "details",
+    "risk",
+    "paper",
+    "zero-shot",
+    "zero-shot-all",
+)
 OWN_SCORES = "`models/README.md` says what each method's own score is and how it is computed.\n"
 HOW = """Differences, {leader} minus the baseline, are of means over seeds. Their 95 % intervals
 add the variance over resampled images, each with all its captions, and the variance over the seeds
 of both (Student's t). They are not corrected for the number of comparisons. A lead survives if the
-interval is on its side of 0, is level if the interval contains 0, and is reversed if the interval
-is on the other side. A baseline is represented by its row that is best in the metric on these very
-queries; this favours the baseline.
+whole interval favours {leader}, is tied if the interval contains 0, and is reversed if the whole
+interval favours the baseline. A baseline is represented by its row that is best in the metric on
+these very queries; this favours the baseline.
 """
 
 
@@ -94,7 +104,7 @@ def main(argv=None):
     if args.against is not None:
         check_same_queries(results, "--against")
     for row, runs in results.items():
-        results[row] = [shown(run, args.resamples) for run in runs]
+        results[row] = [with_shown_metrics(run, args.resamples) for run in runs]
     seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
     title = f"{args.dataset}/{args.split}, {seeds}"
     recipes = recipes_of(results)
@@ -227,13 +237,15 @@ def family(method):
     return method if method in TRAINING_FREE else untagged(method).partition("-")[0]
 
 
-def shown(run, resamples):
+def with_shown_metrics(run, resamples):
     """The Results of the same answers with the metrics of the table, resampled."""
+    levels = 1  # these metrics need no levels
     content = {
-        "metrics": measure(run.answers, 1, SHOWN),
+        "metrics": measure(run.answers, levels, SHOWN),
         "config": run.content.get("config"),
     }
-    return Results(run.answers, content, measure_resamples(run.answers, 1, resamples, SHOWN))
+    draws = measure_resamples(run.answers, levels, resamples, SHOWN)
+    return Results(run.answers, content, draws)
 
 
 def table(results, labels, title):
@@ -255,7 +267,7 @@ def table(results, labels, title):
                 text = f"**{text}**"
             estimate = estimate_of(runs, section, figure)
             if estimate is not None:
-                text += between(estimate)
+                text += interval_text(estimate)
             line.append(text)
         lines.append(line)
     return markdown_table(lines)
@@ -292,9 +304,9 @@ def lead_table(results, labels, leader, baselines):
     sums = []
     for column in COLUMNS:
         survived = counts[column, SURVIVES]
-        level = counts[column, LEVEL]
+        tied = counts[column, TIED]
         reversed_ = counts[column, REVERSED]
-        sums.append(f"over {survived} in {column} ({level} level, {reversed_} reversed)")
+        sums.append(f"over {survived} in {column} ({tied} tied, {reversed_} reversed)")
     summary = f"its lead survives {', '.join(sums)}."
     sentence = f"{labels[leader]}: of {len(baselines)} baselines, {summary}"
     return f"{markdown_table(lines, words=len(COLUMNS))}\n{sentence}\n"
@@ -313,15 +325,15 @@ def _compare_with_best(results, labels, leader, rows, column):
     estimate_of_leader = estimate_of(results[leader], section, figure)
     difference = estimate_of_leader - estimate_of(results[best], section, figure)
     verdict = verdict_of(difference, figure.more_is_better)
-    text = f"{difference.mean:+.3f}{between(difference, '+.3f')}"
+    text = f"{difference.mean:+.3f}{interval_text(difference, '+.3f')}"
     return verdict, f"{verdict}, {text}, over {labels[best]}"
 
 
 def verdict_of(difference, more_is_better):
-    """What becomes of a lead, the Estimate of a difference: SURVIVES, LEVEL or REVERSED."""
+    """What becomes of a lead, the Estimate of a difference: SURVIVES, TIED or REVERSED."""
     low, high = difference.interval()
     if low <= 0 <= high:
-        return LEVEL
+        return TIED
     is_more = low > 0
     return SURVIVES if is_more == more_is_better else REVERSED
 

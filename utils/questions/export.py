@@ -8,7 +8,8 @@ Columns (empty where there is no value):
 - percentile: of captions (for an image: of images) of the split that are more certain
 - first: the first answer, an image's file name or a caption
 - rank: of the first right answer, 1 = best
-- p_right: probability that the first answer is right, from the uncertainty alone
+- p_right: probability that the first answer is right, from the uncertainty alone; fitted on all
+  queries of the split
 """
 
 import argparse
@@ -62,8 +63,7 @@ def export_file(text):
 def export(path, adaptors, cache, score=PUBLISHED, texts=None):
     """Write the captions and images of a split that have an uncertainty, or further texts.
 
-    A mapped split is not ranked: first, rank and p_right are empty, and its embeddings stay on
-    disk.
+    A split whose shards stay on disk (mapped) is not ranked: first, rank and p_right are empty.
 
     Args:
         path: as `export_file` returns it; it is replaced as a whole.

@@ -181,7 +181,7 @@ def example_captions(adaptor, cache, levels=5, per_level=2, score=PUBLISHED):
     has_files = bool(files) and all(file is not None and file.exists() for file in files)
     if cache.captions is None or not has_files:
         logging.info(
-            "captions.png is left out: the images of %s are not where they were embedded from",
+            "captions.png is left out: %s has no captions.json, or its image files are not found",
             cache.folder,
         )
         return []
@@ -212,11 +212,11 @@ def example_captions(adaptor, cache, levels=5, per_level=2, score=PUBLISHED):
 
 
 def _right_images(cache, caption):
-    """The rows of the images that a caption describes, as far as the cache knows."""
+    """The rows of the right images of a caption, by the first set of judgements if there is one."""
     own_image = cache.image_of_caption[caption].item()
-    for judgement in cache.judgements.values():
-        return {own_image, *judgement["t2i"][caption]}
-    return {own_image}
+    first_set = next(iter(cache.judgements.values()), None)
+    judged = first_set["t2i"][caption] if first_set else []
+    return {own_image, *judged}
 
 
 def _image_name(cache, image):

@@ -271,6 +271,7 @@ def variance_logits(prompts, weights):
 
 def probit_logits(prompts, weights):
     """s E / sqrt(1 + pi s^2 V / 8), where E and V are the mean and variance of an uncertain cosine.
+    Here pi is the number 3.14...
 
     With means z and variances a of an image i and a class t, and n = sum_d (z^2 + a),
     E = z_i . z_t / sqrt(n_i n_t) and V = sum_d [(z_i^2 + a_i) a_t + a_i z_t^2] / (n_i n_t).

@@ -10,7 +10,7 @@ import io
 import numpy as np
 
 from utils.evaluation.bootstrap import Estimate
-from utils.evaluation.tables import between, markdown_table, number
+from utils.evaluation.tables import interval_text, markdown_table, number
 
 COLUMNS = (
     "top-1",
@@ -76,7 +76,7 @@ def markdown(results, title, is_short=False):
         results: as for `rows_of`.
         is_short: leave out all scores but SHORT_SCORE, and all weightings but SHORT_WEIGHTINGS.
     """
-    lines = [[title, "prompts", "score", *COLUMNS]]
+    lines = [[title, "weighting", "score", *COLUMNS]]
     for (method, weighting, score), runs in rows_of(results).items():
         is_in_short_table = weighting in SHORT_WEIGHTINGS and score == SHORT_SCORE
         if is_short and not is_in_short_table:
@@ -86,7 +86,7 @@ def markdown(results, title, is_short=False):
             mean, std, estimate = summary(runs, name)
             text = "-" if mean is None else number(mean, std)
             if name == "top-1" and estimate is not None:  # the .csv has the other intervals
-                text += between(estimate)
+                text += interval_text(estimate)
             line.append(text)
         lines.append(line)
     return markdown_table(lines)
