@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from utils.evaluation import metrics, ranking
+from utils.evaluation import metrics, paper_table, ranking
 from utils.evaluation.metrics import (
     aurc,
     auroc,
@@ -29,7 +29,7 @@ from utils.evaluation.ranking import rank_queries, rank_relevant
 from utils.evaluation.results import Results
 
 
-@pytest.mark.parametrize(("module", "least"), [(metrics, 16), (ranking, 6)])
+@pytest.mark.parametrize(("module", "least"), [(metrics, 16), (ranking, 6), (paper_table, 1)])
 def test_docstring_examples_hold(module, least):
     result = doctest.testmod(module)
     assert result.attempted >= least

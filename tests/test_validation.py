@@ -270,7 +270,10 @@ def test_a_state_without_its_best_is_refused(script, monkeypatch, change):
         (("--validation", 1), ["--validation", "below 1"]),
         (("--validation", "nan"), ["--validation", "below 1"]),
         (("--validation", -0.1), ["--validation", "at least 0"]),
-        (("--validation", 0.999), ["embeddings/tiny/train: a share of 0.999 of 40 images", "none to train on"]),
+        (
+            ("--validation", 0.999),
+            ["embeddings/tiny/train: a share of 0.999 of 40 images", "none to train on"],
+        ),
         (("--validation", 0, "--keep", "best"), ["--keep best", "--validation 0.1"]),
         (("--keep", "first"), ["--keep", "last"]),
     ],

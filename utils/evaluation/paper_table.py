@@ -6,6 +6,7 @@ of a column, as it is printed, is bold; ties are all bold.
 
 import csv
 import io
+import re
 
 import numpy as np
 
@@ -31,6 +32,16 @@ def paper_name(row):
     if at:
         name += f", {tag}"
     return name if row.score == "published" else f"{name}, {row.score} score"
+
+
+def line_label(name):
+    """The name of a line of a plot as papers write it.
+
+    >>> line_label("asymvlm-psd, frozen score"), line_label("pcmepp@demo"), line_label("margin")
+    ('AsymVLM (PSD), frozen score', 'PCME++@demo', 'margin')
+    """
+    method, *rest = re.split(f"({TAG}|, )", name, maxsplit=1)
+    return "".join([PAPER_NAMES.get(method, method), *rest])
 
 
 def texts(results):

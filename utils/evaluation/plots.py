@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import rank_values, risk_coverage
+from utils.evaluation.paper_table import line_label
 from utils.evaluation.selective import predict_right
 from utils.evaluation.tables import labels_of
 from utils.evaluation.training_free import TRAINING_FREE
@@ -55,10 +56,15 @@ OTHER_MARKERS = "*ph<>X8dH"
 OTHER_DASHES = ("-.", "-", "--")
 RIGHT = "#009E73"  # frame of a correct image
 WRONG = "#bbbbbb"
+TEXT_WIDTH = 5.5  # inches, of a page of most venues; plots are as wide
 STYLE = {
-    "font.size": 9,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
+    "font.size": 8,  # venues ask for at least 7
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3,
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
@@ -275,7 +281,7 @@ def draw_depth(results, chains):
         {"": curves},
         "depth in the chain (1 = most general)",
         "percentile of uncertainty",
-        size=(3.8, 2.9),
+        height=2.9,
         has_integer_x=True,
     )
     return plot
@@ -299,14 +305,14 @@ def draw_ladder(results):
         curves[name] = [(ratio, range(len(prompts)))]
     if not curves:
         return None
-    size = (6.0, 0.42 * len(prompts) + 1.2)
     label = "uncertainty / uncertainty of the first prompt"
-    plot, axes = _draw_lines({"": curves}, label, "", size)
+    plot, axes = _draw_lines({"": curves}, label, "", height=0.36 * len(prompts) + 0.9)
     axis = axes[-1]  # training-free scores have no ladder: there is one panel
     prompt_labels = [textwrap.fill(prompt, 26) for prompt in prompts]
-    axis.set_yticks(range(len(prompts)), prompt_labels, fontsize=8)
+    axis.set_yticks(range(len(prompts)), prompt_labels)
     axis.invert_yaxis()
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
     return plot
 
 
@@ -320,12 +326,14 @@ def draw_captions(examples):
     levels = examples[-1]["level"]
     per_level = len(examples) // levels
     images = len(examples[0]["images"])
-    size = (1.25 * per_level * images, 1.62 * levels)
-    plot = plt.figure(figsize=size, layout="constrained")
+    size_of_image = TEXT_WIDTH / (per_level * images)
+    height_of_level = size_of_image + 0.57  # with up to four lines of text
+    plot = plt.figure(figsize=(TEXT_WIDTH, height_of_level * levels), layout="constrained")
     parts = plot.subfigures(levels, per_level)
     for part, example in zip(parts.flat, examples, strict=True):
-        lines = textwrap.wrap(example["caption"], 52, max_lines=3, placeholder=" ...")
-        part.suptitle("\n".join(lines), fontsize=7.5, x=0.02, ha="left")
+        lines = [f"level {example['level']} of {levels}, uncertainty {example['uncertainty']:.3g}"]
+        lines += textwrap.wrap(example["caption"], 46, max_lines=3, placeholder=" ...")
+        part.suptitle("\n".join(lines), fontsize=7, x=0.02, ha="left")
         axes = part.subplots(1, images)
         for axis, file, is_right in zip(axes, example["images"], example["right"], strict=True):
             with Image.open(file) as image:
@@ -365,7 +373,7 @@ def draw_against(results, field, label, logarithmic=False):
             return None
     if not answers:
         return None
-    columns = min(4, len(answers))
+    columns = min(3, len(answers))
     rows = math.ceil(len(answers) / columns)
     plot, axes = plt.subplots(
         rows,
@@ -373,7 +381,7 @@ def draw_against(results, field, label, logarithmic=False):
         squeeze=False,
         sharex=True,
         sharey=True,
-        figsize=(2.0 * columns + 0.4, 1.9 * rows + 0.4),
+        figsize=(TEXT_WIDTH, 1.6 * rows + 0.4),
         layout="constrained",
     )
     for axis in axes.flat[len(answers) :]:
@@ -381,9 +389,9 @@ def draw_against(results, field, label, logarithmic=False):
     looks = looks_of(answers)
     for axis, name in zip(axes.flat, answers, strict=False):
         _draw_percentiles(axis, looks[name], answers[name], field, logarithmic)
-        axis.set_title(name, loc="left", fontsize=9)
-    plot.supxlabel(label, fontsize=9)
-    plot.supylabel("percentile of uncertainty", fontsize=9)
+        axis.set_title(line_label(name), loc="left")
+    plot.supxlabel(label, fontsize=STYLE["font.size"])
+    plot.supylabel("percentile of uncertainty", fontsize=STYLE["font.size"])
     return plot
 
 
@@ -454,7 +462,7 @@ def _numbered(values):
 
 
 def _draw_lines(
-    panels, x_label, y_label, size=(2.9, 2.4), y_limits=None, marker=None, has_integer_x=False
+    panels, x_label, y_label, height=2.0, y_limits=None, marker=None, has_integer_x=False
 ):
     """Means over seeds, with a band of one standard deviation.
 
@@ -463,24 +471,23 @@ def _draw_lines(
 
     Args:
         panels: {title: {name: [(x, y), one per seed]}}.
-        size: of a panel, in inches.
+        height: of a panel, in inches.
         marker: of all lines; None: each has its own.
         has_integer_x: whether only integers are marked on the horizontal axis.
     Returns: the plot and its axes.
     """
     panel_rows = _rows_of_panels(panels)
-    width, height = size
     heights = []
     for panel_row in panel_rows:
         lines = max(map(len, panel_row.values()))
-        height_of_legend = 0.17 * lines + 0.4
+        height_of_legend = 0.15 * lines + 0.4
         heights.append(max(height, height_of_legend))
     plot, axes = plt.subplots(
         len(panel_rows),
         len(panels),
         squeeze=False,
         sharey="row",
-        figsize=(width * len(panels) + 1.5, sum(heights)),
+        figsize=(TEXT_WIDTH, sum(heights)),
         height_ratios=heights,
         layout="constrained",
     )
@@ -549,7 +556,7 @@ def _draw_mean(axis, name, look, curves):
 
 def _draw_line(axis, name, look, x, y, band=None):
     """Draw a line in its look, with a band (low, high) around it."""
-    axis.plot(x, y, label=name, **look)
+    axis.plot(x, y, label=line_label(name), **look)
     if band is not None:
         low, high = band
         axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)

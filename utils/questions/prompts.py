@@ -173,8 +173,8 @@ def example_captions(adaptor, cache, levels=5, per_level=2, score=PUBLISHED):
         levels: of equally many captions.
         per_level: captions of each level.
         score: what ranks, of SCORES.
-    Returns: dicts: "caption"; "level", from 1; "images", paths, best first; "right", a bool for
-        each of them. An empty list, and a line in the log, if captions, their uncertainty or the
+    Returns: dicts: "caption"; "level", from 1; "uncertainty"; "images", paths, best first; "right",
+        a bool for each of them. An empty list, and a line in the log, if captions, their uncertainty or the
         image files are missing.
     """
     files = [cache.image_file(row) for row in range(len(cache.image))] if cache.images else []
@@ -204,6 +204,7 @@ def example_captions(adaptor, cache, levels=5, per_level=2, score=PUBLISHED):
             {
                 "caption": cache.captions[caption],
                 "level": number // per_level + 1,
+                "uncertainty": uncertainty[caption],
                 "right": [image in right_images for image in images],
                 "images": [files[image] for image in images],
             }

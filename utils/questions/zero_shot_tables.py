@@ -10,6 +10,7 @@ import io
 import numpy as np
 
 from utils.evaluation.bootstrap import Estimate
+from utils.evaluation.paper_table import line_label
 from utils.evaluation.tables import interval_text, markdown_table, number
 
 COLUMNS = (
@@ -131,7 +132,8 @@ def plot(results, path):
             count = int(weighting.removeprefix("top "))
             accuracy.setdefault(method, {})[count] = mean
     for method, by_count in accuracy.items():
-        axis.plot(list(by_count), list(by_count.values()), marker="o", ms=3, label=method)
+        label = line_label(method)
+        axis.plot(list(by_count), list(by_count.values()), marker="o", ms=3, label=label)
     axis.set_xlabel("least uncertain prompts of each class")
     axis.set_ylabel("top-1 accuracy")
     axis.legend(fontsize=7)
