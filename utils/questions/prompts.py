@@ -174,8 +174,8 @@ def example_captions(adaptor, cache, levels=5, per_level=2, score=PUBLISHED):
         per_level: captions of each level.
         score: what ranks, of SCORES.
     Returns: dicts: "caption"; "level", from 1; "uncertainty"; "images", paths, best first; "right",
-        a bool for each of them. An empty list, and a line in the log, if captions, their uncertainty or the
-        image files are missing.
+        a bool for each of them. An empty list, and a line in the log, if captions, their
+        uncertainty or the image files are missing.
     """
     files = [cache.image_file(row) for row in range(len(cache.image))] if cache.images else []
     has_files = bool(files) and all(file is not None and file.exists() for file in files)
