@@ -425,6 +425,9 @@ def compare(args, folder):
     names = [row_name(row) for row in results]
     differences = paired_bootstrap(results, args.uncer_levels, args.resamples, args.levels_by)
     trained_on = f", trained on {args.trained_on}" if args.trained_on else ""
+    trained = tables.recipe_title(results)
+    if trained:
+        trained_on += f", {trained}"
     over_seeds = " and Student's t over the seeds" if len(args.seed) > 1 else ""
     text = (
         f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}{trained_on}: "

@@ -11,10 +11,11 @@ import torch
 import eval as eval_script
 import train as train_script
 from tests.conftest import load_result, make_cache
-from utils.checkpoint import lock_path
+from utils.checkpoint import checkpoint_path, lock_path
+from utils.cli import UserError
 from utils.files import locked, save_tensors
 from utils.questions import compare
-from utils.trained import training_command
+from utils.trained import check_exists, training_command
 
 SMALL = ("--dataset", "tiny", "--recipe", "small", "--batch-size", 50)
 EVAL = ("--dataset", "tiny", "--no-plots", "--resamples", 20)
@@ -197,3 +198,19 @@ def test_levels_are_cut_by_count_or_by_spacing(script, train):
         report = Path("results/tiny/README.md").read_text()
         assert ("--levels_by spacing" in report) == (by == "spacing")
     assert recall["count"] != recall["spacing"]
+
+
+def test_a_missing_checkpoint_names_the_tagged_one_or_the_other_data_set(workdir):
+    folder = Path("checkpoints/shapes/0")
+    folder.mkdir(parents=True)
+    (folder / "pfe@demo.pt").touch()
+    (folder / "pfe@best.resume.pt").touch()
+    for dataset, method, end in (
+        ("shapes", "pfe", "--method pfe --seed 0, or take --method pfe@demo, which is there"),
+        ("shapes", "prolip", "--method prolip --seed 0"),
+        ("coco", "pfe", "or evaluate the heads of another data set with --trained-on shapes"),
+    ):
+        path = checkpoint_path(dataset, 0, method)
+        with pytest.raises(UserError) as refused:
+            check_exists(path, dataset, method, 0)
+        assert str(refused.value).endswith(end)

@@ -54,9 +54,22 @@ def check_exists(path, dataset, method, seed):
         return
     else:
         command = training_command(dataset, method, seed)
-        raise UserError(f"{path}: no such checkpoint; make it with {command}")
+        problem = f"{path}: no such checkpoint; make it with {command}"
+        raise UserError(problem + _other_choice(path, method))
     need(path.exists(), f"{path}: no such checkpoint yet, {problem}; {cure}")
     logging.warning("note: %s is of an earlier training: %s; %s", path, problem, cure)
+
+
+def _other_choice(path, method):
+    """What may be meant instead of a missing checkpoint, to end a message; "" if nothing."""
+    tagged_names = sorted(file.stem for file in path.parent.glob(f"{untagged(method)}{TAG}*.pt"))
+    tagged_names = [name for name in tagged_names if "." not in name]  # no unfinished training
+    if tagged_names:
+        return f", or take --method {tagged_names[0]}, which is there"
+    other_data_sets = sorted(folder.name for folder in Path("checkpoints").glob("*"))
+    if other_data_sets and not path.parent.parent.exists():
+        return f", or evaluate the heads of another data set with --trained-on {other_data_sets[0]}"
+    return ""
 
 
 def check_fits(adaptor, path, cache, other_clip=False):
@@ -174,13 +187,19 @@ def training_command(dataset, method, seed, like=None):
 
 
 def _similar_checkpoint(dataset, method, like=None):
-    """The content of a checkpoint whose recipe a method could have, of the same method if any."""
+    """The content of a checkpoint with the same tag whose recipe a method could have, or None.
+
+    It is of the same method if there is one.
+    """
     folder = Path("checkpoints", dataset)
     paths = sorted(folder.glob(f"*/{method}.pt"))
     if like is not None:
         paths = [checkpoint_path(dataset, like, method)]
     paths += [path for path in sorted(folder.glob("*/*.pt")) if path.suffixes == [".pt"]]
+    tag = method.partition(TAG)[2]
     for path in paths:
+        if path.stem.partition(TAG)[2] != tag:
+            continue
         try:
             content = load_tensors(path, check_sums=False)
         except (UserError, OSError):
