@@ -19,7 +19,7 @@ import torch
 
 from datasets import embedding
 from datasets.arrays import SUFFIXES, read_text_arrays
-from datasets.embedding import ARRAYS, ROOT
+from datasets.embedding import ARRAYS, ROOT, SMALL_CACHE
 from datasets.registry import DATASETS
 from datasets.texts import CHAINS, LADDER, are_written, flatten, read_texts, write_texts
 from datasets.units import UnitStore, check_other_splits, is_finished, lock_file
@@ -43,7 +43,7 @@ from utils.distributed import (
     sum_over_ranks,
 )
 from utils.embed import CHUNK, embed_units, encode_texts, to_dtype, versions
-from utils.files import locked
+from utils.files import load_json, locked
 from utils.preprocess import ClipId, load_clip
 
 DTYPES = ("float16", "float32")
@@ -64,7 +64,16 @@ def main(argv=None):
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on where it stopped") from None
         if not any(Path("checkpoints", args.name).glob("*/*.pt")):
-            logging.info("next: python train.py --dataset %s --method asymvlm-psd", args.name)
+            logging.info("next: %s", training_command(args.name))
+
+
+def training_command(name):
+    """The command that trains on a cache, with the recipe for its size."""
+    command = f"python train.py --dataset {name} --method asymvlm-psd"
+    meta = ROOT / name / "train" / "meta.json"
+    if meta.exists() and load_json(meta).get("caption_count", SMALL_CACHE) < SMALL_CACHE:
+        command += " --recipe small"
+    return command
 
 
 def parse(argv):

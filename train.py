@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from datasets.embedding import NORMALISED, EmbeddingCache
+from datasets.embedding import NORMALISED, SMALL_CACHE, EmbeddingCache
 from datasets.rows import BUFFER
 from datasets.texts import LADDER, load_texts
 from models import (
@@ -44,8 +44,6 @@ from utils.optimizer import OPTIMIZERS, make_optimizer
 from utils.run import Run, check_finite
 from utils.seed import seed_everything
 from utils.trained import RECIPE_FLAGS
-
-SMALL_CACHE = 100_000  # captions; --recipe small is the better choice for fewer
 
 
 def main(argv=None):

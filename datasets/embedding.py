@@ -32,6 +32,7 @@ NORMALISED = (
     "note: all embeddings of %s have norm 1; heads are made for raw embeddings and train worse on "
     "normalised ones: use raw ones if you can"
 )
+SMALL_CACHE = 100_000  # captions; for fewer, --recipe small is the better choice
 HELD_OUT = 20_000  # images at most; more would only make every epoch longer
 
 
