@@ -57,12 +57,12 @@ def main(argv=None):
     if args.texts:
         cache_texts(args, device)
         return
-    # Ranks only tell each other that they are done; they never exchange tensors of a GPU.
+    # The ranks exchange only counts, on the CPU.
     with joined(torch.device("cpu"), PATIENCE):
         try:
             cache_data_set(args, DATASETS[args.dataset], device)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on where it stopped") from None
+            raise KeyboardInterrupt("run the same command again to continue") from None
         if not any(Path("checkpoints", args.name).glob("*/*.pt")):
             logging.info("next: %s", training_command(args.name))
 
@@ -92,8 +92,8 @@ def parse(argv):
     )
     add(
         "--texts",
-        help="embed the texts of a file for an existing cache: one text per line, or a .csv with a "
-        "column 'captions'",
+        help="add the texts of a file to an existing cache: one per line, or a .csv or .tsv with a "
+        "column 'captions'; or their embeddings, FILE.npy, with FILE.txt beside it",
     )
     broken = parser.add_mutually_exclusive_group()
     broken.add_argument(
@@ -133,7 +133,8 @@ def add_table_flags(parser):
     )
     add(
         "--csv-group-key",
-        help="column of a class, for example: images and captions of one are right for each other",
+        help="column of groups, such as classes: images and captions of one group are right for "
+        "each other",
     )
     add(
         "--csv-quoting",
@@ -185,7 +186,8 @@ def add_model_flags(parser):
         "--batch-size",
         type=positive,
         default=CHUNK,
-        help="images that a worker hands over at a time",
+        help="images that a worker hands over at a time, rounded up to a multiple of 64, or of 256 "
+        "on a GPU",
     )
     add(
         "--workers",
@@ -306,7 +308,7 @@ def texts_of(data_set):
 
 
 def missing_texts(name, texts, clip_id):
-    """Those of `texts_of` that are not in a cache, embedded by this CLIP."""
+    """Those of `texts_of` that a cache does not have yet from this CLIP."""
     missing = {}
     for stem, (lines, chains) in texts.items():
         if not are_written(name, stem, lines, chains, clip_id):
@@ -334,8 +336,8 @@ def cache_split(args, name, split, clip, settings):
 def embed_split(args, folder, split, clip, settings):
     """Embed a split unit by unit, and write it when all are finished.
 
-    A run that was killed goes on with the missing units. Every rank embeds its share of them, and
-    keeps them in one shared folder; the first rank makes the cache.
+    After a run was killed, the same command goes on with the missing units. Every rank embeds its
+    share of them, and keeps them in one shared folder; the first rank makes the cache.
     """
     start = time.perf_counter()
     # Units that other devices or versions made are not mixed in.
@@ -364,8 +366,7 @@ def report(folder, meta, seconds):
     """Log what was cached."""
     if meta["skipped"]:
         logging.warning(
-            "note: %d broken images and their captions are left out; "
-            "meta.json lists them under 'skipped'",
+            "note: %d broken samples are left out; meta.json lists them under 'skipped'",
             len(meta["skipped"]),
         )
     logging.info(
@@ -379,7 +380,10 @@ def report(folder, meta, seconds):
 
 
 def cache_texts(args, device):
-    """Embed the texts of a file with the CLIP and the precision that made the cache."""
+    """Add the texts of a file, embedded with the cache's CLIP or with embeddings of their own.
+
+    The precision is the cache's unless --precision is given.
+    """
     stem = Path(args.texts).stem
     problem = f"{stem!r} is the name of the data set's own texts"
     is_free = stem not in (LADDER, CHAINS)

@@ -10,7 +10,7 @@ writes them, each of which becomes a shard; text k of a file belongs to image k 
 
     <root>/<split>/img_emb/img_emb_0.npy  text_emb/text_emb_0.npy  metadata/metadata_0.parquet
 
-Files are read through a memory map, a part at a time.
+Embeddings are read a part at a time, through a memory map where possible.
 """
 
 import logging
@@ -47,17 +47,17 @@ class ArraySplit(Split):
         self.folder = Path(root) / split
         self.logit_scale = logit_scale
         self.pieces = _pieces_of(self.folder)
-        self.facts = []  # name, size and time of last change of every file
+        self.file_states = []  # name, size and time of last change of every file
         for piece in self.pieces:
             for file in piece.files():
-                self.facts.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+                self.file_states.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
 
     def fingerprint(self):
         """The number of files, and a digest of their names, sizes and times of last change."""
-        return {"files": f"{len(self.facts)} files, {digest(sorted(self.facts))}"}
+        return {"files": f"{len(self.file_states)} files, {digest(sorted(self.file_states))}"}
 
     def units(self):
-        """None: nothing is encoded."""
+        """No units: nothing is encoded."""
         return []
 
     def assemble(self, store, folder, meta):
@@ -132,10 +132,10 @@ class _ShardWriter:
 
 
 class _Piece:
-    """Files whose rows belong together: one set, or one number of clip-retrieval's.
+    """Files whose rows belong together: all, or those of one number in clip-retrieval's layout.
 
     Attributes:
-        file_of: {"image", "text"}: their files; "map", "captions", "images": files or None.
+        file_of: {kind: file}; that of "map", "captions" or "images" may be None.
     """
 
     def __init__(self, file_of):
@@ -196,7 +196,8 @@ def _pieces_of(folder):
         texts = _numbered(folder / "text_emb", "text_emb")
         tables = _numbered(folder / "metadata", "metadata")
         problem = (
-            f"img_emb/ and text_emb/ have files of other numbers ({len(numbered)}, {len(texts)})"
+            f"the numbers of the files in img_emb/ and text_emb/ differ ({len(numbered)} and "
+            f"{len(texts)} files)"
         )
         need(numbered.keys() == texts.keys(), f"{folder}: {problem}; give both of every number")
         return [

@@ -245,7 +245,7 @@ def check_widths(meta, image, text):
 def check_fields(entry, fields, where, may_be_blank=()):
     """Check the fields of an entry of a JSON file.
 
-    A whole number may be written as a float or a text of digits (`whole_number`); the entry gets
+    A whole number may be written as a float or a text of digits (`id_as_int`); the entry gets
     the int instead.
 
     Args:
@@ -261,7 +261,7 @@ def check_fields(entry, fields, where, may_be_blank=()):
         value = entry.get(field)
         if kind is int:
             expected = "a whole number"
-            value = whole_number(value)
+            value = id_as_int(value)
             is_right = value is not None
         else:
             expected = "a text that is not blank"
@@ -273,7 +273,7 @@ def check_fields(entry, fields, where, may_be_blank=()):
         entry[field] = value
 
 
-def whole_number(value):
+def id_as_int(value):
     """An id as an int: 7, 7.0 as pandas writes it, or "7"; None if it is no whole number."""
     if isinstance(value, bool):
         return None
@@ -301,7 +301,7 @@ def image_path(folder, name, where):
         raise UserError(f"{where}: {problem}; give names inside it, or absolute ones")
     if "\0" in name:
         problem = f"the image file {name!r} cannot be the name of a file"
-        raise UserError(f"{where}: {problem}; mend it")
+        raise UserError(f"{where}: {problem}; fix it")
     return folder / path
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from datasets.checks import check_fields, image_path, listing, need
+from datasets.checks import check_fields, image_path, listing
 from datasets.source import ListSplit
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.files import load_json
 
 

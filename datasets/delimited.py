@@ -60,7 +60,7 @@ def read_lines(path, separator, columns, quoting="minimal"):
         raise not_utf8(path) from None
     except csv.Error as error:
         raise UserError(
-            f"{path}: line {reader.line_num}: not readable as a table ({error}); mend the "
+            f"{path}: line {reader.line_num}: not readable as a table ({error}); fix the "
             "quotation marks, or read them as text with --csv-quoting none"
         ) from None
 

@@ -29,7 +29,7 @@ from utils.preprocess import ClipId
 ROOT = Path("embeddings")
 ARRAYS = "arrays"  # the model of a cache that no CLIP made (arrays.py)
 NORMALISED = (
-    "note: all embeddings of %s have norm 1; heads are made for raw embeddings and train worse on "
+    "note: the embeddings of %s have norm 1; heads are made for raw embeddings and train worse on "
     "normalised ones: use raw ones if you can"
 )
 SMALL_CACHE = 100_000  # captions; for fewer, --recipe small is the better choice
@@ -42,8 +42,8 @@ class EmbeddingCache:
     Args:
         name, split: folders, as in embeddings/shapes/val.
         root: the folder embeddings/ itself.
-        mapped: if the embeddings are in shards, leave them on disk, and do not read captions and
-            file names.
+        mapped: if the embeddings are in shards, leave them on disk, and do not read captions,
+            file names and relevance.
     Attributes:
         image, text: Rows (N, D) and (M, D) of raw embeddings.
         image_of_caption: image rows, (M,) int64.
@@ -227,7 +227,8 @@ class EmbeddingCache:
         Args:
             size: B; the last batch may be smaller.
             generator: on the CPU.
-            buffer: captions that are shuffled together on disk; see `RowsOnDisk.order`.
+            buffer: captions that are shuffled together if the rows are on disk; see
+                `RowsOnDisk.order`.
         """
         return in_batches(self._load_each(self.text.order(generator, buffer), buffer), size)
 
@@ -241,10 +242,10 @@ class EmbeddingCache:
 
     @functools.cached_property
     def judgements(self) -> dict:
-        """The right answers, if several may be: {set: {"t2i": M lists, "i2t": N lists of rows}}.
+        """The right answers, if there can be several.
 
-        Rows ascend; a list is empty if nobody judged the query. Judgements of captions alone are
-        inverted for images.
+        {set: {"t2i": M lists, "i2t": N lists of rows}}. Rows ascend; a list is empty if nobody
+        judged the query. If only captions were judged, the lists of the images are their inverse.
         """
         if self.relevance is None or isinstance(self.relevance, dict):
             return self.relevance or {}

@@ -1,7 +1,7 @@
 """A folder of images per class, and prompts for the classes: zero-shot classification.
 
-    <root>/<split>/<class>/*.jpg     the class is named after the folder, "_" as a space, or in
-    <root>/classes.txt               lines of folder, tab and name
+    <root>/<split>/<class>/*.jpg     a class is named after its folder, with spaces for "_"
+    <root>/classes.txt               optional other names: lines of folder, tab and name
 
 The captions of the cache are the prompts of all classes, class by class: template p of class c is
 caption c * P + p. Each is right for all images of its class (relevance.json), so that a cache of
@@ -73,7 +73,7 @@ class ImageFolder(ListSplit):
         images_left = []
         for prompt, images in zip(self.captions, self.relevance, strict=True):
             left = [image for image in images if image not in rows]
-            need(left, f"no image of the class of {prompt!r} can be read; mend one of them")
+            need(left, f"no image of the class of {prompt!r} can be read; fix one of them")
             images_left.append(left)
         self.image_of_caption = _own_images(images_left)
         return super().without(rows)
@@ -83,9 +83,9 @@ def _own_images(images_of_prompt):
     """One image that each prompt is right for: the prompts of a class take its images in turn.
 
     A cache gives every caption one image of its own. Images that are no caption's own are in the
-    gallery, and are no queries of eval.py.
+    gallery, and are not queries of eval.py.
     """
-    taken = {}
+    taken = {}  # first image of a class -> its prompts so far
     own_images = []
     for images in images_of_prompt:
         number = taken.get(images[0], 0)
@@ -121,7 +121,7 @@ def _images_in(folder):
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     need(images, f"{folder}: no image ({', '.join(SUFFIXES)}); remove the folder, or fill it")
     if len(images) < len(files):
-        logging.warning("note: %s: %d files are no images", folder, len(files) - len(images))
+        logging.warning("note: %s: %d files are not images", folder, len(files) - len(images))
     return images
 
 

@@ -1,4 +1,7 @@
-"""Decode image files to tensors for a CLIP, for every data set. A broken file never stops a run."""
+"""Decode image files to tensors for a CLIP, for every data set.
+
+A broken file gives a reason, not an exception.
+"""
 
 import os
 import re
@@ -24,7 +27,7 @@ def decode_file(path, transform):
 
 
 def decode(file, transform):
-    """The same of a path as a string, or of an open file, without the path in the reason."""
+    """Like `decode_file`, for a path (str) or an open file; the reason does not name the file."""
     try:
         return transform(read_rgb(file)), None
     except FileNotFoundError:
@@ -66,9 +69,8 @@ def image_stream(files, first, transform):
 def collate(decoded):
     """Stack what `decode` returned for B files.
 
-    It is a numpy array because workers hand tensors over in shared memory, which may be small.
-
-    Returns: images (B, 3, H, W), black where one is broken, or None if all are; B reasons or None.
+    Returns: a numpy array (B, 3, H, W), black where an image is broken, or None if all are; B
+        reasons or None.
     """
     images = [image for image, _ in decoded]
     reasons = [reason for _, reason in decoded]
@@ -104,8 +106,8 @@ def read_rgb(path):
 def _scaled(image):
     """Grey of more than 8 bits as RGB.
 
-    White is 65535 if the file says that it has 16 bits. Otherwise it is the smallest of 1 (floats
-    only), 255, 65535 and the largest value that no value exceeds.
+    White is 65535 if the file says that it has 16 bits. Otherwise it is the first of 1 (floats
+    only), 255 and 65535 that no pixel exceeds, or else the largest pixel.
     """
     grey = np.asarray(image, dtype=np.float64)
     if not np.isfinite(grey).all():

@@ -1,7 +1,7 @@
 """Captions with Karpathy's splits: a folder with images, and one JSON file for all splits.
 
-The JSON is {"images": [{"filename", "split", "imgid", "sentences": [{"raw", "sentid"}]}]}; further
-fields are ignored.
+The JSON is {"images": [{"filename", "split", "imgid", "sentences": [{"raw", "sentid"}]}]}. COCO's
+also needs "cocoid" and "filepath"; other fields are ignored.
 
     <root>/dataset_flickr30k.json  <root>/flickr30k-images/*.jpg or <root>/images/*.jpg
     <root>/dataset_flickr8k.json   <root>/Flicker8k_Dataset/*.jpg or <root>/images/*.jpg
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import eccv
-from datasets.checks import check_fields, image_path, listing, need, whole_number
+from datasets.checks import check_fields, id_as_int, image_path, listing
 from datasets.source import ListSplit
-from utils.cli import UserError
+from utils.cli import UserError, need
 from utils.files import load_json
 
 
@@ -169,7 +169,7 @@ def _check_image(image, layout, place, seen):
 def _check_sentence(sentence, image, place, seen):
     check_fields(sentence, {"sentid": int, "raw": str}, place, may_be_blank=("raw",))
     _check_new("sentid", sentence["sentid"], place, seen)
-    imgid = whole_number(sentence.get("imgid", image["imgid"]))
+    imgid = id_as_int(sentence.get("imgid", image["imgid"]))
     problem = f"says imgid {sentence.get('imgid')!r} but stands under imgid {image['imgid']}"
     is_own = imgid == image["imgid"]
     need(is_own, f"{place} (sentid {sentence['sentid']}) {problem}")

@@ -1,4 +1,4 @@
-"""The rows of an embedding matrix (N, D) behind one interface, in memory or on disk.
+"""Rows: an embedding matrix (N, D) behind one interface, in memory or on disk.
 
     rows[indices] -> (B, D)
     rows.read() -> (N, D)
@@ -7,7 +7,7 @@
     rows.load(indices, max_rows): make ready rows that will be read soon
     len(rows), rows.shape, rows.dtype, rows.device
 
-On disk they lie in shards, as web-scale data sets do: one per tar.
+On disk they lie in shards, for example one per tar.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,8 @@ from utils.cli import UserError, need
 from utils.device import sent
 from utils.files import load_tensors
 
-BUFFER = 2**20  # rows; images and texts 512 wide in float16 take 2 GB, which a file cache can hold
+# Rows. Images and texts 512 wide in float16 take 2 GB, which the system's page cache can hold.
+BUFFER = 2**20
 OPEN = 512  # shards that are open at a time
 NOT_LOADED = torch.iinfo(torch.int64).max
 

@@ -1,6 +1,6 @@
 """What cache_embeddings.py needs of a split of any data set.
 
-It needs what the split is made of, the units that are encoded at once, and the finished cache:
+It needs what the split is made of, the units that are saved as a whole, and the finished cache:
 
 split = CocoCaptions(root, "val", layout)    or another reader's
 embed_units(split.units(), clip, store)      utils/embed.py
@@ -36,9 +36,9 @@ class Split:
         raise NotImplementedError
 
     def state(self):
-        """What else distinguishes a finished cache from one of other files, {name: text}.
+        """What else a finished cache must share with its files now, {name: text}.
 
-        Units compare it by themselves.
+        It is not compared when units are reused: each unit checks its own file.
         """
         return {}
 
@@ -46,7 +46,7 @@ class Split:
         """Raise a UserError if more samples are known to be broken than may be left out."""
 
     def units(self):
-        """The units that are encoded at once and kept when a run stops: a list of `embed.Unit`."""
+        """The units, each saved as a whole: a list of `embed.Unit`."""
         raise NotImplementedError
 
     def assemble(self, store, folder, meta):
@@ -114,15 +114,15 @@ class ListSplit(Split):
         """The cache in one file of images and one of texts; in shards if meta names shard_rows."""
         image_units = store.load(unit for unit in self.units() if unit.kind == "image")
         text_units = store.load(unit for unit in self.units() if unit.kind == "text")
-        broken = {}  # image row -> reason
+        broken_images = {}  # row -> reason
         for content in image_units:
-            broken.update(content["left_out"])
-        left_out = [f"{place} {problem}" for place, problem in self.broken]
-        store.check_broken([*left_out, *broken.values()])
+            broken_images.update(content["left_out"])
+        broken_rows = [f"{place} {problem}" for place, problem in self.broken]
+        store.check_broken([*broken_rows, *broken_images.values()])
         say_notes(text_units, meta["context_length"])
-        left = self.without(broken)
-        problem = f"without the {len(broken)} broken image files no caption is left"
-        need(left.captions, f"{folder}: {problem}; mend them")
+        left = self.without(broken_images)
+        problem = f"without the {len(broken_images)} broken image files no caption is left"
+        need(left.captions, f"{folder}: {problem}; fix them")
         image = torch.cat([content["rows"] for content in image_units])  # (N, D)
         distinct_text = torch.cat([content["rows"] for content in text_units])
         texts, _ = distinct_texts(self.captions)
@@ -138,7 +138,7 @@ class ListSplit(Split):
         if image_folder is not None:
             meta["image_folder"] = image_folder
         meta.update(self.facts)
-        meta["skipped"] = self.skipped(broken)
+        meta["skipped"] = self.skipped(broken_images)
         meta["versions"] = versions()
         write_split(
             folder,
@@ -161,7 +161,10 @@ class ListSplit(Split):
         return folders.pop() if len(folders) == 1 else None
 
     def skipped(self, broken):
-        """What meta.json says of broken images, {row: reason}: a list of [name, reason]."""
+        """What meta.json lists as left out.
+
+        It is [place, problem] of rows, and [name, reason] of broken images {row: reason}.
+        """
         skipped = [list(row) for row in self.broken]
         for row, reason in broken.items():
             reason_alone = reason.removeprefix(f"{self.image_files[row]}: ")
@@ -169,7 +172,7 @@ class ListSplit(Split):
         return skipped
 
     def without(self, rows):
-        """The same split without some images, a collection of rows, and their captions."""
+        """The split without the images in `rows` and their captions."""
         images = [row for row in range(len(self.image_ids)) if row not in rows]
         captions = [caption for caption, row in enumerate(self.image_of_caption) if row not in rows]
         new_row = {row: new for new, row in enumerate(images)}
@@ -243,11 +246,11 @@ class ListUnit:
         return streams
 
     def name(self, row):
-        """An image in a message."""
+        """The name of an image in messages."""
         return self.items[row - self.number * UNIT]
 
     def describe(self, row, reason):
-        """A broken image in a message: the reason itself, which names the file."""
+        """The message about a broken image: the reason itself, which names the file."""
         return reason
 
     def load(self, folder):
@@ -263,12 +266,12 @@ class ListUnit:
         return content if is_whole else None
 
     def left_out(self, folder):
-        """The broken images that it was kept without, {image row: reason}; None if missing."""
+        """The broken images that the finished unit leaves out, {row: reason}; None if missing."""
         content = self.load(folder)
         return None if content is None else content.get("left_out", {})
 
     def save(self, folder, embedded):
-        """Keep what it became, an Embedded, in the folder of units."""
+        """Save this unit's Embedded in the folder of units."""
         if self.kind == "image":
             content = {"rows": embedded.image, "left_out": embedded.left_out}
         else:

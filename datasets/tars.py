@@ -195,7 +195,7 @@ class TarUnit:
         if notes is None or notes["tar"] != _identity(self.url):
             return None
         if notes["left_out"] and not _is_path(self.url):
-            return None  # a URL has no size or date, so its broken samples may be mended
+            return None  # a URL has no size or date, so its broken samples may be fixed
         if len(notes["sums"]) != len(KINDS):
             return None
         for kind, file_sum in zip(KINDS, notes["sums"], strict=True):
@@ -245,8 +245,8 @@ def tar_stream(url, size, transform):
             images, reasons = collate(decoded)
             yield Samples(list(keys), list(captions), images, reasons)
         if error is not None:
-            problem = f"cannot be used to its end: {_reason(error)}"
-            message = f"{url}: {problem}; mend it, or fetch it again"
+            problem = f"cannot be read to its end: {_reason(error)}"
+            message = f"{url}: {problem}; fix it, or fetch it again"
             yield Samples([], [], None, [message])
         is_finished = error is not None or len(batch) < size
 
@@ -273,7 +273,7 @@ def _reason(error):
 def _decoded(url, transform):
     """Yield (key, captions, (image, reason)) for every sample of a tar, as `decode` returns them.
 
-    Incomplete samples come last, since only then it is known whether their other half lay elsewhere
+    Incomplete samples come last, since only then is it known whether their other half lay elsewhere
     in the tar.
 
     Raises: whatever happens if the tar cannot be read, or is not sorted.
@@ -465,7 +465,7 @@ def _expand(pattern):
     except Exception as error:  # noqa: BLE001  its libraries raise many things
         reason = " ".join(str(error).split())[:100]
         problem = f"not a pattern of paths ({reason})"
-        raise UserError(f"--data-root {pattern}: {problem}; mend its braces") from None
+        raise UserError(f"--data-root {pattern}: {problem}; fix its braces") from None
 
 
 def _is_path(url):
@@ -474,7 +474,7 @@ def _is_path(url):
 
 
 def _identity(url):
-    """What distinguishes a tar from one that was mended since: [name, bytes, time of last change].
+    """What distinguishes a tar from one that was fixed since: [name, bytes, time of last change].
 
     For a URL it is [URL, 0, 0].
     """

@@ -27,15 +27,17 @@ from utils.preprocess import ClipId
 class UnitStore:
     """The finished units of an unfinished split.
 
-    Units that an earlier run has left there are used if they have the same settings.
+    Units of an earlier run are used if they have the same settings and, with overwrite, were made
+    with it too.
 
     Args:
         folder: where the split will be.
         settings: dict of plain types, what the units are made with and from.
         dtype: torch dtype of the stored embeddings.
         max_broken: samples that may be broken and left out.
-        overwrite: remove units that an earlier run has left with other settings.
-    Raises: UserError that says how the settings differ, if there are such units.
+        overwrite: remove other units instead of raising an error.
+    Raises: UserError that names the difference if there are units with other settings, or if a rank
+        does not find the first rank's.
     """
 
     def __init__(self, folder, settings, dtype, max_broken=0, overwrite=False):
@@ -128,14 +130,14 @@ def is_finished(name, split, settings, state, max_broken):
     changed = differences(saved, {**settings, **state})
     skipped = len(meta.get("skipped") or ())
     if not changed and skipped > max_broken:
-        changed = f"{skipped} broken images were left out"
+        changed = f"{skipped} broken samples were left out"
         changed += f"; --max-broken {skipped} or --skip-broken leaves it so"
     need(not changed, f"{folder}: was made with other settings: {changed}; {cure}")
     # A run that was killed at its very end leaves units beside the finished split.
     if units_folder(folder).exists() and is_first():
         with contextlib.suppress(UserError), locked(lock_file(folder), folder):
             UnitStore(folder, settings, None).remove()
-    logging.info("%s: whole already; --overwrite makes it anew", folder)
+    logging.info("%s: cached already; --overwrite makes it anew", folder)
     return True
 
 

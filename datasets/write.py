@@ -74,7 +74,7 @@ def clear_meta(folder):
 def move_shards(source, folder, index, image_of_caption, meta):
     """Move shards that are complete from another folder, and finish the split.
 
-    A shard that is in `folder` only was moved by a run that was stopped.
+    A shard that is only in `folder` was moved there by a run that was stopped.
 
     Args: index, image_of_caption: as `finish_shards` has them.
     """

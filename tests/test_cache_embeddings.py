@@ -393,4 +393,4 @@ def test_a_data_set_goes_into_files_of_so_many_rows(call):
     assert one.meta["caption_ids"] == many.meta["caption_ids"]
     assert EmbeddingCache("many", "val", mapped=True).mapped
     status, err = call.stderr("--name", "many", "--shard-rows", 16)
-    assert (status, err.count("whole already")) == (0, 2)
+    assert (status, err.count("cached already")) == (0, 2)

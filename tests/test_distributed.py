@@ -306,6 +306,6 @@ def test_a_broken_picture_of_one_rank_stops_all_and_the_rest_is_kept(flags, scri
     pictures[100].write_bytes(whole)
     with Ranks(3, cache, (64, *flags)) as ranks:
         assert ranks.wait() == [0, 0, 0], ranks.output()
-    os.rename("embeddings", "mended")
+    os.rename("embeddings", "fixed")
     assert script(cache_embeddings.main, *flags)[0] == 0
-    assert files_in("embeddings") == files_in("mended")
+    assert files_in("embeddings") == files_in("fixed")

@@ -326,7 +326,7 @@ def test_a_configuration_of_nonsense_is_refused(tiny, tmp_path, changes):
 def test_a_number_that_no_model_has_is_refused(tiny, tmp_path, value):
     config = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"ls_init_value": value}}
     (tmp_path / "odd.json").write_text(json.dumps(config))
-    expected = f"odd.json: ls_init_value is {value}, which no model has; mend the configuration"
+    expected = f"odd.json: ls_init_value is {value}, which no model has; fix the configuration"
     assert expected in refusal(tmp_path / "odd.json", tiny[1])
 
 

@@ -208,7 +208,7 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
         ("3", "no caption in UTF-8 beside it"),
     ):
         assert f"00000.tar: 00000000{key}: {reason}" in stderr
-    cure = "mend them, or leave them out with --skip-broken or --max-broken 4"
+    cure = "fix them, or leave them out with --skip-broken or --max-broken 4"
     assert stderr.splitlines()[-1].endswith(f" (4 broken samples in all; {cure})")
     assert call("--max-broken", 3)[0] == 2
     assert not Path("embeddings/web/train/meta.json").exists()
@@ -219,7 +219,7 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     assert [name for name, _ in cache.meta["skipped"]] == [
         f"00000.tar: 00000000{n}" for n in range(4)
     ]
-    assert "4 broken images were left out" in call()[1].splitlines()[-1]
+    assert "4 broken samples were left out" in call()[1].splitlines()[-1]
     assert call("--max-broken", 4)[0] == 0
     assert call("--skip-broken", "--name", "skip")[0] == 0
     assert all_bytes("embeddings/skip") == all_bytes("embeddings/web")
@@ -276,7 +276,7 @@ def test_a_tar_that_ends_between_two_samples_is_refused(call, pictures, how):
         "zeros": "zeros.tar",
     }[how]
     status, stderr = call("--data-root", root)
-    assert (status, f"{root}: cannot be used to its end" in stderr.splitlines()[-1]) == (2, True)
+    assert (status, f"{root}: cannot be read to its end" in stderr.splitlines()[-1]) == (2, True)
     assert not Path("embeddings/web/train/meta.json").exists()
 
 
@@ -335,7 +335,7 @@ def test_a_url_whose_samples_were_broken_is_looked_at_again(call, pictures):
 def test_a_tar_that_was_kept_without_a_sample_is_looked_at_again_once_it_may_be_mended(
     call, pictures, monkeypatch, root
 ):
-    """A file that was mended has another time of its last change; of a URL nothing tells."""
+    """A file that was fixed has another time of its last change; of a URL nothing tells."""
     write_tar("tars/a.tar", samples_of(pictures, 0, 5) | {"000000001.png": b"broken"})
     write_tar("tars/b.tar", samples_of(pictures, 5, 10))
     flags = ("--data-root", root, "--max-broken", 1)
@@ -403,7 +403,7 @@ def test_nothing_in_a_tar_is_unpickled(call, pictures, workdir):
         (("--max-broken", "-1"), "--max-broken"),
         (
             ("--data-root", "pipe:cat nowhere.tar"),
-            "pipe:cat nowhere.tar: cannot be used to its end: ",
+            "pipe:cat nowhere.tar: cannot be read to its end: ",
         ),
         (
             ("--data-root", "tars/{00000..00003.tar"),
@@ -494,7 +494,7 @@ def test_a_tar_that_is_not_sorted_is_one_line(call, pictures, size):
     write_tar("tars/00000.tar", files)
     status, stderr = call()
     assert status == 2
-    assert "00000.tar: cannot be used to its end" in stderr.splitlines()[-1]
+    assert "00000.tar: cannot be read to its end" in stderr.splitlines()[-1]
     assert "not sorted by name" in stderr and "tar --sort=name" in stderr
     assert "beside it" not in stderr
 

@@ -741,7 +741,7 @@ def test_normalised_embeddings_are_told_and_raw_ones_are_not(script):
     ]
     make_cache("unit", image=z[0].half(), text=z[1].half())
     assert script(train_script.main, *QUICK, "--dataset", "unit")[0] == 0
-    assert "all embeddings of embeddings/unit/train have norm 1" in script.stderr
+    assert "the embeddings of embeddings/unit/train have norm 1" in script.stderr
 
 
 def test_a_state_from_before_variances_could_be_started_goes_on_as_it_was_begun(script):

@@ -77,8 +77,8 @@ def test_a_finished_cache_is_not_made_again_and_needs_no_clip(call, workdir, mon
     monkeypatch.setattr(cache_embeddings, "load_clip", lambda *_: pytest.fail("CLIP was loaded"))
     status, err = call.stderr()
     assert status == 0
-    assert [line for line in err.splitlines() if "whole already" in line] == [
-        f"embeddings/shapes/{split}: whole already; --overwrite makes it anew"
+    assert [line for line in err.splitlines() if "cached already" in line] == [
+        f"embeddings/shapes/{split}: cached already; --overwrite makes it anew"
         for split in ("train", "val")
     ]
     assert all_bytes(workdir / "embeddings") == before
@@ -260,7 +260,7 @@ def test_skipping_goes_on_after_a_stop_with_the_same_bytes_and_is_not_forgotten(
     )
     status, _, last = call(*flags[:-1])
     assert status == 2
-    assert "2 broken images were left out" in last
+    assert "2 broken samples were left out" in last
 
 
 @pytest.fixture(params=["shapes", "coco", "csv"])
@@ -293,7 +293,7 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
     status, err = call.stderr(*flags, "--max-broken", 1)
     assert status == 2
     assert all(name in err for name in names)
-    cure = "mend them, or leave them out with --skip-broken or --max-broken 2"
+    cure = "fix them, or leave them out with --skip-broken or --max-broken 2"
     assert err.splitlines()[-1].endswith(f"(2 broken samples in all; {cure})")
     assert not Path("embeddings/it/val/meta.json").exists()
     assert call(*flags, "--max-broken", 2)[0] == 0
@@ -306,7 +306,7 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
     assert call(*flags, "--skip-broken")[0] == 0
     status, _, last = call(*flags, "--max-broken", 1)
     assert status == 2
-    assert "2 broken images were left out; --max-broken 2 or --skip-broken leaves it so" in last
+    assert "2 broken samples were left out; --max-broken 2 or --skip-broken leaves it so" in last
     assert all_bytes("embeddings") == before
     assert call(*flags, "--skip-broken", "--overwrite")[0] == 0
     assert all_bytes("embeddings") == before
@@ -319,7 +319,7 @@ def test_images_left_out_before_a_stop_count_after_it(call, stopped, broken_root
         (root / "val" / plain_split(root, "val")[0][0]["file_name"]).read_bytes()
     )
     assert call("--data-root", root, "--split", "val")[0] == 2
-    assert call("--data-root", root, "--split", "val", "--max-broken", 1)[0] == 0  # one was mended
+    assert call("--data-root", root, "--split", "val", "--max-broken", 1)[0] == 0  # one was fixed
     assert [name for name, _ in EmbeddingCache("shapes", "val").meta["skipped"]] == [names[0]]
 
 

@@ -25,12 +25,12 @@ from utils.preprocess import have_unknown_words, tokenize
 # Rows of every call of an encoder. The last bits of a row depend on how many there are.
 CHUNK = 64
 CHUNK_ON_GPU = 256  # fewer keep it waiting for the host
-STEP = 4  # texts are encoded at a multiple of this many tokens; fewer lengths fill more chunks
+STEP = 4  # texts have a multiple of this many tokens; fewer different lengths make fuller chunks
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pillow")  # the last bits depend on them
 
 
 class Unit(Protocol):
-    """What is encoded at once, and kept when a run is stopped.
+    """A part of a split that is embedded and saved as a whole.
 
     `embed_units` needs this of a unit, and knows no data set.
     """
@@ -39,22 +39,22 @@ class Unit(Protocol):
     image_count: int | None  # how many images; None: only reading them tells
 
     def streams(self, size):
-        """Functions of the CLIP's transform that yield `Samples`, at most `size` at a time."""
+        """A list of functions; each takes the CLIP's transform and yields `Samples` of `size`."""
 
     def name(self, key):
-        """A sample in a message."""
+        """The name of a sample in messages."""
 
     def describe(self, key, reason):
-        """A broken sample in a message."""
+        """The message about a broken sample."""
 
     def left_out(self, folder):
-        """The broken samples without which it is kept in a folder, {key: reason}.
+        """The broken samples that the finished unit in a folder leaves out, {key: reason}.
 
-        None if it is still to be made.
+        None if it is not finished.
         """
 
     def save(self, folder, embedded):
-        """Keep what it became, an `Embedded`, in a folder."""
+        """Save this unit's `Embedded` in a folder."""
 
 
 class Samples(NamedTuple):
@@ -148,7 +148,7 @@ class Broken:
         """Raise a UserError if there are too many."""
         if self.too_many():
             count = len(self.messages)
-            cure = f"mend them, or leave them out with --skip-broken or --max-broken {count}"
+            cure = f"fix them, or leave them out with --skip-broken or --max-broken {count}"
             raise UserError(f"{self.messages[-1]} ({count} broken samples in all; {cure})")
 
 
@@ -163,7 +163,8 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
         units: list of `Unit`, the same on every rank; of R ranks, each takes every R-th one.
         clip: Clip.
         store: UnitStore: the folder, the dtype and how many samples may be broken.
-        batch_size: images that a decoding process hands over at a time.
+        batch_size: images that a decoding process hands over at a time; it is rounded up to whole
+            chunks.
         workers: decoding processes; 0: this process decodes.
     Raises: UserError if too many samples are broken, a stream cannot be read or an embedding is
         not finite.
@@ -180,7 +181,7 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
             streams.append(stream)
             unit_of_stream.append(unit)
     running = Counter(unit_of_stream)  # streams that are not at their end
-    loader = _load(_Decoding(streams, clip), min(workers, len(streams)))
+    loader = _loader(_Decoding(streams, clip), min(workers, len(streams)))
     text_counts = [len(unit.texts or ()) for unit in missing]
     with _tell_of_a_dead_worker(), _bar("texts", text_counts) as texts_bar:
         with _bar("images", [unit.image_count for unit in missing]) as bar:
@@ -200,17 +201,18 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
         broken.check()
         text_units = list(embedded)  # those without images
         tokenising = _Tokenising(text_units, clip.tokenizer)
-        loader = _load(tokenising, workers if len(text_units) > 1 else 0)
+        loader = _loader(tokenising, workers if len(text_units) > 1 else 0)
         for unit, tokenized in zip(text_units, loader, strict=True):
             finished = embedded.pop(unit).finish(clip, store.dtype, texts_bar, tokenized)
             unit.save(store.begin(), finished)
 
 
 def missing_units(units, store, broken):
-    """This rank's units that are still to be made; the broken samples of the others are counted.
+    """This rank's units that are still to be made.
 
-    If the finished units have more broken samples than allowed, those units are made again, since
-    their files may have been mended.
+    The broken samples of its finished units are added to `broken`. If the finished units of all
+    ranks have more broken samples than allowed, the units with any are made again, since their
+    files may have been fixed.
     """
     left_out = {unit: unit.left_out(store.folder) for unit in units[rank() :: world_size()]}
     broken_here = sum(len(samples) for samples in left_out.values() if samples)
@@ -230,8 +232,8 @@ def _messages(unit, samples):
     return [unit.describe(key, error) for key, error in pairs if error]
 
 
-def _load(work, workers):
-    """A DataLoader that does this work, a Dataset, in so many processes; 0: in this one."""
+def _loader(work, workers):
+    """A DataLoader over this Dataset with this many worker processes; 0: in this one."""
     return DataLoader(
         work,
         batch_size=None,
@@ -253,14 +255,14 @@ def _ignore_ctrl_c(worker):
 
 @contextlib.contextmanager
 def _tell_of_a_dead_worker():
-    """Turn the death of a process that decodes images, in the block, into a UserError."""
+    """Turn the death of a worker process, in the block, into a UserError."""
     try:
         yield
     except RuntimeError as error:  # torch raises it wherever this process is just then
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            "a process that decodes images was killed, perhaps for want of memory; run the same "
+            "a worker process was killed, perhaps for want of memory; run the same "
             "command again with --workers 0, or in a container with more memory"
         ) from None
 
@@ -269,7 +271,7 @@ class _Decoding(IterableDataset):
     """Streams for a DataLoader, whose workers take them in turn.
 
     Yields (number of the stream, Samples), and (number, None) at the end of a stream. The images
-    are bytes of the CLIP's dtype, (B, 3, H, w) uint8, an array or a tensor.
+    are bytes of the CLIP's dtype, (B, 3, H, W * bytes per value) uint8, an array or a tensor.
     """
 
     def __init__(self, streams, clip):
@@ -291,7 +293,7 @@ class _Decoding(IterableDataset):
 
 
 def as_bytes(images, dtype):
-    """The bytes of an array (..., W) in a torch dtype, (..., w) uint8.
+    """The bytes of an array (..., W) in a torch dtype: (..., W * bytes per value) uint8.
 
     It is a tensor, which a worker hands over in shared memory, or, if there is little of that, as
     in many containers, an array, which takes the slower way through a pipe.
@@ -373,9 +375,9 @@ def embed_texts(clip, texts, bar, tokenized=None):
 def encode_tokens(clip, tokens, bar):
     """The embeddings of N token rows (N, L), (N, D) float32 on the CPU.
 
-    Each row is encoded no longer than its text: what comes after the token that the embedding is
-    read from does not matter. The length depends on the text alone, not on other texts, and so do
-    the last bits of its embedding.
+    Each row is cut at the first multiple of STEP that holds its text: what comes after the token
+    that the embedding is read from does not matter. The length depends on the text alone, not on
+    other texts, and so do the last bits of its embedding.
     """
     ends = text_ends(clip.model, tokens)
     lengths = (-(-ends // STEP) * STEP).clamp(max=tokens.shape[1])
@@ -459,7 +461,7 @@ def chunk_size(device):
 
 
 def in_chunks(encode, inputs, device):
-    """encode(inputs), (N, ...) -> (N, D) float32 on the device, as many rows in every call.
+    """encode(inputs), (N, ...) -> (N, D) float32 on the device, the same number of rows per call.
 
     The last call is filled up with copies of the last row. Nothing here waits for a GPU.
     """

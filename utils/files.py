@@ -16,7 +16,7 @@ import torch
 
 from utils.cli import UserError, need
 
-# What file systems answer that do not know these calls (NFS, Lustre, FUSE).
+# Errors of file systems that do not support these calls (NFS, Lustre, FUSE).
 WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 WITHOUT_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
@@ -24,7 +24,7 @@ LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has n
 
 @contextlib.contextmanager
 def written_aside(path):
-    """Write a file beside its final place, where it is moved when the block ends without an error.
+    """Write a file beside its final path, and move it there when the block ends without an error.
 
     Args: path: where the file will be. Its folder is made if needed.
     Yields: a binary file object, flushed to disk at the end.
@@ -33,7 +33,7 @@ def written_aside(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    aside = partial(path)
+    aside = partial_path(path)
     try:
         with open(aside, "wb") as file:
             yield file
@@ -56,7 +56,7 @@ def _sync(file):
             raise
 
 
-def partial(path):
+def partial_path(path):
     """Where this process writes the file or folder that will be at a path."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
@@ -80,8 +80,8 @@ def _is_alive(process):
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # The process belongs to another user.
-        pass
+    except (PermissionError, OverflowError):
+        pass  # another user's process, or a number too large for one
     return True
 
 
@@ -90,7 +90,8 @@ def locked(path, what):
     """Hold a lock while the block runs.
 
     Where the file system has flock, the lock ends with its process, however that ends. Elsewhere
-    (some network file systems) a file beside it is the lock, which a killed process leaves.
+    (some network file systems) the lock is that a file beside it exists, which a killed process
+    leaves behind.
 
     Args:
         path: the file, removed at the end together with folders that were made for it and are
@@ -175,7 +176,7 @@ def not_utf8(path):
 def text_lines(path):
     """The lines of a text file without space around them; blank ones are left out.
 
-    A line ends in \\n, \\r or both, and in nothing else that Unicode knows.
+    A line ends in \\n, \\r or both, not in Unicode's other line separators.
 
     Raises: UserError if it is not UTF-8.
     """

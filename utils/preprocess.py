@@ -110,9 +110,9 @@ class ClipId:
         return differences(self.readable(), other.readable())
 
     def contradicts(self, other):
-        """Whether another one is certainly a different CLIP.
+        """Whether another CLIP is different, as far as is known.
 
-        If both have a checksum, it decides; otherwise the names do, without folders.
+        The checksums decide if both have one, else the names without folders.
         """
         models_differ = _differ(self.model, self.model_sha256, other.model, other.model_sha256)
         weights_differ = _differ(
@@ -240,7 +240,8 @@ def tokenize(tokenizer, texts):
     tokens = tokenizer(texts)
     length = tokens.shape[1]
     padding = tokenizer([""])[0, -1]
-    is_cut = (tokens[:, -1] != padding).tolist()  # or it fits exactly
+    # This is also true if a text fits exactly; the loop finds these.
+    is_cut = (tokens[:, -1] != padding).tolist()
     for row, text in enumerate(texts):
         if is_cut[row]:
             one_longer = tokenizer([text], context_length=length + 1)[0, :length]
@@ -261,7 +262,7 @@ def have_unknown_words(clip, tokens):
     is_empty = (embedding.weight == 0).all(dim=1).cpu()
     problem = f"a vocabulary of {len(is_empty)} is too small for its tokenizer"
     fits = tokens.max() < len(is_empty)
-    need(fits, f"--model {clip.info['model']}: {problem}; mend vocab_size")
+    need(fits, f"--model {clip.info['model']}: {problem}; fix vocab_size")
     is_empty[0] = False  # padding
     return is_empty[tokens].any(dim=1).tolist()
 
@@ -302,7 +303,7 @@ def _register(name):
             limit = MAX_LAYERS if key == "layers" else MAX_NUMBER
             fits = abs(value) <= limit  # False for NaN
             problem = f"{key} is {value}, which no model has"
-            need(fits, f"--model {name}: {problem}; mend the configuration")
+            need(fits, f"--model {name}: {problem}; fix the configuration")
     open_clip.add_model_config(path)
     return path.stem
 
@@ -444,7 +445,7 @@ def _quiet():
 
 
 def _give_up_early_if_offline():
-    """Tell the hub's client that there is no network, or it tries for most of a minute.
+    """If the hub cannot be reached, tell its client, which would else try for most of a minute.
 
     Weights that it has cached still load.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.shapes.world import COLOURS, SHAPES, draw_scene, paint
-from utils.files import partial, remove_leftovers
+from utils.files import partial_path, remove_leftovers
 
 # Prompts from vague to precise. The first three say nothing of the class; the last two say more
 # than is true of all of its images.
@@ -35,7 +35,7 @@ def make(root, seed=0, train=2, val=12):
     """
     root = Path(root)
     remove_leftovers(root)
-    aside = partial(root)
+    aside = partial_path(root)
     rng = random.Random(f"classes {seed}")
     try:
         for split, images in (("train", train), ("val", val)):

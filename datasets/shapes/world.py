@@ -35,7 +35,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from utils.files import partial, remove_leftovers
+from utils.files import partial_path, remove_leftovers
 
 PIXELS = 96  # side of an image
 CELL = PIXELS // 3  # side of a cell of the grid
@@ -507,7 +507,7 @@ def _with_article(words):
 
 @functools.lru_cache(maxsize=4)
 def _reserved(seed):
-    """What the scenes of val and of the chains show. The train split shows none of it."""
+    """What the first 1,000 scenes of val and the 200 chains show. The train split shows none."""
     reserved = set()
     for split, count in (("val", 1000), ("chains", 200)):
         for i in range(count):
@@ -595,7 +595,7 @@ def make(root, seed=0, train=10_000, val=1_000):
     """
     root = Path(root)
     remove_leftovers(root)
-    aside = partial(root)
+    aside = partial_path(root)
     try:
         (aside / "annotations").mkdir(parents=True)
         for split, images in (("train", train), ("val", val)):
