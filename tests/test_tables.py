@@ -104,3 +104,17 @@ def test_text_and_markdown_are_aligned():
     ]
     markdown = tables.markdown_table([["x", "y | z", "w"], ["a", "1", "b"]], words=1)
     assert markdown == "| x | y | z | w |\n|---|---:|---|\n| a | 1 | b |\n"
+
+
+def test_the_papers_table_begins_with_the_frozen_clip_and_parts_trained_heads():
+    results = {**results_of(Row("frozen cosine")), **results_of(Row("pfe"))}
+    for run in results[Row("frozen cosine")]:
+        for direction in ("t2i", "i2t"):
+            run.content["metrics"][direction] = {"R@1": 0.25}
+    files = paper_table.texts(results)
+    assert files["paper.md"].splitlines()[2].startswith("| frozen cosine | - | - | - | 0.250")
+    lines = files["paper.tex"].splitlines()
+    frozen, middle, pfe = [
+        number for number, line in enumerate(lines) if line.startswith(("frozen", "\\mid", "PFE"))
+    ][1:]
+    assert middle == frozen + 1 == pfe - 1

@@ -12,6 +12,8 @@ import numpy as np
 
 from models import TAG
 from utils.evaluation.figures import DIRECTIONS, SECTIONS
+from utils.evaluation.scorers import FROZEN_COSINE
+from utils.evaluation.training_free import TRAINING_FREE
 
 COLUMNS = ("S", "R2", "-S*R2", "R@1", "AURC")
 LATEX = {"S": "$S$", "R2": "$R^2$", "-S*R2": "$-SR^2$", "R@1": "R@1", "AURC": "AURC"}
@@ -50,12 +52,11 @@ def texts(results):
     Args:
         results: {Row: [Results, one per seed]}.
     """
+    if not any(runs[0].is_uncertain for runs in results.values()):
+        return {}
     cells = {}
     for row, runs in results.items():
-        if runs[0].is_uncertain:
-            cells[row] = [_mean_and_std(runs, *column) for column in _columns()]
-    if not cells:
-        return {}
+        cells[row] = [_mean_and_std(runs, *column) for column in _columns()]
     best = [_best_text(cells, number) for number in range(len(_columns()))]
     return {
         "paper.md": _markdown(cells, best),
@@ -79,7 +80,8 @@ def _mean_and_std(runs, direction, figure):
     values = [run.content["metrics"][direction].get(figure.name) for run in runs]
     if None in values:
         return None, None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), std
 
 
 def _best_text(cells, number):
@@ -143,7 +145,12 @@ def _latex(cells, best):
         f" & {' & '.join([LATEX[name] for name in COLUMNS] * 2)} \\\\",
         "\\midrule",
     ]
+    was_trained = False
     for row, values in cells.items():
+        is_trained = row.method not in (FROZEN_COSINE, *TRAINING_FREE)
+        if is_trained and not was_trained and row != next(iter(cells)):
+            lines.append("\\midrule")  # between scores without training and trained heads
+        was_trained = is_trained
         texts = []
         for (mean, std), text in zip(values, best, strict=True):
             cell = _cell(mean, std, text, lambda cell: f"\\mathbf{{{cell}}}", " \\pm ")

@@ -14,6 +14,7 @@ from utils.evaluation.ranking import rank_queries, rank_relevant
 from utils.trained import training_of
 
 BATCH = 4096  # rows that are encoded at a time
+FROZEN_COSINE = "frozen cosine"  # the row of the frozen CLIP, which has no uncertainty
 PUBLISHED = "published"
 FROZEN = "frozen"
 OWN = "own"
@@ -86,7 +87,7 @@ class FrozenScorer(Scorer):
     """The frozen CLIP, which ranks by cosine and has no uncertainty."""
 
     def __init__(self, cache):
-        super().__init__(cache, Row("frozen cosine"))
+        super().__init__(cache, Row(FROZEN_COSINE))
         self.image = unit(read(cache.image))
         self.text = unit(read(cache.text))
 
