@@ -4,7 +4,7 @@ python eval.py --uncer_levels 10
 python eval.py --dataset shapes --method all --seed 0 1 2
 python eval.py --dataset shapes --method all --score own
 
-Instead of an evaluation, eval.py also answers questions about what is evaluated or cached already:
+eval.py can also answer questions about what has already been evaluated or cached:
 
 python eval.py --dataset shapes --seed 0 1 2 --compare asymvlm-psd prolip
 python eval.py --dataset shapes --prompts "a picture" "a picture of a red star"
@@ -126,12 +126,12 @@ def add_evaluation_flags(parser):
         "--reference",
         type=positive,
         metavar="N",
-        help="train images that reference-entropy compares texts with (default: all)",
+        help="number of training images that reference-entropy compares texts with (default: all)",
     )
     add(
         "--other-clip",
         action="store_true",
-        help="evaluate heads on the embeddings of another CLIP than they were trained on",
+        help="accept heads that were trained on the embeddings of a different CLIP",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
 
@@ -169,7 +169,7 @@ def add_evaluation_flags(parser):
         type=chance,
         default=selective.RISKS,
         metavar="R",
-        help="shares of wrong answers among the kept ones that are allowed (default: 0.1 0.2 0.3); "
+        help="allowed shares of wrong answers among the kept answers (default: 0.1 0.2 0.3); "
         "--prompts takes the first",
     )
     add(
@@ -196,7 +196,7 @@ def method_name(text):
     names = [*METHODS, *GROUPS]
     if untagged(text) not in names:
         choices = ", ".join(names)
-        raise argparse.ArgumentTypeError(f"{text!r} is no method: choose from {choices}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a method: choose from {choices}")
     return text
 
 
@@ -214,15 +214,16 @@ def add_question_flags(parser):
         type=positive,
         default=0,
         metavar="N",
-        help="list the N least uncertain captions; goes with --most-uncertain",
+        help="list the N least uncertain captions; can be combined with --most-uncertain",
     )
     one = group.add_mutually_exclusive_group()
     one.add_argument(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        help="compare two methods that are evaluated already, by a paired bootstrap; METHOD.own "
-        f"or METHOD.frozen for another --score, or one of {', '.join(TRAINING_FREE)}",
+        help="compare two methods that have already been evaluated, by a paired bootstrap; "
+        "METHOD.own or METHOD.frozen for another --score, or one of "
+        f"{', '.join(TRAINING_FREE)}",
     )
     one.add_argument(
         "--prompts",
@@ -239,13 +240,13 @@ def add_question_flags(parser):
     one.add_argument(
         "--zero-shot",
         action="store_true",
-        help="classify the images of a cache that has classes by uncertain prompts",
+        help="classify images by uncertain prompts; the cache must have classes",
     )
     group.add_argument(
         "--texts",
         type=folder_name,
         metavar="NAME",
-        help="with --export: write those of further embedded texts, texts/NAME",
+        help="with --export: write the scores of the embedded texts in texts/NAME instead",
     )
     group.add_argument(
         "--json",
@@ -290,7 +291,7 @@ def check_comparison(parser, args):
 
 
 def asks_question(args):
-    """Whether eval.py answers a question instead of an evaluation."""
+    """Whether eval.py answers a question instead of evaluating."""
     return bool(
         args.compare
         or args.export
@@ -412,7 +413,7 @@ def command_of(args):
         words.append("--other-clip")
     for flag, value in flags.items():
         values = value if isinstance(value, list) else [value]
-        words += [f"--{flag}", *map(str, values)]
+        words += [f"--{flag.replace('_', '-')}", *map(str, values)]
     return " ".join(words)
 
 

@@ -61,7 +61,7 @@ def test_an_evaluation_writes_thresholds_and_what_they_keep(script, trained):
     assert " S | R2 | -S*R2 |" in Path("results/tiny/comparison.md").read_text()
     page = Path("results/tiny/README.md").read_text()
     assert Path("results/tiny/risk.md").read_text() in page
-    assert "--risk 0.6 0.9 --confidence 0.8 --risk_at 1`" in page
+    assert "--risk 0.6 0.9 --confidence 0.8 --risk-at 1`" in page
     assert "coverage at 0.6" in printed
     rows = list(csv.reader(Path("results/tiny/comparison.csv").read_text().splitlines()))
     assert (

@@ -242,7 +242,7 @@ def test_a_threshold_that_is_no_number_is_refused(tmp_path, threshold):
     if threshold is ...:  # missing
         del known["threshold"]
     path.write_text(json.dumps({"guarantees": [known], "confidence": 0.95}))
-    with pytest.raises(UserError, match=r"pfe.threshold.json: a threshold is .*no number"):
+    with pytest.raises(UserError, match=r"pfe.threshold.json: a threshold is .*not a number"):
         load_threshold(path)
     for content in ([], {}, {"guarantees": {}}, "abc"):
         path.write_text(json.dumps(content))

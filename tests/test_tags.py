@@ -56,4 +56,4 @@ def test_a_tag_or_method_that_is_none_is_refused(script, workdir):
     status, _, message = script(train_script.main, *TRAIN, "--tag", "a/b")
     assert (status, "is no tag" in message) == (2, True)
     status, _, message = script(eval_script.main, *EVAL, "--method", "clip@x")
-    assert (status, "is no method: choose from asymvlm-psd" in message) == (2, True)
+    assert (status, "is not a method: choose from asymvlm-psd" in message) == (2, True)

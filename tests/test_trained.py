@@ -167,7 +167,7 @@ def test_heads_of_another_data_set_are_evaluated_if_the_clip_is_the_same(script,
     assert content["config"]["trained_on"] == "tiny"
     assert content["config"]["training"]["dataset"] == "tiny"
     page = (folder / "README.md").read_text()
-    assert "heads trained on tiny" in page.splitlines()[0] and "--trained_on tiny" in page
+    assert "heads trained on tiny" in page.splitlines()[0] and "--trained-on tiny" in page
     assert not Path("results/other/0").exists()
     for question in (
         ("--compare", "pfe", "asymvlm-psd"),

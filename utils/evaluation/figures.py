@@ -169,7 +169,7 @@ def uncertainty_of(answered):
 def only_judged(view):
     """The part of a view whose queries have judged answers; {} if there is none."""
     is_judged = np.asarray(view.get("relevant", ())) > 0
-    if "annotated" in view:  # in older result files, 0 relevant answers did not say it
+    if "annotated" in view:  # in older result files, this field says which queries are judged
         is_judged = is_judged & view["annotated"]
     if not is_judged.any():
         return {}

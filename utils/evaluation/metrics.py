@@ -236,7 +236,7 @@ def risk_coverage(
 
 
 def aurc(correct: np.ndarray, uncertainty: np.ndarray, weight: ArrayLike | None = None) -> Metric:
-    """AURC: the area under the risk-coverage curve, its mean over n, in [0, 1]; less is better.
+    """AURC: the area under the risk-coverage curve, its mean over n, in [0, 1]; lower is better.
 
     Args:
         correct: (Q,) bool.
@@ -254,7 +254,7 @@ def aurc(correct: np.ndarray, uncertainty: np.ndarray, weight: ArrayLike | None 
 
 
 def excess_aurc(area: Metric, correct: np.ndarray, weight: ArrayLike | None = None) -> Metric:
-    """E-AURC: AURC minus that of the best possible order, in [0, 1]; less is better.
+    """E-AURC: AURC minus that of the best possible order, in [0, 1]; lower is better.
 
     The best order puts all E wrong answers last. Its AURC is
     (1 / Q) sum_{k=1..E} k / (Q - E + k) = (E - (Q - E) (H(Q) - H(Q - E))) / Q,

@@ -20,7 +20,7 @@ from utils.evaluation.tables import labels_of
 from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import written_aside
 
-BEST = "best order (first row)"
+BEST = "best order (frozen ranking)"
 CALIBRATED = "perfectly calibrated"
 # Name of a line -> colour, marker, dashes. The colours are Okabe & Ito's, which people with any
 # common form of colour vision can tell apart. In grey, markers and dashes tell lines apart.
@@ -202,7 +202,7 @@ def _draw_recall(recall, modality):
 
 
 def draw_risk_coverage(results):
-    """The error rate among the most certain queries, and its minimum for the first row."""
+    """The error rate among the most certain queries, and the lowest with the first ranking."""
     if not results:
         return None
     panels = {}

@@ -230,6 +230,8 @@ def load_results(folder, row, seeds, split):
             f"--dataset {folder.parent.name} --trained-on {folder.name.removeprefix(TRAINED_ON)}"
         )
     command = f"python eval.py {flags} --method {method}"
+    if split != "val":
+        command += f" --split {split}"
     command += f" --seed {' '.join(map(str, seeds))}"
     if row.score != PUBLISHED:
         command += f" --score {row.score}"

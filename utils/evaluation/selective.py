@@ -72,8 +72,8 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
     r+ <= risk. Its order is fixed beforehand, so that it needs no correction for the number of its
     tests.
 
-    A single sequence would end at once if a few of the most certain answers are wrong. So there are
-    several, which start at n = 30, 60, 100, 150 and 200. Each uses
+    A single sequence would end at once if a few of the most certain answers were wrong. So there
+    are several, which start at n = 30, 60, 100, 150 and 200. Each uses
     delta = (1 - confidence) / (number of sequences), so that the largest threshold that any of them
     reaches is valid (union bound). If queries are independent, the error among the kept answers
     exceeds the risk for at most a share 1 - confidence of calibration sets.
@@ -208,8 +208,9 @@ def load_threshold(path, risk=None, k=1, confidence=None):
         has_risk = risk is None or guarantee.get("risk") == risk
         if has_k and has_risk:
             return _check_threshold(guarantee.get("threshold", np.nan), path)
-    problem = f"it has no threshold for --risk {risk} --risk-at {k}"
-    raise UserError(f"{path}: {problem}; evaluate with them")
+    wanted = f"--risk-at {k}" if risk is None else f"--risk {risk} --risk-at {k}"
+    problem = f"it has no threshold for {wanted}"
+    raise UserError(f"{path}: {problem}; evaluate again with it")
 
 
 def _check_threshold(threshold, path):
@@ -217,7 +218,7 @@ def _check_threshold(threshold, path):
     if threshold is None:
         return None
     is_number = type(threshold) in (int, float) and np.isfinite(threshold)
-    problem = f"a threshold is {threshold!r}, which is no number"
+    problem = f"a threshold is {threshold!r}, which is not a number"
     need(is_number, f"{path}: {problem}; evaluate again")
     return threshold
 
@@ -275,7 +276,7 @@ def brier(correct, uncertainty, image):
         correct: (Q,) bool.
         uncertainty: (Q,).
         image: the image that each query belongs to, (Q,).
-    Returns: float in [0, 1], less is better; None if there is only one image.
+    Returns: float in [0, 1], lower is better; None if there is only one image.
     """
     probability, is_right, weight = predict_right(correct, uncertainty, image)
     if len(weight) == 0:

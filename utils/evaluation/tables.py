@@ -40,11 +40,11 @@ then those of S, R2 and -S*R2 lie towards the worse side and may not contain the
 since a resample is noisier than the sample. No interval is corrected for the number of
 comparisons."""
 
-KEPT = """Answers are kept up to a threshold of uncertainty. It is chosen on half of the images such
-that, with confidence {:g}, at most the share in the column's name of the kept answers is wrong.
-Coverage (the share of answers that are kept) and error (the share of these that are wrong) are
-measured on the other half. Coverage 0, threshold undefined: on these images, in one of the seeds,
-no threshold passed the test; with more images one might.
+KEPT = """Answers are kept up to a threshold of uncertainty. It is chosen on half of the images so
+that, with confidence {:g}, the share of wrong answers among those kept is at most the number in the
+column's name. Coverage (the share of answers that are kept) and error (the share of these that are
+wrong) are measured on the other half. If no threshold passes the test in a seed, its coverage
+counts as 0, and the mean threshold and error are undefined. With more images, one might pass.
 
 The guarantee holds for captions drawn like the data set's, and for one row, k and risk that were
 chosen beforehand. If you pick the row with the largest coverage from the table, you have no

@@ -358,7 +358,7 @@ class Reference:
 
 
 def open_reference(load, cache, size=None):
-    """The reference images for a cache; None, and a line in the log, if it has none of its CLIP.
+    """The reference images for a cache; None, and a log line, without a train split of its CLIP.
 
     Args:
         load: function that returns the train split of the cache, an EmbeddingCache.

@@ -1,4 +1,4 @@
-"""Comparisons of methods that are evaluated already, from their saved results.
+"""Comparisons of methods that have already been evaluated, from their saved results.
 
 `eval.py --compare A B` prints the paired bootstrap of two methods. This module, as a script, writes
 one table of many methods to results/<dataset>/<--name>.md. With --against, it also tells whether
@@ -45,7 +45,7 @@ for _section in SECTIONS:
         SHOWN.append(_shown)
         for _figure in _figures:
             COLUMNS[f"{_figure.name} {_shown.key}"] = (_shown, _figure)
-ROUNDING = 1e-3  # share of queries that rounding may answer otherwise if two scores are the same
+ROUNDING = 1e-3  # share of queries whose answers may differ through rounding alone
 SURVIVES = "survives"
 TIED = "tied"
 REVERSED = "reversed"
@@ -127,7 +127,7 @@ def main(argv=None):
 
 def parse(argv):
     parser = Parser(
-        description="Make one table of methods that are evaluated already: R@1 and AURC with "
+        description="Make one table of methods that have already been evaluated: R@1 and AURC with "
         "their intervals."
     )
     add = parser.add_argument
@@ -207,7 +207,7 @@ def load_rows(folder, method, scores, seeds, split):
 
 
 def answers_alike(results, others):
-    """Whether two Results have the same uncertainties, and rank alike up to rounding."""
+    """Whether two Results agree, but for ROUNDING, in rank, first answer and uncertainty."""
     for direction, answered in results.answers.items():
         answered_by_other = others.answers[direction]
         if len(answered["rank"]) != len(answered_by_other["rank"]):

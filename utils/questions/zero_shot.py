@@ -404,14 +404,14 @@ def classify(prompts, label, resamples):
 def labels_of(cache):
     """The class of every image of a cache, (N,) ints. The folder in an image's name tells it.
 
-    Raises: UserError if an image is of no class.
+    Raises: UserError if an image belongs to no class.
     """
     classes, _ = classes_of(cache)
     class_of_folder = {folder: number for number, (folder, _) in enumerate(classes)}
     labels = []
     for image in cache.images:
         folder = image.partition("/")[0]
-        problem = f"{image} is of no class"
+        problem = f"{image} belongs to no class"
         need(folder in class_of_folder, f"{cache.folder}: {problem}; make the cache anew")
         labels.append(class_of_folder[folder])
     return np.array(labels)

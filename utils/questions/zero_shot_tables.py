@@ -134,7 +134,7 @@ def plot(results, path):
     for method, by_count in accuracy.items():
         label = line_label(method)
         axis.plot(list(by_count), list(by_count.values()), marker="o", ms=3, label=label)
-    axis.set_xlabel("least uncertain prompts of each class")
+    axis.set_xlabel("number of least uncertain prompts per class")
     axis.set_ylabel("top-1 accuracy")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=200)
