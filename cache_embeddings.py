@@ -206,7 +206,7 @@ def add_model_flags(parser):
     add(
         "--overwrite",
         action="store_true",
-        help="make a cache anew; the old one stays until the new one is complete",
+        help="rebuild a cache; the old one stays until all new embeddings are computed",
     )
 
 
@@ -269,7 +269,7 @@ def clip_of(args, data_set, precision):
 def open_splits(args, data_set):
     """The splits of --split, {name: Split}, with their lists read and checked.
 
-    A data set that can be drawn is drawn first.
+    A built-in data set is generated first if its folder does not exist.
     """
     root = args.data_root or f"data/{args.dataset}"
     with first_rank_first():  # the others find what it has made

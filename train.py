@@ -132,7 +132,7 @@ def settle(recipe, changes, captions):
 
 
 def run_config(args, seed, cache, precision):
-    """What a result depends on besides the values in its recipe, of which this has the name.
+    """The data and settings that a result depends on, apart from the recipe's values.
 
     It is saved with the checkpoint; --resume refuses a saved run with another one.
     """
@@ -144,7 +144,7 @@ def run_config(args, seed, cache, precision):
         "device": cache.device.type,
         "captions": len(cache.text),
         "images": len(cache.image),
-        "clip": cache.clip_id.sums(),
+        "clip": cache.clip_id.identity(),
         "cache": cache.digest,
     }
     if cache.mapped:
@@ -214,7 +214,7 @@ def make_parser():
         "--save-every",
         type=positive,
         default=10,
-        help="save the training state after this many epochs, or sooner if five minutes have "
+        help="save the training state every so many epochs, or sooner if five minutes have "
         "passed (default: 10)",
     )
     add(
@@ -384,7 +384,7 @@ def backward(adaptor, pairs, batch_size, precision, weight=1.0):
 
 
 def graph_of(adaptor, batch_size, precision, is_wanted):
-    """`backward` of whole batches as a CUDA graph; None if there can be none."""
+    """`backward` as a CUDA graph, for batches of this size; None if not wanted or not possible."""
     device = next(adaptor.parameters()).device
     is_possible = device.type == "cuda" and world_size() == 1 and adaptor.has_fixed_kernels
     if not (is_wanted and is_possible):

@@ -6,11 +6,12 @@ One file per kind, .npy, .pt or .safetensors:
                    captions.txt or captions.json, images.txt or images.json, if they are known
 
 Without image_of_caption, M = N, and text k belongs to image k. Or many files, as clip-retrieval
-writes them, each of which becomes a shard; text k of a file belongs to image k of the same file:
+writes them; text k of text_emb_<i> belongs to image k of img_emb_<i>:
 
     <root>/<split>/img_emb/img_emb_0.npy  text_emb/text_emb_0.npy  metadata/metadata_0.parquet
 
-Embeddings are read a part at a time, through a memory map where possible.
+Embeddings are read 32,768 rows at a time, through a memory map where possible; each such part
+becomes a shard of the cache.
 """
 
 import logging

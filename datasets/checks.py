@@ -13,8 +13,8 @@ from utils.files import load_json, load_tensors, sha256
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of embeddings
 # What to do, for messages.
-ANEW = "make the cache anew"
-CURE_OF_ROW = f"{ANEW} in --precision fp32, or leave the row out"
+ANEW = "rebuild the cache"
+CURE_OF_ROW = f"{ANEW} with --precision fp32, or leave the row out"
 
 
 # The form of a value.

@@ -87,7 +87,7 @@ def _read(file):
 def _load_relevance(path, caption_ids, row_of_image):
     """The image rows that are right for each caption, ascending."""
     image_ids_of = load_json(path)
-    cure = "make it anew with its captions file"
+    cure = "regenerate it together with its captions file"
     relevance = []
     for caption_id in caption_ids:
         try:

@@ -9,8 +9,8 @@
                               .parts/                  while they are unfinished (units.py)
 
 The first three files are those of the paper's repository; a cache that has only these is accepted.
-What is too large for one file lies in shards, image-00000.pt and so on (write.py), and is read by
-the same class.
+Caches of tars or arrays, and those made with --shard-rows, are stored in shards instead,
+image-00000.pt and so on (write.py). The same class reads them.
 """
 
 import copy

@@ -82,8 +82,8 @@ class ImageFolder(ListSplit):
 def _own_images(images_of_prompt):
     """One image that each prompt is right for: the prompts of a class take its images in turn.
 
-    A cache gives every caption one image of its own. Images that are no caption's own are in the
-    gallery, and are not queries of eval.py.
+    A cache assigns one image to every caption. In retrieval, images that are assigned to no caption
+    are in the gallery but are not queries; eval.py --zero-shot classifies all images.
     """
     taken = {}  # first image of a class -> its prompts so far
     own_images = []

@@ -69,7 +69,7 @@ def image_stream(files, first, transform):
 def collate(decoded):
     """Stack what `decode` returned for B files.
 
-    Returns: a numpy array (B, 3, H, W), black where an image is broken, or None if all are; B
+    Returns: a numpy array (B, 3, H, W), zeros where an image is broken, or None if all are; B
         reasons or None.
     """
     images = [image for image, _ in decoded]
@@ -77,8 +77,8 @@ def collate(decoded):
     good = [image for image in images if image is not None]
     if not good:
         return None, reasons
-    black = torch.zeros_like(good[0])
-    stacked = torch.stack([black if image is None else image for image in images])
+    blank = torch.zeros_like(good[0])
+    stacked = torch.stack([blank if image is None else image for image in images])
     return stacked.numpy(), reasons
 
 

@@ -36,7 +36,7 @@ class DataSet:
     """A data set that cache_embeddings.py can read."""
 
     reader: type  # class of a split (source.py), called with data root, name of the split, layout
-    layout: object = None  # where the files lie, as the reader takes it
+    layout: object = None  # where the files lie; for ImageFolder, the default templates
     model: str | None = (
         "ViT-B-32-quickgelu"  # with pretrained, the CLIP used by default; None: none
     )

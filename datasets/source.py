@@ -97,8 +97,9 @@ class ListSplit(Split):
         broken.check()
 
     def fingerprint(self):
-        """The numbers of images and captions, with digests of all lists but the paths."""
+        """The numbers of images and captions; digests of all lists but paths and broken rows."""
         images = [self.image_ids, self.image_names]
+        # None stands for a field of earlier versions, so that digests of older caches stay valid.
         captions = [self.caption_ids, self.captions, self.image_of_caption, self.relevance, None]
         return {
             "image_list": f"{len(self.image_ids)} images, {digest(images)}",

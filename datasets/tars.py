@@ -129,8 +129,8 @@ class TarSplit(Split):
             repeated += [key for key in keys if key in seen]
             seen.update(keys)
         if repeated:
-            message = "note: %d keys are in more than one tar, such as %s; tell their rows apart "
-            logging.warning(message + "by the row, not by the key", len(repeated), repeated[0])
+            message = "note: %d keys, such as %s, are in more than one tar; identify these samples "
+            logging.warning(message + "by row number, not by key", len(repeated), repeated[0])
 
 
 def _image_of_caption(notes):

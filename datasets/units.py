@@ -1,6 +1,6 @@
 """The units of an unfinished split, and whether a split is finished.
 
-A unit is a part of a split that is embedded at once. Finished units are kept in
+A unit is a part of a split that is embedded and saved as a whole. Finished units are kept in
 embeddings/<name>/<split>/.parts/ until all are finished, so that a stopped run can go on:
 
     settings.json       what they are made with and from; written first
@@ -27,8 +27,8 @@ from utils.preprocess import ClipId
 class UnitStore:
     """The finished units of an unfinished split.
 
-    Units of an earlier run are used if they have the same settings and, with overwrite, were made
-    with it too.
+    Units of an earlier run are reused if they have the same settings. With overwrite, the earlier
+    run must have had it, too.
 
     Args:
         folder: where the split will be.
@@ -131,13 +131,13 @@ def is_finished(name, split, settings, state, max_broken):
     skipped = len(meta.get("skipped") or ())
     if not changed and skipped > max_broken:
         changed = f"{skipped} broken samples were left out"
-        changed += f"; --max-broken {skipped} or --skip-broken leaves it so"
+        changed += f"; to accept this, give --max-broken {skipped} or --skip-broken"
     need(not changed, f"{folder}: was made with other settings: {changed}; {cure}")
     # A run that was killed at its very end leaves units beside the finished split.
     if units_folder(folder).exists() and is_first():
         with contextlib.suppress(UserError), locked(lock_file(folder), folder):
             UnitStore(folder, settings, None).remove()
-    logging.info("%s: cached already; --overwrite makes it anew", folder)
+    logging.info("%s: cached already; --overwrite rebuilds it", folder)
     return True
 
 

@@ -46,7 +46,7 @@ ORIGINALS = {
 }
 METHODS = {**PAPER, **VARIANTS, **ORIGINALS}
 
-# Learning rates of `small` in earlier versions; of AsymVLM, those of all but -anchored.
+# Learning rates of `small` in earlier versions; FORMER_ASYMVLM_LR: of AsymVLM, but for -anchored.
 FORMER_LR = {"probvlm": 3e-4, "pfe": 3e-4, "prolip": 3e-4}
 FORMER_ASYMVLM_LR = 3e-3
 
@@ -71,7 +71,7 @@ def tagged(method, tag):
 def expand_groups(names, recipe=None):
     """List the methods that a list of names and groups stands for, without repetition.
 
-    The members of groups come first. A tag of a group is that of its members.
+    The members of groups come first. A group's tag is passed on to its members.
 
     Args:
         names: names of methods and of groups.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-HIDDEN = 1024  # width of every hidden layer in AsymVLM's repository
+HIDDEN = 1024  # width of the hidden layers in AsymVLM's repository, but for ProbVLM's heads
 
 
 def mlp(embed_dim):
@@ -30,7 +30,7 @@ def at_least_float32(x):
 
 
 def full_precision(function):
-    """Decorator: raises half-precision tensor arguments to float32.
+    """Decorator: raises half-precision tensors among the positional arguments to float32.
 
     Autocast would leave lgamma, and on the CPU also log1p and logsumexp, in bfloat16, which has two
     to three significant digits. With float32 arguments, autocast lowers nothing but matrix

@@ -67,12 +67,12 @@ def slow_pfe(mean_image, var_image, mean_text, var_text):
 def test_pfes_loss_is_over_all_pairs_of_an_image():
     mean_image, log_var_image, mean_text, log_var_text = gaussians()
     arguments = mean_image, log_var_image.exp(), mean_text, log_var_text.exp()
-    agree(pfe.mutual_likelihood_loss_of_all_pairs, slow_pfe, arguments)
+    agree(pfe.mutual_likelihood_loss_within_images, slow_pfe, arguments)
 
 
 def test_pfes_loss_of_different_images_is_that_of_the_true_pairs():
     z = torch.randn(4, 7, 5, dtype=torch.float64).exp().unbind()
-    of_all_pairs = pfe.mutual_likelihood_loss_of_all_pairs(*z)
+    of_all_pairs = pfe.mutual_likelihood_loss_within_images(*z)
     assert of_all_pairs.item() == pytest.approx(pfe.mutual_likelihood_loss(*z).item(), rel=1e-8)
 
 

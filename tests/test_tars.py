@@ -483,7 +483,7 @@ def test_a_key_that_is_in_two_tars_is_told(call, pictures):
     write_tar("tars/00001.tar", samples_of(pictures, 2, 5))
     status, stderr = call()
     assert status == 0
-    assert "note: 1 keys are in more than one tar, such as 000000002" in stderr
+    assert "note: 1 keys, such as 000000002, are in more than one tar" in stderr
     assert len(EmbeddingCache("web", "train").text) == 6
 
 

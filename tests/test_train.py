@@ -507,7 +507,7 @@ def test_a_finished_run_is_not_trained_again_by_resume(script, one_thread):
     assert path.stat().st_mtime_ns == before
     status, _, last = script(train_script.main, *LONG, "--resume", "--lr", 0.5)
     assert status == 2
-    assert f"{path}: of a run with other settings: lr was 0.001, now 0.5" in last
+    assert f"{path}: belongs to a run with other settings: lr was 0.001, now 0.5" in last
     assert path.stat().st_mtime_ns == before
 
 

@@ -125,11 +125,13 @@ def test_an_older_checkpoint_of_an_unfinished_training_is_named(script, train):
     state = path.with_suffix(".resume.pt")
     shutil.copy(path, state)
     assert script(eval_script.main, *EVAL)[0] == 0
-    assert f"{path} is of an earlier training" in script.stderr and "--resume" in script.stderr
+    assert (
+        f"{path} is from an earlier training run" in script.stderr and "--resume" in script.stderr
+    )
     state.unlink()
     with locked(lock_path(path), path):
         assert script(eval_script.main, *EVAL)[0] == 0
-    assert f"{path} is of an earlier training: a training is at work on it" in script.stderr
+    assert f"{path} is from an earlier training run: it is being trained" in script.stderr
     assert script(eval_script.main, *EVAL)[0] == 0
     assert "earlier training" not in script.stderr
     path.rename(state)
@@ -196,7 +198,7 @@ def test_levels_are_cut_by_count_or_by_spacing(script, train):
         assert content["config"]["levels_by"] == by
         recall[by] = content["t2i"]
         report = Path("results/tiny/README.md").read_text()
-        assert ("--levels_by spacing" in report) == (by == "spacing")
+        assert ("--levels-by spacing" in report) == (by == "spacing")
     assert recall["count"] != recall["spacing"]
 
 

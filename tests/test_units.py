@@ -78,7 +78,7 @@ def test_a_finished_cache_is_not_made_again_and_needs_no_clip(call, workdir, mon
     status, err = call.stderr()
     assert status == 0
     assert [line for line in err.splitlines() if "cached already" in line] == [
-        f"embeddings/shapes/{split}: cached already; --overwrite makes it anew"
+        f"embeddings/shapes/{split}: cached already; --overwrite rebuilds it"
         for split in ("train", "val")
     ]
     assert all_bytes(workdir / "embeddings") == before
@@ -306,7 +306,10 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
     assert call(*flags, "--skip-broken")[0] == 0
     status, _, last = call(*flags, "--max-broken", 1)
     assert status == 2
-    assert "2 broken samples were left out; --max-broken 2 or --skip-broken leaves it so" in last
+    assert (
+        "2 broken samples were left out; to accept this, give --max-broken 2 or --skip-broken"
+        in last
+    )
     assert all_bytes("embeddings") == before
     assert call(*flags, "--skip-broken", "--overwrite")[0] == 0
     assert all_bytes("embeddings") == before

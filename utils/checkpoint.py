@@ -89,7 +89,7 @@ def load_run(path, recipes, config, cure):
         current_config["clip"] = _entries_of(saved_config["clip"], current_config["clip"])
     changed = differences(saved_config, current_config)
     changed = changed or _differences_of_recipes(content["recipe"], recipes)
-    need(not changed, f"{path}: of a run with other settings: {changed}; {cure}")
+    need(not changed, f"{path}: belongs to a run with other settings: {changed}; {cure}")
     return content
 
 
@@ -153,7 +153,7 @@ def load_adaptor(
         name, embed_dim, weights = translate(content, Path(path), method)
 
     is_known = isinstance(name, str) and name in METHODS
-    need(is_known, f"{path}: of the unknown method {name!r}; known are {', '.join(METHODS)}")
+    need(is_known, f"{path}: unknown method {name!r}; known are {', '.join(METHODS)}")
     need(method in (None, name), f"{path}: a checkpoint of {name}, not of {method}")
     is_width = type(embed_dim) is int and 1 <= embed_dim <= LARGEST_WIDTH
     need(is_width, f"{path}: embed_dim is {embed_dim!r}, expected a whole number")
@@ -171,8 +171,7 @@ def load_adaptor(
 def check_weights(path, weights, method, embed_dim):
     """Check that weights, a state dict, are finite and fit a method at this width.
 
-    A file may lack an integer, such as the count of batches of nn.BatchNorm1d; `load_state_dict`
-    then sets it to 0.
+    A file may lack the batch count of an nn.BatchNorm1d, which `load_state_dict` then sets to 0.
 
     Raises: UserError that names a tensor that does not fit.
     """

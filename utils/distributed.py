@@ -40,7 +40,7 @@ def joined(device, timeout=None):
             dist.init_process_group("gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes of this run do not find each other ({_first_line(error)}); "
+            f"the processes of this run cannot find each other ({_first_line(error)}); "
             "start them with torchrun"
         ) from None
     yield

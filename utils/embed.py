@@ -62,7 +62,7 @@ class Samples(NamedTuple):
 
     keys: list  # B names or rows; empty if the stream cannot be read on, for the reason in errors
     captions: list  # B lists of texts; empty if images come alone
-    images: np.ndarray | None  # (B, 3, H, W), black where one is broken; None if all are
+    images: np.ndarray | None  # (B, 3, H, W), zeros where one is broken; None if all are
     errors: list  # B reasons; None where nothing is broken
 
 
@@ -90,7 +90,7 @@ class Embedded:
         self._pieces = []
 
     def add(self, samples, clip):
-        """Encode the images of some samples. A broken one keeps its place in a chunk, in black."""
+        """Encode the images of some samples. A broken one stays in its chunk, as zeros."""
         good = []
         for row, (key, error) in enumerate(zip(samples.keys, samples.errors, strict=True)):
             if error:

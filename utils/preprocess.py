@@ -30,9 +30,17 @@ from utils.files import (
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = ("huggingface.co", 443)
-PROXIES = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+# If one of these is set, the user has configured the access to the hub; it is not tested.
+HUB_VARIABLES = (
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+)
 FILE_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")  # a name that ends so is no tag
-SUMS = ("model", "model_sha256", "pretrained", "pretrained_sha256")  # in meta.json
+IDENTITY = ("model", "model_sha256", "pretrained", "pretrained_sha256")  # in meta.json
 MAX_LAYERS = 1000  # in a configuration; a model of more would take hours to build
 MAX_NUMBER = 2**20  # of any other number there; more would not fit into memory
 SCHEMES = ("hf-hub:", "local-dir:")  # of --model: configuration and weights in one place
@@ -86,17 +94,17 @@ class ClipId:
             precision = None
         dtypes = {"float16": torch.float16, "float32": torch.float32}
         dtype = dtypes.get(str(meta.get("dtype")))
-        sums = {key: meta.get(key) for key in SUMS}
-        return cls(**sums, precision=precision, dtype=dtype, origin=origin)
+        identity = {key: meta.get(key) for key in IDENTITY}
+        return cls(**identity, precision=precision, dtype=dtype, origin=origin)
 
     def is_complete(self):
         """Whether it says everything that is needed to embed a further text."""
         has_names = isinstance(self.model, str) and isinstance(self.pretrained, str)
         return has_names and self.precision is not None and self.dtype is not None
 
-    def sums(self):
+    def identity(self):
         """Model and weights with their SHA-256, as they stand in meta.json."""
-        return {key: getattr(self, key) for key in SUMS}
+        return {key: getattr(self, key) for key in IDENTITY}
 
     def readable(self):
         """{"model", "pretrained"}: a tag, or the name of a file with its sum."""
@@ -157,7 +165,8 @@ def load_clip(name, pretrained, device="cpu", dtype=torch.float32):
         pretrained: an open_clip tag, or the path of weights: a state dict (.safetensors, .pt) or
             OpenAI's archive.
         device: where it is to run.
-        dtype: of the weights of its matrix products; sums and norms stay in float32.
+        dtype: of the weights of its matrix products, and of the activations between them; layer
+            norms compute in float32.
     Raises: UserError if the name, the tag or the file does not exist, or if they do not belong
         together.
     """
@@ -212,7 +221,7 @@ def _as_clip(model, tokenizer, name, pretrained, device, dtype):
     settings = open_clip.get_model_preprocess_cfg(model)
     configuration = open_clip.transform.PreprocessCfg(**settings)
     transform = open_clip.transform.image_transform_v2(configuration, is_train=False)
-    info = {**ClipId.of(name, pretrained).sums(), "precision": precision_name(dtype)}
+    info = {**ClipId.of(name, pretrained).identity(), "precision": precision_name(dtype)}
     info.update(_facts(model, tokenizer, settings))
     return Clip(model, transform, tokenizer, device, dtype, info)
 
@@ -449,7 +458,7 @@ def _give_up_early_if_offline():
 
     Weights that it has cached still load.
     """
-    if any(os.environ.get(key) for key in PROXIES):
+    if any(os.environ.get(key) for key in HUB_VARIABLES):
         return
     try:
         socket.create_connection(HUB, timeout=3).close()

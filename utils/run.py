@@ -40,8 +40,8 @@ class Run:
             best on held-out images (`kept_record`). Otherwise it has those of the last epoch, or
             the average that the recipe asks for.
         resume: continue a saved run with this recipe and config.
-        save_every: save the state after this many epochs, or at the first epoch's end after
-            SAVE_AFTER seconds.
+        save_every: save the state every so many epochs, and at the end of any epoch by which
+            SAVE_AFTER seconds have passed since the last save.
         former_recipe: what the recipe was in earlier versions; a run that was begun with it is
             continued with it. None: the same.
     Attributes:
@@ -271,7 +271,7 @@ class Run:
         if self.keeps_best:
             self.adaptor.load_state_dict(self.best)
             epoch = self.kept_record()["epoch"]
-            logging.info("%s: the weights of epoch %d, the best when validated", self.path, epoch)
+            logging.info("%s: the weights of epoch %d, the best in validation", self.path, epoch)
         elif self.average is not None:
             self.adaptor.load_state_dict(self.average)
         if is_first():

@@ -45,10 +45,10 @@ def check_exists(path, dataset, method, seed):
     """Raise a UserError if there is no checkpoint; note it if a later training is unfinished."""
     state = path.with_suffix(".resume.pt")
     if is_locked(lock_path(path)):
-        problem = "a training is at work on it"
-        cure = "wait until it has ended"
+        problem = "it is being trained"
+        cure = "wait until training ends"
     elif state.exists():
-        problem = f"its training was interrupted, and {state} has what was done"
+        problem = f"its training was interrupted; the progress is saved in {state}"
         cure = "finish it with the command that began it and --resume"
     elif path.exists():
         return
@@ -57,7 +57,7 @@ def check_exists(path, dataset, method, seed):
         problem = f"{path}: no such checkpoint; make it with {command}"
         raise UserError(problem + _other_choice(path, method))
     need(path.exists(), f"{path}: no such checkpoint yet, {problem}; {cure}")
-    logging.warning("note: %s is of an earlier training: %s; %s", path, problem, cure)
+    logging.warning("note: %s is from an earlier training run: %s; %s", path, problem, cure)
 
 
 def _other_choice(path, method):

@@ -16,7 +16,7 @@ class AsymVLM(Adaptor):
     """An image stays a point x = unit(z) on the sphere, a text becomes a distribution on it.
 
     eta = MLP(z), kappa = ||eta||, mu = eta / kappa: the mean direction. uncertainty = 1 / kappa.
-    A subclass names the distribution. variants.py changes what is a point and what a distribution.
+    A subclass sets the distribution. The variants in variants.py each change one design choice.
     Source: arXiv 2505.11029, sec. 3.
     """
 

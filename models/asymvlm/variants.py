@@ -26,7 +26,7 @@ from models.layers import HIDDEN, at_least_float32, pairwise_products, unit, wid
 START_KAPPA = 20.0
 RATE = 0.3
 REACH = 0.2
-LARGEST_LOG_KAPPA = 10.0  # guards exp against texts unlike those of the training set
+LARGEST_LOG_SCALE = 10.0  # guards exp against texts unlike those of the training set
 
 
 class Frozen(AsymVLM):
@@ -85,9 +85,8 @@ class Both(AsymVLM):
     S_ij = E_{x ~ p(x | image_i)} log p(x | text_j), which is minus the cross-entropy of the two
     and tends to log p(x_i | text_j) as the image's kappa tends to infinity. Equations and
     accuracy: `expected_..._log_prob` in distributions.py.
-    eta = D MLP(z) for an image: the length of its mean is nearly a function of
-    kappa / D. Without the factor D, all
-    logits would be nearly equal before training.
+    For an image, eta = D MLP(z), because the length of the distribution's mean depends almost only
+    on kappa / D. Without the factor D, all logits would be nearly equal before training.
     """
 
     spread = ("image", "text")
@@ -131,7 +130,7 @@ class Anchored(AsymVLM):
         a = at_least_float32(self.log_kappa(hidden))  # (N, 1)
         b = at_least_float32(self.text_mlp[-1](hidden))  # (N, D)
         log_scale = math.log(START_KAPPA) + RATE * a
-        scale = log_scale.clamp_max(LARGEST_LOG_KAPPA).exp()
+        scale = log_scale.clamp_max(LARGEST_LOG_SCALE).exp()
         step = REACH * b / self.embed_dim**0.5
         return (scale * (unit(z) + step),)
 

@@ -33,5 +33,5 @@ class PCMEPPAdaptor(GaussianAdaptor):
         return {"matching": matching_loss(*encoded, self.shift, self.negative_scale)}
 
     def own_score(self, image, text):
-        """-d(i, j), the expected squared distance, (N, M)."""
+        """Minus the expected squared distance d(i, j), (N, M)."""
         return -closed_form_sampled_distance(*image, *text)

@@ -19,7 +19,7 @@ PSEUDO_WEIGHT = 0.1  # of the pseudo-positives of rows and of columns
 
 @full_precision
 def closed_form_sampled_distance(mean_image, log_var_image, mean_text, log_var_text):
-    """Expected squared distance of a draw from each Gaussian, for all pairs.
+    """Expected squared distance between two draws, one from each Gaussian of a pair, for all pairs.
 
     d(i, j) = ||mean_i - mean_j||^2 + sum_d (exp log_var_i + exp log_var_j). This is a matrix
     product plus row and column sums; the (B, B, D) tensor of the definition would take 8.6 GB at

@@ -31,7 +31,7 @@ def exponential_variance(x):
 def mutual_likelihood_loss(mean_image, var_image, mean_text, var_text):
     """mean_b sum_d [ (mean_image - mean_text)^2 / V + log V ], V = var_image + var_text.
 
-    This is twice the negative mutual likelihood score of B true pairs, without the constant
+    This is the mean over B true pairs of minus twice the score of eq. 3, without the constant
     D log 2 pi.
 
     Args: all (B, D), variances > 0.
@@ -42,12 +42,12 @@ def mutual_likelihood_loss(mean_image, var_image, mean_text, var_text):
 
 
 @full_precision
-def mutual_likelihood_loss_of_all_pairs(mean_image, var_image, mean_text, var_text):
-    """The mutual likelihood loss, averaged over all K pairs that belong to one image.
+def mutual_likelihood_loss_within_images(mean_image, var_image, mean_text, var_text):
+    """The mutual likelihood loss over the K pairs whose two members belong to the same image.
 
-    These are each caption with its image, and each two captions of one image, over which
-    sum_d [ (mean - mean')^2 / (1e-10 + V) + log V ], V = var + var', is averaged. Images are told
-    apart by their means.
+    They are every caption with its image, and every two captions of the same image. The loss is the
+    mean over them of sum_d [ (mean - mean')^2 / (1e-10 + V) + log V ], V = var + var'. Images are
+    told apart by their means.
 
     Args: all (B, D), variances > 0.
     Returns: (). Memory grows with (K, D); K - B is the number of pairs of captions.

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from models.base import Adaptor, Recipe
 from models.layers import at_least_float32, unit
 from models.pfe.adaptor import PFEAdaptor
-from models.pfe.loss import exponential_variance, mutual_likelihood_loss_of_all_pairs
+from models.pfe.loss import exponential_variance, mutual_likelihood_loss_within_images
 
 # Initial values of learned scalars.
 GAIN = 1e-4
@@ -67,8 +67,8 @@ class ScaledHead(nn.Module):
 class PFEOriginal(PFEAdaptor):
     """mean = unit(z), var from a ScaledHead; uncertainty = sum_d var.
 
-    The loss averages over all pairs of one image. The recipe's weight decay on matrices is the L2
-    penalty of the authors' code, and their 12,000 steps of 256 pairs are 5.2 epochs of COCO.
+    The loss averages over all pairs within an image. The recipe's weight decay on matrices is the
+    L2 penalty of the authors' code, and their 12,000 steps of 256 pairs are 5.2 epochs of COCO.
     """
 
     recipes = {
@@ -102,5 +102,5 @@ class PFEOriginal(PFEAdaptor):
     describe_image = describe_text
 
     def loss(self, *encoded):
-        """The mutual likelihood loss of all pairs of one image. There are no negatives."""
-        return mutual_likelihood_loss_of_all_pairs(*encoded)
+        """The mutual likelihood loss of all pairs within an image. There are no negatives."""
+        return mutual_likelihood_loss_within_images(*encoded)

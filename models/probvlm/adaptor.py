@@ -11,9 +11,9 @@ from models.probvlm.loss import LIKELIHOOD_WEIGHT, mean_variance, positive, prob
 class BayesCap(nn.Module):
     """The network of one modality: a residual trunk and a head for each of the three parameters."""
 
-    hidden = HIDDEN  # width of the hidden layers
+    hidden = HIDDEN  # width of the trunk's hidden layers
     dropout = 0.0  # fraction of the second hidden layer
-    positive = staticmethod(positive)  # makes 1/alpha and beta positive
+    positive = staticmethod(positive)  # keeps 1/alpha and beta from being negative
 
     def __init__(self, embed_dim):
         super().__init__()
@@ -39,7 +39,7 @@ class BayesCap(nn.Module):
         )
 
     def forward(self, z):
-        """(N, D) -> mean, 1/alpha > 0 and beta > 0, (N, D) each."""
+        """(N, D) -> mean, 1/alpha >= 0 and beta >= 0, (N, D) each."""
         return self.heads(self.mod(z) + z)
 
     def heads(self, h):

@@ -95,8 +95,8 @@ def _uncertainty(bayescap, z):
     """mean_d u of what a network reads, (N, D) -> (N,), as `variance_of_passes` has it.
 
     Coordinates with beta = 0, whose variance is the largest that the clips allow, dominate the
-    mean. The remaining differences between texts are about 1e-5 of it, which float32 would round
-    away.
+    mean. The remaining differences between texts are about 1e-5 of it, of which float32 would
+    keep few digits.
     """
     uncertainties = []
     for rows in z.split(ROWS_AT_ONCE):

@@ -412,7 +412,7 @@ def labels_of(cache):
     for image in cache.images:
         folder = image.partition("/")[0]
         problem = f"{image} belongs to no class"
-        need(folder in class_of_folder, f"{cache.folder}: {problem}; make the cache anew")
+        need(folder in class_of_folder, f"{cache.folder}: {problem}; rebuild the cache")
         labels.append(class_of_folder[folder])
     return np.array(labels)
 
