@@ -63,15 +63,20 @@ def main(argv=None):
             cache_data_set(args, DATASETS[args.dataset], device)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("run the same command again to continue") from None
-        if not any(Path("checkpoints", args.name).glob("*/*.pt")):
-            logging.info("next: %s", training_command(args.name))
+        is_trained = any(Path("checkpoints", args.name).glob("*/*.pt"))
+        meta = ROOT / args.name / "train" / "meta.json"
+        if meta.exists() and not is_trained:
+            logging.info("next: %s", next_command(args.name, load_json(meta)))
 
 
-def training_command(name):
-    """The command that trains on a cache, with the recipe for its size."""
+def next_command(name, meta):
+    """The command that trains on a cache, with the recipe for its size.
+
+    Args: meta: content of the meta.json of its train split.
+    """
     command = f"python train.py --dataset {name} --method asymvlm-psd"
-    meta = ROOT / name / "train" / "meta.json"
-    if meta.exists() and load_json(meta).get("caption_count", SMALL_CACHE) < SMALL_CACHE:
+    captions = meta.get("caption_count")
+    if isinstance(captions, int) and captions < SMALL_CACHE:
         command += " --recipe small"
     return command
 

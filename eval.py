@@ -425,13 +425,13 @@ def compare(args, folder):
     results = {row: load_results(folder, row, args.seed, args.split) for row in args.compare}
     names = [row_name(row) for row in results]
     differences = paired_bootstrap(results, args.uncer_levels, args.resamples, args.levels_by)
-    trained_on = f", trained on {args.trained_on}" if args.trained_on else ""
-    trained = tables.recipe_title(results)
-    if trained:
-        trained_on += f", {trained}"
+    training = f", trained on {args.trained_on}" if args.trained_on else ""
+    recipes = tables.recipe_title(results)
+    if recipes:
+        training += f", {recipes}"
     over_seeds = " and Student's t over the seeds" if len(args.seed) > 1 else ""
     text = (
-        f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}{trained_on}: "
+        f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}{training}: "
         f"{CONFIDENCE:.0%} intervals, from {args.resamples} paired resamples of the images"
         f"{over_seeds}; not corrected for the number of comparisons\n\n{differences}\n"
     )

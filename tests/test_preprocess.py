@@ -18,7 +18,7 @@ from torch import nn
 from tests.conftest import CONFIG, Trap, write_tiny_clip
 from utils import preprocess
 from utils.cli import UserError
-from utils.preprocess import ClipId, have_unknown_words, load_clip, tokenize
+from utils.preprocess import HUB_VARIABLES, ClipId, have_unknown_words, load_clip, tokenize
 
 EXTRAS = {
     "input_resolution": 32,
@@ -385,14 +385,7 @@ def test_a_tag_without_a_network_says_in_one_line_that_a_local_file_will_do(monk
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_without_a_network_the_hub_is_told_so(monkeypatch, connected):
-    for key in (
-        "HF_HUB_OFFLINE",
-        "HF_ENDPOINT",
-        "HTTPS_PROXY",
-        "https_proxy",
-        "ALL_PROXY",
-        "all_proxy",
-    ):
+    for key in HUB_VARIABLES:
         monkeypatch.delenv(key, raising=False)
     asked = []
 

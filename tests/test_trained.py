@@ -207,12 +207,22 @@ def test_a_missing_checkpoint_names_the_tagged_one_or_the_other_data_set(workdir
     folder.mkdir(parents=True)
     (folder / "pfe@demo.pt").touch()
     (folder / "pfe@best.resume.pt").touch()
+    (folder / "pcmepp.pt").touch()
     for dataset, method, end in (
         ("shapes", "pfe", "--method pfe --seed 0, or take --method pfe@demo, which is there"),
         ("shapes", "prolip", "--method prolip --seed 0"),
-        ("coco", "pfe", "or evaluate the heads of another data set with --trained-on shapes"),
+        ("coco", "prolip", "--method prolip --seed 0"),
+        ("coco", "pcmepp", "or evaluate that of another data set with --trained-on shapes"),
     ):
         path = checkpoint_path(dataset, 0, method)
         with pytest.raises(UserError) as refused:
             check_exists(path, dataset, method, 0)
         assert str(refused.value).endswith(end)
+
+
+def test_the_command_for_a_tag_follows_the_same_tag_or_else_none(train):
+    train("--method", "pfe", "--epochs", 1)
+    train("--method", "pfe", "--epochs", 2, "--tag", "long")
+    assert "--epochs 1" in training_command("tiny", "prolip", 0)
+    assert "--epochs 2" in training_command("tiny", "prolip@long", 0)
+    assert "--epochs 1" in training_command("tiny", "prolip@other", 0)

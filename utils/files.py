@@ -134,7 +134,7 @@ def _acquire(path, what):
     """Acquire a lock without waiting, and return it."""
     from filelock import FileLock, SoftFileLock, Timeout
 
-    problem = f"{what}: another process is at work on it; wait until training ends"
+    problem = f"{what}: another process is at work on it; wait until it has ended"
     try:
         lock = FileLock(path, timeout=0)
         lock.acquire()

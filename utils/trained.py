@@ -66,9 +66,9 @@ def _other_choice(path, method):
     tagged_names = [name for name in tagged_names if "." not in name]  # no unfinished training
     if tagged_names:
         return f", or take --method {tagged_names[0]}, which is there"
-    other_data_sets = sorted(folder.name for folder in Path("checkpoints").glob("*"))
-    if other_data_sets and not path.parent.parent.exists():
-        return f", or evaluate the heads of another data set with --trained-on {other_data_sets[0]}"
+    elsewhere = sorted(Path("checkpoints").glob(f"*/{path.parent.name}/{path.name}"))
+    if elsewhere:
+        return f", or evaluate that of another data set with --trained-on {elsewhere[0].parts[1]}"
     return ""
 
 
@@ -187,19 +187,18 @@ def training_command(dataset, method, seed, like=None):
 
 
 def _similar_checkpoint(dataset, method, like=None):
-    """The content of a checkpoint with the same tag whose recipe a method could have, or None.
+    """The content of a checkpoint whose recipe a method could have, or None.
 
-    It is of the same method if there is one.
+    It is of the same method if there is one, and has the same tag or else none.
     """
     folder = Path("checkpoints", dataset)
     paths = sorted(folder.glob(f"*/{method}.pt"))
     if like is not None:
         paths = [checkpoint_path(dataset, like, method)]
-    paths += [path for path in sorted(folder.glob("*/*.pt")) if path.suffixes == [".pt"]]
-    tag = method.partition(TAG)[2]
+    finished = [path for path in sorted(folder.glob("*/*.pt")) if path.suffixes == [".pt"]]
+    for tag in dict.fromkeys((method.partition(TAG)[2], "")):
+        paths += [path for path in finished if path.stem.partition(TAG)[2] == tag]
     for path in paths:
-        if path.stem.partition(TAG)[2] != tag:
-            continue
         try:
             content = load_tensors(path, check_sums=False)
         except (UserError, OSError):
