@@ -1,6 +1,6 @@
 """Read and check files of a cache or a data set.
 
-Every error is a UserError whose message names the file and says what to do.
+Every error is a UserError whose message names the file and what is wrong with it.
 """
 
 import json
