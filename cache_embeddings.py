@@ -371,7 +371,7 @@ def report(folder, meta, seconds):
     """Log what was cached."""
     if meta["skipped"]:
         logging.warning(
-            "note: %d broken samples are left out; meta.json lists them under 'skipped'",
+            "note: broken samples left out: %d; meta.json lists them under 'skipped'",
             len(meta["skipped"]),
         )
     logging.info(

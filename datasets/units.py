@@ -130,7 +130,7 @@ def is_finished(name, split, settings, state, max_broken):
     changed = differences(saved, {**settings, **state})
     skipped = len(meta.get("skipped") or ())
     if not changed and skipped > max_broken:
-        changed = f"{skipped} broken samples were left out"
+        changed = f"broken samples left out: {skipped}"
         changed += f"; to accept this, give --max-broken {skipped} or --skip-broken"
     need(not changed, f"{folder}: was made with other settings: {changed}; {cure}")
     # A run that was killed at its very end leaves units beside the finished split.

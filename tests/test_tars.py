@@ -219,7 +219,7 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     assert [name for name, _ in cache.meta["skipped"]] == [
         f"00000.tar: 00000000{n}" for n in range(4)
     ]
-    assert "4 broken samples were left out" in call()[1].splitlines()[-1]
+    assert "broken samples left out: 4" in call()[1].splitlines()[-1]
     assert call("--max-broken", 4)[0] == 0
     assert call("--skip-broken", "--name", "skip")[0] == 0
     assert all_bytes("embeddings/skip") == all_bytes("embeddings/web")

@@ -260,7 +260,7 @@ def test_skipping_goes_on_after_a_stop_with_the_same_bytes_and_is_not_forgotten(
     )
     status, _, last = call(*flags[:-1])
     assert status == 2
-    assert "2 broken samples were left out" in last
+    assert "broken samples left out: 2" in last
 
 
 @pytest.fixture(params=["shapes", "coco", "csv"])
@@ -307,8 +307,7 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
     status, _, last = call(*flags, "--max-broken", 1)
     assert status == 2
     assert (
-        "2 broken samples were left out; to accept this, give --max-broken 2 or --skip-broken"
-        in last
+        "broken samples left out: 2; to accept this, give --max-broken 2 or --skip-broken" in last
     )
     assert all_bytes("embeddings") == before
     assert call(*flags, "--skip-broken", "--overwrite")[0] == 0

@@ -22,7 +22,7 @@ MIN_RESAMPLES = 100  # With fewer resamples a p-value says nothing.
 CONFIDENCE = 0.95  # of intervals
 LOG_SMALLEST_P = np.log(1e-12)
 THREADS = min(4, os.cpu_count() or 1)  # more wait for the memory
-BATCH = 64  # resamples that are computed together; their weights of 25,000 queries take 6 MB
+BATCH = 32  # resamples that are computed together; their weights of 25,000 queries take 3 MB
 
 
 def resample(measure, images, resamples):

@@ -500,8 +500,9 @@ def _cumulative(values):
 
 def _cumulative_from_zero(values):
     """Cumulative sums along the last axis, with a 0 before them: (..., Q) -> (..., Q + 1)."""
-    zero = np.zeros((*values.shape[:-1], 1), values.dtype)
-    return np.concatenate([zero, _cumulative(values)], axis=-1)
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1), values.dtype)
+    np.cumsum(values, axis=-1, dtype=values.dtype, out=sums[..., 1:])
+    return sums
 
 
 def _interpolate_rows(x, known_x, known_y):
