@@ -33,7 +33,7 @@ from utils.cli import (
 )
 from utils.device import pick_device
 from utils.embed import encode_texts, to_dtype
-from utils.evaluation import selective, tables
+from utils.evaluation import paper_table, selective, tables
 from utils.evaluation.bootstrap import CONFIDENCE, MIN_RESAMPLES, RESAMPLES
 from utils.evaluation.metrics import COUNT, SPACING
 from utils.evaluation.results import (
@@ -46,12 +46,25 @@ from utils.evaluation.results import (
     threshold_file,
 )
 from utils.evaluation.scorers import PUBLISHED, SCORES, Row
+from utils.evaluation.tables import seeds_title
 from utils.evaluation.training_free import TRAINING_FREE, every_scorer, open_reference
 from utils.questions import prompts, zero_shot, zero_shot_tables
 from utils.questions.compare import paired_bootstrap
-from utils.questions.export import export, export_file, load_export_texts
+from utils.questions.export import export, export_file
 from utils.report import results_page
 from utils.trained import load_adaptors
+
+# Flags in the command that makes the results again.
+ALWAYS_NAMED = ("dataset", "method", "seed", "split", "uncer_levels", "folds", "resamples")
+NAMED_IF_CHANGED = (
+    "trained_on",
+    "levels_by",
+    "score",
+    "reference",
+    "risk",
+    "confidence",
+    "risk_at",
+)
 
 
 def main(argv=None):
@@ -62,7 +75,7 @@ def main(argv=None):
         return
     device = pick_device(args.device)
     cache = EmbeddingCache(args.dataset, args.split, mapped=bool(args.export)).to(device)
-    if not asks_question(args):
+    if not (asks_for_captions(args) or asks_other_question(args)):
         check_counts(cache, args.uncer_levels, args.folds)
     trained_on = args.trained_on or args.dataset
     adaptors = load_adaptors(trained_on, args.method, args.seed, cache, args.other_clip)
@@ -72,7 +85,7 @@ def main(argv=None):
         print_answers(ask_prompts(args, adaptors, cache, folder), args.json)
     elif args.zero_shot:
         classify(args, adaptors, cache, folder)
-    elif args.most_uncertain or args.least_uncertain:
+    elif asks_for_captions(args):
         print_answers(list_captions(args, adaptors, cache), args.json)
     else:
         results = evaluate_all(args, adaptors, cache, folder)
@@ -259,21 +272,30 @@ def check_flags(parser, args):
     """Exit with a message if the flags do not fit together."""
     if torchrun_rank()[1] > 1:
         parser.error("eval.py runs in a single process; call it without torchrun")
-    lists_captions = bool(args.most_uncertain or args.least_uncertain)
-    if lists_captions and (args.compare or args.prompts or args.export or args.zero_shot):
+    if asks_for_captions(args) and asks_other_question(args):
         parser.error(
             "--most-uncertain and --least-uncertain are not allowed with another question; "
             "ask one at a time"
         )
     if args.texts and not args.export:
         parser.error("--texts: goes with --export")
-    if args.json and not (args.prompts or lists_captions):
+    if args.json and not (args.prompts or asks_for_captions(args)):
         parser.error(
             "--json: goes with --prompts, --most-uncertain and --least-uncertain; results/ holds "
             "the JSON of an evaluation"
         )
     if args.compare:
         check_comparison(parser, args)
+
+
+def asks_for_captions(args):
+    """Whether eval.py lists the most or least uncertain captions."""
+    return bool(args.most_uncertain or args.least_uncertain)
+
+
+def asks_other_question(args):
+    """Whether eval.py answers one of the questions of which only one can be asked."""
+    return bool(args.compare or args.prompts or args.export or args.zero_shot)
 
 
 def check_comparison(parser, args):
@@ -288,18 +310,6 @@ def check_comparison(parser, args):
     if args.resamples < MIN_RESAMPLES:
         parser.error(f"--resamples {args.resamples}: a comparison needs at least {MIN_RESAMPLES}")
     args.compare = rows
-
-
-def asks_question(args):
-    """Whether eval.py answers a question instead of evaluating."""
-    return bool(
-        args.compare
-        or args.export
-        or args.prompts
-        or args.zero_shot
-        or args.most_uncertain
-        or args.least_uncertain
-    )
 
 
 def check_counts(cache, levels, folds):
@@ -354,7 +364,8 @@ def report(args, results, adaptors, cache, folder):
     """Write the tables and plots of all rows; print the short ones."""
     images = len(cache.image)
     captions = len(cache.text)
-    title = f"{args.dataset}/{args.split}: {images} images, {captions} captions; {seeds_of(args)}"
+    title = f"{args.dataset}/{args.split}: {images} images, {captions} captions"
+    title += f"; {seeds_title(args.seed)}"
     trained = tables.recipe_title(results)
     if trained:
         title += f"; {trained}"
@@ -364,7 +375,7 @@ def report(args, results, adaptors, cache, folder):
     if args.score != PUBLISHED:
         title += f"; {SCORES[args.score]}"
         folder = folder / args.score
-    texts = tables.all_texts(results, title)
+    texts = {**tables.all_texts(results, title), **paper_table.texts(results)}
     plot_captions = {}
     if not args.no_plots:
         from utils.evaluation import plots
@@ -379,42 +390,19 @@ def report(args, results, adaptors, cache, folder):
     print(texts["report.txt"], end="")
 
 
-def seeds_of(args):
-    """ "seed 0" or "seeds 0, 1, 2"."""
-    return f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
-
-
 def command_of(args):
     """The command that makes these results again."""
-    flags = {
-        "dataset": args.dataset,
-        "method": args.method,
-        "seed": args.seed,
-        "split": args.split,
-        "uncer_levels": args.uncer_levels,
-        "folds": args.folds,
-        "resamples": args.resamples,
-    }
-    defaults = {
-        "trained_on": None,
-        "levels_by": COUNT,
-        "score": PUBLISHED,
-        "reference": None,
-        "risk": selective.RISKS,
-        "confidence": selective.CONFIDENCE,
-        "risk_at": selective.RANKS,
-    }
-    for flag, default in defaults.items():
-        value = getattr(args, flag)
-        if value != default:
-            flags[flag] = value
-    words = ["python", "eval.py"]
+    defaults = parse([])
+    command = "python eval.py"
     if args.other_clip:
-        words.append("--other-clip")
-    for flag, value in flags.items():
+        command += " --other-clip"
+    for flag in ALWAYS_NAMED + NAMED_IF_CHANGED:
+        value = getattr(args, flag)
+        if flag in NAMED_IF_CHANGED and value == getattr(defaults, flag):
+            continue
         values = value if isinstance(value, list) else [value]
-        words += [f"--{flag.replace('_', '-')}", *map(str, values)]
-    return " ".join(words)
+        command += f" --{flag.replace('_', '-')} {' '.join(map(str, values))}"
+    return command
 
 
 # Questions.
@@ -431,7 +419,8 @@ def compare(args, folder):
         training += f", {recipes}"
     over_seeds = " and Student's t over the seeds" if len(args.seed) > 1 else ""
     text = (
-        f"{args.dataset}/{args.split}, {' against '.join(names)}, {seeds_of(args)}{training}: "
+        f"{args.dataset}/{args.split}, {' against '.join(names)}, "
+        f"{seeds_title(args.seed)}{training}: "
         f"{CONFIDENCE:.0%} intervals, from {args.resamples} paired resamples of the images"
         f"{over_seeds}; not corrected for the number of comparisons\n\n{differences}\n"
     )
@@ -441,11 +430,12 @@ def compare(args, folder):
 
 def export_scores(args, adaptors, cache):
     """Write the scores of the split, or of further texts, to a file."""
-
-    def load(stem):
-        return load_texts(args.dataset, stem, cache.embed_dim, meta=cache.meta)
-
-    texts = load_export_texts(args.texts, load, cache) if args.texts else None
+    texts = None
+    if args.texts:
+        texts = load_texts(args.dataset, args.texts, cache.embed_dim, meta=cache.meta)
+        problem = f"there are none of this name in {cache.folder.parent / 'texts'}"
+        cure = "embed a file with cache_embeddings.py --texts"
+        need(texts, f"--texts {args.texts}: {problem}; {cure}")
     written = export(args.export, adaptors, cache, args.score, texts)
     rows = ", ".join(f"{count} rows of {kind}s" for kind, count in written.items())
     logging.info("written to %s: %s", args.export, rows)
@@ -456,7 +446,7 @@ def classify(args, adaptors, cache, folder):
     results = zero_shot.answer(cache, adaptors, args.resamples)
     classes, prompts_per_class = zero_shot.classes_of(cache)
     title = f"{args.dataset}/{args.split}, {len(classes)} classes, {prompts_per_class} prompts each"
-    title += f", {seeds_of(args)}, heads trained on {args.trained_on or args.dataset}"
+    title += f", {seeds_title(args.seed)}, heads trained on {args.trained_on or args.dataset}"
     text = zero_shot_tables.markdown(results, title, is_short=True)
     files = {
         "zero-shot.md": text,

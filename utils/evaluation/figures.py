@@ -279,48 +279,19 @@ HIERARCHY = (
 FOLDS = Section("recall_folds", "recall, mean over the folds", None, None, RECALL)
 
 
-def sections_of(direction):
-    """The sections of one direction that are shown in the details."""
-    title = DIRECTIONS[direction]
-    relevance = Section(
-        f"relevance_{direction}",
-        f"{title}, all right answers",
-        direction,
-        judged_queries,
-        RELEVANCE,
-        resampled=True,
-    )
-    cxc = Section(
-        f"cxc_{direction}",
-        f"{title}, all right answers of CxC",
-        direction,
-        cxc_queries,
-        ALL_RIGHT,
-        resampled=True,
-    )
-    sweep = Section(f"sweep_{direction}", f"{title}, 5 to 50 levels", direction, all_queries, SWEEP)
-    by_image = Section(
-        f"image_{direction}",
-        f"{title}, by the image's uncertainty",
-        direction,
-        queries_by_image,
-        RETRIEVAL,
-    )
-    calibration = Section(
-        f"calibration_{direction}",
-        f"{title}, probability of being right",
-        direction,
-        all_queries,
-        CALIBRATION,
-    )
-    return relevance, cxc, sweep, by_image, calibration
-
-
-def _details():
-    """The sections of `sections_of` in turn for both directions, kind by kind."""
+def for_both_directions(key, title, view, figures, resampled=False):
+    """The same section of both directions, [text-to-image, image-to-text]."""
     sections = []
-    for pair in zip(sections_of("t2i"), sections_of("i2t"), strict=True):
-        sections += pair
+    for direction, name in DIRECTIONS.items():
+        section = Section(
+            f"{key}_{direction}",
+            f"{name}, {title}",
+            direction,
+            view,
+            figures,
+            resampled=resampled,
+        )
+        sections.append(section)
     return sections
 
 
@@ -338,7 +309,13 @@ SECTIONS = (
     ),
     Section("recall", "recall", None, both_directions, RECALL),
     FOLDS,
-    *_details(),
+    *for_both_directions(
+        "relevance", "all right answers", judged_queries, RELEVANCE, resampled=True
+    ),
+    *for_both_directions("cxc", "all right answers of CxC", cxc_queries, ALL_RIGHT, resampled=True),
+    *for_both_directions("sweep", "5 to 50 levels", all_queries, SWEEP),
+    *for_both_directions("image", "by the image's uncertainty", queries_by_image, RETRIEVAL),
+    *for_both_directions("calibration", "probability of being right", all_queries, CALIBRATION),
     Section(
         "asymmetry",
         "asymmetry: AURC by whose uncertainty",

@@ -15,6 +15,7 @@ one call with R such weights computes a metric of R resamples (bootstrap.py).
 import numpy as np
 from numpy.typing import ArrayLike
 
+ROUNDING = 1e-12  # what is smaller is 0 but for rounding
 Metric = float | np.ndarray | None  # one number, one per resample (R,), or undefined
 
 
@@ -155,9 +156,8 @@ def level_spearman(recall: ArrayLike) -> Metric:
     # offset, to which the correlation is invariant, this is the rank with ties shared.
     sign = np.sign(recall[..., :, None] - recall[..., None, :])  # (..., K, K)
     rank = np.nansum(sign, axis=-1)
-    rank = np.where(is_known, rank, np.nan)
     rank_of_level = np.cumsum(is_known, axis=-1)
-    return _result(_correlation(rank, rank_of_level))
+    return _result(_correlation(rank, rank_of_level, is_known))
 
 
 def level_r2(recall: ArrayLike) -> Metric:
@@ -170,7 +170,8 @@ def level_r2(recall: ArrayLike) -> Metric:
     """
     recall = np.asarray(recall, dtype=np.float64)
     level = np.arange(recall.shape[-1])
-    correlation = _correlation(recall, level)
+    is_known = ~np.isnan(recall)
+    correlation = _correlation(np.nan_to_num(recall), level, is_known)
     return _result(correlation**2)
 
 
@@ -186,29 +187,22 @@ def level_score(recall: ArrayLike) -> Metric:
     return -spearman_of_levels * level_r2(recall)
 
 
-def _correlation(values, position):
-    """Pearson correlation of values (..., K) with positions (..., K) or (K,): (...).
+def _correlation(x, y, weight):
+    """Pearson correlation of x and y, (..., K) or (K,): (...). It is NaN where one is constant.
 
-    Values that are NaN are left out. The result is NaN where the others are constant.
+    Args: weight: how often each pair counts, (..., K).
     """
-    is_known = ~np.isnan(values)
-    is_constant = np.nanmax(values, axis=-1) == np.nanmin(values, axis=-1)
-    centred = _centred(values, is_known)
-    centred_position = _centred(position, is_known)
-    covariance = (centred * centred_position).sum(axis=-1)
-    variance = (centred**2).sum(axis=-1)
-    position_variance = (centred_position**2).sum(axis=-1)
-    spread = np.sqrt(variance * position_variance)
-    correlation = covariance / np.where(is_constant, np.nan, spread)
-    return np.clip(correlation, -1, 1)  # rounding may lead out of the range
+    x = _centred(x, weight)
+    y = _centred(y, weight)
+    spread = np.sqrt(_sum(weight, x**2) * _sum(weight, y**2))
+    spread = np.where(spread > ROUNDING, spread, np.nan)
+    return np.clip(_sum(weight, x * y) / spread, -1, 1)  # rounding may lead out of the range
 
 
-def _centred(values, is_known):
-    """Known values minus their mean, and 0 for the others."""
-    values = np.where(is_known, values, 0.0)
-    total = values.sum(axis=-1, keepdims=True)
-    count = is_known.sum(axis=-1, keepdims=True)
-    return np.where(is_known, values - total / count, 0.0)
+def _centred(values, weight):
+    """Values minus their weighted mean."""
+    mean = _sum(weight, values) / weight.sum(axis=-1)
+    return values - mean[..., None]
 
 
 # Selective prediction: the most certain queries are answered first.
@@ -327,6 +321,30 @@ def auroc(correct: np.ndarray, uncertainty: np.ndarray) -> float | None:
     return float(pairs_in_order / (right * wrong))
 
 
+def calibration_error(
+    probability: np.ndarray, correct: np.ndarray, share: ArrayLike, bins: int
+) -> float:
+    """ECE: how far the probability p of being right is from the share y of right answers.
+
+    The sum over bins of p of equal width of (share of queries in the bin) * |mean p - mean y|.
+
+    Args:
+        probability: that each answer is right, (Q,), in [0, 1].
+        correct: (Q,) bool, or 1.0 and 0.0.
+        share: of each query in the whole, (Q,), which sums to 1; or a number, for all the same.
+    Returns: float in [0, 1], lower is better.
+    Source: Guo et al., "On calibration of modern neural networks", arXiv 1706.04599.
+
+    >>> calibration_error(np.array([0.5, 0.5]), np.array([True, True]), 1 / 2, bins=10)
+    0.5
+    """
+    bin_of_query = (probability * bins).astype(int)
+    bin_of_query = np.minimum(bin_of_query, bins - 1)  # p = 1 belongs to the last bin
+    # The mean difference of a bin times its share is the sum of share * difference.
+    difference_of_bin = np.bincount(bin_of_query, weights=share * (probability - correct))
+    return float(np.abs(difference_of_bin).sum())
+
+
 def share_of_ties(uncertainty: ArrayLike) -> float:
     """The share of queries that have the same uncertainty as another query, in [0, 1].
 
@@ -372,15 +390,7 @@ def _is_first_of_ties(sorted_values):
 def spearman(x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None) -> Metric:
     """Spearman rank correlation of x and y (Q,), in [-1, 1]; undefined if one is constant."""
     weight = _weight_of_queries(weight, len(x))
-    total = weight.sum(axis=-1)
-    mean_rank = (total + 1)[..., None] / 2
-    x_rank = rank_values(x, weight) - mean_rank
-    y_rank = rank_values(y, weight) - mean_rank
-    covariance = (weight * x_rank * y_rank).sum(axis=-1)
-    x_variance = (weight * x_rank**2).sum(axis=-1)
-    y_variance = (weight * y_rank**2).sum(axis=-1)
-    spread = np.sqrt(x_variance * y_variance)
-    return _result(covariance / np.where(spread > 0, spread, np.nan))
+    return _result(_correlation(rank_values(x, weight), rank_values(y, weight), weight))
 
 
 def partial_spearman(
@@ -398,7 +408,7 @@ def partial_spearman(
     if xy is None or xg is None or yg is None:
         return None
     unexplained = (1 - xg**2) * (1 - yg**2)
-    unexplained = np.where(unexplained > 1e-12, unexplained, np.nan)  # g determines x or y
+    unexplained = np.where(unexplained > ROUNDING, unexplained, np.nan)  # g determines x or y
     return _result((xy - xg * yg) / np.sqrt(unexplained))
 
 

@@ -8,15 +8,20 @@ import csv
 import io
 import re
 
-import numpy as np
-
 from models import TAG
 from utils.evaluation.figures import DIRECTIONS, SECTIONS
 from utils.evaluation.scorers import FROZEN_COSINE
+from utils.evaluation.tables import best_mean, is_number, markdown_table, mean_and_std, number
 from utils.evaluation.training_free import TRAINING_FREE
 
 COLUMNS = ("S", "R2", "-S*R2", "R@1", "AURC")
-LATEX = {"S": "$S$", "R2": "$R^2$", "-S*R2": "$-SR^2$", "R@1": "R@1", "AURC": "AURC"}
+LATEX_HEAD = r"""% needs \usepackage{booktabs}
+\begin{tabular}{lrrrrrrrrrr}
+\toprule
+ & \multicolumn{5}{c}{text-to-image} & \multicolumn{5}{c}{image-to-text} \\
+\cmidrule(lr){2-6}\cmidrule(lr){7-11}
+ & $S$ & $R^2$ & $-SR^2$ & R@1 & AURC & $S$ & $R^2$ & $-SR^2$ & R@1 & AURC \\
+\midrule"""
 PAPER_NAMES = {
     "asymvlm-psd": "AsymVLM (PSD)",
     "asymvlm-vmf": "AsymVLM (vMF)",
@@ -54,107 +59,64 @@ def texts(results):
     """
     if not any(runs[0].is_uncertain for runs in results.values()):
         return {}
-    cells = {}
-    for row, runs in results.items():
-        cells[row] = [_mean_and_std(runs, *column) for column in _columns()]
-    best = [_best_text(cells, number) for number in range(len(_columns()))]
+    table = {}  # (Section, Figure) -> {Row: (mean, std)}
+    for section in SECTIONS:
+        if section.key not in DIRECTIONS:
+            continue
+        figures = {figure.name: figure for figure in section.figures}
+        for name in COLUMNS:
+            figure = figures[name]
+            cells = {row: mean_and_std(runs, section, figure) for row, runs in results.items()}
+            table[section, figure] = cells
     return {
-        "paper.md": _markdown(cells, best),
-        "paper.csv": _comma_separated(cells),
-        "paper.tex": _latex(cells, best),
+        "paper.md": _markdown(table, results),
+        "paper.csv": _comma_separated(table, results),
+        "paper.tex": _latex(table, results),
     }
 
 
-def _columns():
-    """(direction, Figure) of every column."""
-    sections = {section.key: section for section in SECTIONS if section.key in DIRECTIONS}
-    columns = []
-    for direction in DIRECTIONS:
-        figures = {figure.name: figure for figure in sections[direction].figures}
-        columns += [(direction, figures[name]) for name in COLUMNS]
-    return columns
+def _cells_of(row, table, bold):
+    """The cells of a Row as text. Args: bold: a format for the best means of a column."""
+    texts = []
+    for (_, figure), cells in table.items():
+        mean, std = cells[row]
+        text = number(mean, std)
+        if is_number(mean) and number(mean) == number(best_mean(figure, cells)):
+            text = bold.format(text)
+        texts.append(text)
+    return texts
 
 
-def _mean_and_std(runs, direction, figure):
-    """Mean and standard deviation over seeds; (None, None) if the metric is undefined."""
-    values = [run.content["metrics"][direction].get(figure.name) for run in runs]
-    if None in values:
-        return None, None
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return float(np.mean(values)), std
+def _markdown(table, rows):
+    lines = [["", *(f"{figure.name} {section.key}" for section, figure in table)]]
+    for row in rows:
+        lines.append([paper_name(row), *_cells_of(row, table, "**{}**")])
+    return markdown_table(lines)
 
 
-def _best_text(cells, number):
-    """How the best mean of a column is printed; None if there is none."""
-    _, figure = _columns()[number]
-    means = [row[number][0] for row in cells.values() if row[number][0] is not None]
-    if not means:
-        return None
-    best = max(means) if figure.more_is_better else min(means)
-    return f"{best:.3f}"
-
-
-def _cell(mean, std, best, bold, plus_minus):
-    """The text of a cell.
-
-    Args:
-        bold: function that sets a text in bold.
-        plus_minus: what stands between mean and deviation.
-    """
-    if mean is None:
-        return "-"
-    text = f"{mean:.3f}"
-    is_best = text == best
-    if std is not None:
-        text += f"{plus_minus}{std:.3f}"
-    return bold(text) if is_best else text
-
-
-def _markdown(cells, best):
-    names = [f"{name} {direction}" for direction in DIRECTIONS for name in COLUMNS]
-    lines = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for row, values in cells.items():
-        texts = []
-        for (mean, std), text in zip(values, best, strict=True):
-            texts.append(_cell(mean, std, text, lambda cell: f"**{cell}**", " ± "))
-        lines.append(f"| {paper_name(row)} | {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _comma_separated(cells):
+def _comma_separated(table, rows):
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "score", "direction", "metric", "mean", "std"])
-    for row, values in cells.items():
-        for (direction, figure), (mean, std) in zip(_columns(), values, strict=True):
-            numbers = ["" if value is None else repr(value) for value in (mean, std)]
-            writer.writerow([*row, direction, figure.name, *numbers])
+    for row in rows:
+        for (section, figure), cells in table.items():
+            numbers = [repr(value) if is_number(value) else "" for value in cells[row]]
+            writer.writerow([*row, section.key, figure.name, *numbers])
     return file.getvalue()
 
 
-def _latex(cells, best):
-    directions = list(DIRECTIONS.values())
-    width = len(COLUMNS)
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        f"\\begin{{tabular}}{{l{'r' * (2 * width)}}}",
-        "\\toprule",
-        f" & \\multicolumn{{{width}}}{{c}}{{{directions[0]}}}"
-        f" & \\multicolumn{{{width}}}{{c}}{{{directions[1]}}} \\\\",
-        f"\\cmidrule(lr){{2-{width + 1}}}\\cmidrule(lr){{{width + 2}-{2 * width + 1}}}",
-        f" & {' & '.join([LATEX[name] for name in COLUMNS] * 2)} \\\\",
-        "\\midrule",
-    ]
-    was_trained = False
-    for row, values in cells.items():
+def _latex(table, rows):
+    lines = [LATEX_HEAD]
+    was_trained = True  # so that no rule follows the head
+    for row in rows:
         is_trained = row.method not in (FROZEN_COSINE, *TRAINING_FREE)
-        if is_trained and not was_trained and row != next(iter(cells)):
+        if is_trained and not was_trained:
             lines.append("\\midrule")  # between scores without training and trained heads
         was_trained = is_trained
-        texts = []
-        for (mean, std), text in zip(values, best, strict=True):
-            cell = _cell(mean, std, text, lambda cell: f"\\mathbf{{{cell}}}", " \\pm ")
-            texts.append("--" if cell == "-" else f"${cell}$")
-        lines.append(f"{paper_name(row)} & {' & '.join(texts)} \\\\")
+        line = paper_name(row)
+        for text in _cells_of(row, table, "\\mathbf{{{}}}"):
+            cell = text.replace("±", "\\pm")
+            line += " & --" if text == "-" else f" & ${cell}$"
+        lines.append(f"{line} \\\\")
     lines += ["\\bottomrule", "\\end{tabular}"]
     return "\n".join(lines) + "\n"

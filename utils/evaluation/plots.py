@@ -1,5 +1,6 @@
 """Plots of results, as PNG and PDF, that can be read in grey and without colour vision."""
 
+import itertools
 import math
 import textwrap
 import warnings
@@ -16,7 +17,7 @@ from utils.evaluation.figures import DIRECTIONS, only_judged, uncertainty_of
 from utils.evaluation.metrics import rank_values, risk_coverage
 from utils.evaluation.paper_table import line_label
 from utils.evaluation.selective import predict_right
-from utils.evaluation.tables import labels_of
+from utils.evaluation.tables import labels_of, names_of_chains
 from utils.evaluation.training_free import TRAINING_FREE
 from utils.files import written_aside
 
@@ -114,10 +115,14 @@ def draw_all(results, examples, folder):
         if runs[0].is_uncertain and is_first_row:
             uncertain[row.method] = runs
     text_uncertain = {name: runs for name, runs in uncertain.items() if runs[0].has_uncertain_texts}
+    image_uncertain = {}
+    for name, runs in uncertain.items():
+        if runs[0].content["by_image"]:
+            image_uncertain[name] = runs
     with plt.rc_context(STYLE):
         plots = {
-            "levels": draw_levels(text_uncertain),
-            "levels-image": draw_image_levels(uncertain),
+            "levels": draw_levels(text_uncertain, "text"),
+            "levels-image": draw_levels(image_uncertain, "image"),
             "risk-coverage": draw_risk_coverage(uncertain),
             "reliability": draw_reliability(uncertain),
             "length": draw_against(text_uncertain, "words", "words in the caption"),
@@ -128,7 +133,7 @@ def draw_all(results, examples, folder):
             "ladder": draw_ladder(uncertain),
         }
         captions = dict(CAPTIONS)
-        for chains in _names_of_chains(uncertain):
+        for chains in names_of_chains(uncertain):
             name = f"hierarchy-{chains}"
             plots[name] = draw_depth(text_uncertain, chains)
             captions[name] = (
@@ -137,16 +142,6 @@ def draw_all(results, examples, folder):
         for name, plot in plots.items():
             _save(plot, folder, name)
     return {f"{name}.png": captions[name] for name, plot in plots.items() if plot is not None}
-
-
-def _names_of_chains(results):
-    """The names of the files of caption chains that results have, in order."""
-    names = []
-    for runs in results.values():
-        for name in runs[0].content.get("depth", {}):
-            if name not in names:
-                names.append(name)
-    return names
 
 
 def _save(plot, folder, name):
@@ -170,32 +165,22 @@ def _save(plot, folder, name):
 # Lines over seeds, one panel per direction.
 
 
-def draw_levels(results):
-    """Recall against the uncertainty level."""
-    recall = {}
-    for name, runs in results.items():
-        recall[name] = [run.content for run in runs]
-    return _draw_recall(recall, "text")
+def draw_levels(results, modality):
+    """Recall against the level of uncertainty, None without results.
 
-
-def draw_image_levels(results):
-    """Recall against the level of the image's uncertainty."""
-    recall = {}
-    for name, runs in results.items():
-        if runs[0].content["by_image"]:
-            recall[name] = [run.content["by_image"] for run in runs]
-    return _draw_recall(recall, "image")
-
-
-def _draw_recall(recall, modality):
-    """Draw recall by level. Args: recall: {name: [{direction: recall by level}, one per seed]}."""
-    if not recall:
+    Args: modality: whose uncertainty, "text" or "image".
+    """
+    if not results:
         return None
     panels = {}
     for direction, title in DIRECTIONS.items():
         panels[title] = {}
-        for name, runs in recall.items():
-            panels[title][name] = [_numbered(run[direction]) for run in runs]
+        for name, runs in results.items():
+            curves = []
+            for run in runs:
+                recall = run.content["by_image"] if modality == "image" else run.content
+                curves.append(_numbered(recall[direction]))
+            panels[title][name] = curves
     label = f"level of {modality} uncertainty (1 = most certain)"
     plot, _ = _draw_lines(panels, label, "R@1", y_limits=(0, None), has_integer_x=True)
     return plot
@@ -203,8 +188,6 @@ def _draw_recall(recall, modality):
 
 def draw_risk_coverage(results):
     """The error rate among the most certain queries, and the lowest with the first ranking."""
-    if not results:
-        return None
     panels = {}
     for direction, title in DIRECTIONS.items():
         panels[title] = {}
@@ -371,8 +354,6 @@ def draw_against(results, field, label, logarithmic=False):
             answers[name] = [only_judged(answers_of_seed) for answers_of_seed in answers[name]]
         if field not in answers[name][0]:
             return None
-    if not answers:
-        return None
     columns = min(3, len(answers))
     rows = math.ceil(len(answers) / columns)
     plot, axes = plt.subplots(
@@ -441,18 +422,14 @@ def _masks(values, edges):
 def looks_of(names):
     """The colour, marker and dashes of the lines of a plot: {name: options of matplotlib}."""
     looks = {}
-    others = 0  # lines so far that have no entry in LOOKS
+    pairs = zip(OTHER_COLOURS, OTHER_MARKERS, strict=True)
+    others = itertools.cycle(itertools.product(OTHER_DASHES, pairs))
     for name in names:
         if name in LOOKS:
             colour, marker, dashes = LOOKS[name]
         else:
-            colour = OTHER_COLOURS[others % len(OTHER_COLOURS)]
-            marker = OTHER_MARKERS[others % len(OTHER_MARKERS)]
-            dashes = OTHER_DASHES[others // len(OTHER_COLOURS) % len(OTHER_DASHES)]
-            others += 1
+            dashes, (colour, marker) = next(others)
         looks[name] = {"color": colour, "marker": marker, "linestyle": dashes}
-        if name in (BEST, CALIBRATED):
-            looks[name]["linewidth"] = 1.2
     return looks
 
 
@@ -534,24 +511,22 @@ def _rows_of_panels(panels):
 
 
 def _draw_panel(axis, curves, marker):
-    """Draw the lines of a panel. Args: curves: {name: [(x, y), one per seed]}."""
+    """Draw the mean over seeds of each line, with a band of one standard deviation.
+
+    Args: curves: {name: [(x, y), one per seed]}.
+    """
     looks = looks_of(curves)
     for name, curves_of_seeds in curves.items():
         if marker is not None:
             looks[name]["marker"] = marker
-        _draw_mean(axis, name, looks[name], curves_of_seeds)
-
-
-def _draw_mean(axis, name, look, curves):
-    """Draw the mean of curves, [(x, y), one per seed], and a band of one standard deviation."""
-    x, _ = curves[0]
-    y = np.array([y for _, y in curves])
-    mean = y.mean(axis=0)
-    band = None
-    if len(curves) > 1:
-        std = y.std(axis=0, ddof=1)
-        band = (mean - std, mean + std)
-    _draw_line(axis, name, look, x, mean, band)
+        x, _ = curves_of_seeds[0]
+        y = np.array([y for _, y in curves_of_seeds])
+        mean = y.mean(axis=0)
+        band = None
+        if len(y) > 1:
+            std = y.std(axis=0, ddof=1)
+            band = (mean - std, mean + std)
+        _draw_line(axis, name, looks[name], x, mean, band)
 
 
 def _draw_line(axis, name, look, x, y, band=None):

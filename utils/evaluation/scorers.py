@@ -135,16 +135,8 @@ class AdaptorScorer(Scorer):
     @torch.inference_mode()
     def encode(self, encoder, z):
         """Encode embeddings z (N, D) by a function of the adaptor: a list of (N, ...) tensors."""
-        encoded = []
-        start = 0
-        for batch in z.split(BATCH):
-            parts = encoder(batch.to(self.cache.device).float())
-            if not encoded:
-                encoded = [part.new_empty(len(z), *part.shape[1:]) for part in parts]
-            for whole, part in zip(encoded, parts, strict=True):
-                whole[start : start + len(batch)] = part
-            start += len(batch)
-        return encoded
+        batches = [encoder(batch.to(self.cache.device).float()) for batch in z.split(BATCH)]
+        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
     def score(self, images, captions):
         image = [part[images] for part in self.image]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from utils.cli import UserError, need
+from utils.evaluation.metrics import calibration_error
 from utils.files import load_json
 
 RISKS = [0.1, 0.2, 0.3]  # default of --risk
@@ -285,19 +286,11 @@ def brier(correct, uncertainty, image):
 
 
 def expected_calibration_error(correct, uncertainty, image):
-    """ECE of the probability that an answer is right, over 15 bins of p of equal width.
-
-    It is the sum over bins of (share of queries in the bin) * |mean p - mean y|, with p and y as
-    for `brier`.
+    """ECE of the probability that an answer is right, over 15 bins (`metrics.calibration_error`).
 
     Args and Returns: as for `brier`.
-    Source: Guo et al., "On calibration of modern neural networks", arXiv 1706.04599.
     """
     probability, is_right, weight = predict_right(correct, uncertainty, image)
     if len(weight) == 0:
         return None
-    bin_of_query = (probability * BINS).astype(int)
-    bin_of_query = np.minimum(bin_of_query, BINS - 1)  # p = 1 belongs to the last bin
-    # The mean difference of a bin times its share is the weighted sum of its differences.
-    gap_of_bin = np.bincount(bin_of_query, weights=weight * (probability - is_right))
-    return float(np.abs(gap_of_bin).sum())
+    return calibration_error(probability, is_right, weight, BINS)

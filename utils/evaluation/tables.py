@@ -10,7 +10,6 @@ import io
 
 import numpy as np
 
-from utils.evaluation import paper_table
 from utils.evaluation.bootstrap import Estimate
 from utils.evaluation.figures import DIRECTIONS, SECTIONS, guarantees, hierarchy
 from utils.evaluation.scorers import PUBLISHED
@@ -106,9 +105,14 @@ def recipe_title(results):
     return f"recipes {'; '.join(parts)}"
 
 
+def seeds_title(seeds):
+    """What a title says of the seeds: "seed 0" or "seeds 0, 1, 2"."""
+    return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+
+
 def number(mean, std=None, form=".3f"):
     """A metric as text: "0.613", or "0.613 ± 0.004"; "-" if it is undefined (None, NaN)."""
-    if not _is_number(mean):
+    if not is_number(mean):
         return "-"
     if std is None:
         return f"{mean:{form}}"
@@ -124,20 +128,27 @@ def interval_text(estimate, form=".3f"):
     return f" [{low:{form}}, {high:{form}}]"
 
 
+def best_mean(figure, cells):
+    """The best mean of a column {Row: (mean, std)}; None if none is defined."""
+    means = [mean for mean, _ in cells.values() if is_number(mean)]
+    if figure.more_is_better:
+        return max(means, default=None)
+    return min(means, default=None)
+
+
 def is_best(figure, row, cells):
     """Whether a row's mean, as it is printed, is the best of a column {Row: (mean, std)}.
 
     Where more than MOST_BEST rows share the best value, or more is better and it is 0, none is.
     """
-    means = [mean for mean, _ in cells.values() if _is_number(mean)]
-    best = max(means) if figure.more_is_better else min(means)
-    sharing = sum(number(mean) == number(best) for mean in means)
+    best = best_mean(figure, cells)
+    sharing = sum(number(mean) == number(best) for mean, _ in cells.values())
     is_nothing = figure.more_is_better and best == 0
     mean, _ = cells[row]
     return number(mean) == number(best) and sharing <= MOST_BEST and not is_nothing
 
 
-def _is_number(mean):
+def is_number(mean):
     return mean is not None and not np.isnan(mean)
 
 
@@ -166,7 +177,7 @@ def tables_of(results, sections=COMPARED):
         table = {}
         for figure in section.figures:
             cells = {row: mean_and_std(runs, section, figure) for row, runs in rows.items()}
-            if figure.column and any(_is_number(mean) for mean, _ in cells.values()):
+            if figure.column and any(is_number(mean) for mean, _ in cells.values()):
                 table[figure] = cells
         if table:
             tables[section] = table
@@ -176,6 +187,11 @@ def tables_of(results, sections=COMPARED):
 def mean_and_std(runs, section, figure):
     """The mean of a metric over seeds and its standard deviation, None for a single seed."""
     values = [run.content["metrics"][section.key].get(figure.name, np.nan) for run in runs]
+    return over_seeds(values)
+
+
+def over_seeds(values):
+    """The mean of the values of several seeds and their standard deviation, or (None, None)."""
     if None in values:
         return None, None
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -207,35 +223,31 @@ def risk_sections(results):
     return guarantees(**settings) if settings else []
 
 
-def needs_of(results):
-    """What the uncertainty of each row needs besides the text: {Row: str}."""
-    return {row: runs[0].needs for row, runs in results.items()}
-
-
 # The files of a results folder.
 
 
 def all_texts(results, title):
     """The texts of a results folder: {file name: text}."""
-    stems = {}
-    for runs in results.values():
-        stems.update(dict.fromkeys(runs[0].content.get("depth", {})))
-    hierarchies = [hierarchy(stem) for stem in stems]
+    hierarchies = [hierarchy(name) for name in names_of_chains(results)]
     compared = tables_of(results)
     detailed = tables_of(results, [*DETAILED, *hierarchies])
     selective = tables_of(results, risk_sections(results))
-    needs = needs_of(results)
-    labels = labels_of(results)
-    recipe = suffix_of(results)
     return {
-        "comparison.md": f"{markdown(compared, labels, needs=needs, suffix=recipe)}\n{DASH}\n",
-        "t2i.md": markdown(short_table(results), labels, needs=needs, suffix=recipe),
+        "comparison.md": f"{markdown(compared, results, has_needs=True)}\n{DASH}\n",
+        "t2i.md": markdown(short_table(results), results, has_needs=True),
         "risk.md": risk_text(results),
-        "details.md": markdown(detailed, labels, suffix=recipe) + interval_tables(results),
+        "details.md": markdown(detailed, results) + interval_tables(results),
         "comparison.csv": comma_separated({**compared, **detailed, **selective}, results),
-        **paper_table.texts(results),
         "report.txt": f"{title}\n\n{screen(results)}\n",
     }
+
+
+def names_of_chains(results):
+    """The names of the files of caption chains that results have, in order."""
+    names = {}
+    for runs in results.values():
+        names.update(runs[0].content.get("depth", {}))
+    return list(names)
 
 
 def suffix_of(results):
@@ -270,8 +282,7 @@ def risk_text(results):
     if not tables:
         return ""
     head = KEPT.format(risk_settings(results)["confidence"])
-    text = markdown(tables, labels_of(results), needs=needs_of(results), suffix=suffix_of(results))
-    return f"{head}\n\n{text}"
+    return f"{head}\n\n{markdown(tables, results, has_needs=True)}"
 
 
 def interval_tables(results):
@@ -285,9 +296,7 @@ def interval_tables(results):
         estimate = estimate_of(results[row], section, figure)
         return number(mean) + (interval_text(estimate) if estimate is not None else "")
 
-    tables = tables_of(results)
-    suffix = f"{suffix_of(results)}, 95 % interval"
-    text = markdown(tables, labels_of(results), with_interval, suffix=suffix)
+    text = markdown(tables_of(results), results, with_interval, suffix=", 95 % interval")
     return f"\n{text}\n{NOTE}\n"
 
 
@@ -316,13 +325,13 @@ def _values_over_seeds(runs, section, figure):
     """Yield (seed, value) of a metric: of every seed, then "mean", "std", "low" and "high"."""
     for run in runs:
         value = run.content["metrics"][section.key].get(figure.name)
-        if _is_number(value):
+        if is_number(value):
             yield (run.content.get("config") or {}).get("seed"), value
     mean, std = mean_and_std(runs, section, figure)
     estimate = estimate_of(runs, section, figure)
     low, high = (estimate and estimate.interval()) or (None, None)
     for name, value in (("mean", mean), ("std", std), ("low", low), ("high", high)):
-        if _is_number(value):
+        if is_number(value):
             yield name, value
 
 
@@ -382,10 +391,9 @@ def _difference_line(results, section, figure):
 def screen(results):
     """What eval.py prints: recall by level, the comparison, the first risk table and the ladder."""
     parts = [_level_text(results, direction) for direction in DIRECTIONS]
-    labels = labels_of(results)
     tables = {**tables_of(results), **tables_of(results, risk_sections(results)[:1])}
     for section, table in tables.items():
-        header, *rows = _text_rows(section, table, labels, _plain_cell, needs_of(results))
+        header, *rows = _text_rows(section, table, results, _plain_cell, has_needs=True)
         parts.append(f"{section.title}{suffix_of(results)}\n{text_table(header, rows)}")
     ladder = _ladder_text(results)
     if ladder:
@@ -433,36 +441,37 @@ def _ladder_text(results):
 # From tables to text.
 
 
-def _text_rows(section, table, labels, cell, needs=None):
-    """The lines of a table as lists of strings, header first; what rows need is the last column.
+def _text_rows(section, table, results, cell, has_needs):
+    """The lines of a table as lists of strings, header first.
 
     Args:
         cell: function of (section, figure, row, cells of the figure) that returns a string.
-        needs: as `needs_of` returns it, or None.
+        has_needs: whether the last column is what the uncertainty needs besides the text.
     """
+    labels = labels_of(results)
     header = ["", *(figure.name for figure in table)]
-    if needs:
+    if has_needs:
         header.append("needs")
     lines = [header]
     for row in next(iter(table.values())):
         line = [labels[row]]
         for figure, cells in table.items():
             line.append(cell(section, figure, row, cells))
-        if needs:
-            line.append(needs.get(row, ""))
+        if has_needs:
+            line.append(results[row][0].needs)
         lines.append(line)
     return lines
 
 
-def markdown(tables, labels, cell=_bold_cell, suffix="", needs=None):
+def markdown(tables, results, cell=_bold_cell, suffix="", has_needs=False):
     """Tables, as `tables_of` returns them, as markdown, the best of every column in bold."""
     parts = []
     for section, table in tables.items():
-        header, *rows = _text_rows(section, table, labels, cell, needs)
-        header[0] = section.title + suffix
-        if needs:
+        header, *rows = _text_rows(section, table, results, cell, has_needs)
+        header[0] = section.title + suffix_of(results) + suffix
+        if has_needs:
             rows = _in_blocks(rows)
-        parts.append(markdown_table([header, *rows], words=1 if needs else 0))
+        parts.append(markdown_table([header, *rows], words=int(has_needs)))
     return "\n".join(parts)
 
 

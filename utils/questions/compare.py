@@ -31,6 +31,7 @@ from utils.evaluation.tables import (
     markdown_table,
     number,
     recipes_of,
+    seeds_title,
     tables_of,
 )
 from utils.evaluation.training_free import TRAINING_FREE
@@ -105,8 +106,7 @@ def main(argv=None):
         check_same_queries(results, "--against")
     for row, runs in results.items():
         results[row] = [with_shown_metrics(run, args.resamples) for run in runs]
-    seeds = f"{'seeds' if len(args.seed) > 1 else 'seed'} {', '.join(map(str, args.seed))}"
-    title = f"{args.dataset}/{args.split}, {seeds}"
+    title = f"{args.dataset}/{args.split}, {seeds_title(args.seed)}"
     recipes = recipes_of(results)
     if len(recipes) == 1:
         title += f", {next(iter(recipes))}"

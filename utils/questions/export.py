@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.cli import need
 from utils.evaluation.ranking import TILE, rank_queries
 from utils.evaluation.scorers import BATCH, FROZEN, PUBLISHED, AdaptorScorer, FrozenScorer
 from utils.evaluation.selective import calibrate
@@ -277,18 +276,3 @@ def _write_parquet(file, tables):
 
 
 WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
-
-
-def load_export_texts(stem, load, cache):
-    """The further texts of --texts NAME.
-
-    Args:
-        stem: NAME.
-        load: function of a name that returns what `load_texts` does.
-    Raises: UserError if there are none.
-    """
-    texts = load(stem)
-    folder = cache.folder.parent / "texts"
-    cure = "embed a file with cache_embeddings.py --texts"
-    need(texts, f"--texts {stem}: there are none of this name in {folder}; {cure}")
-    return texts

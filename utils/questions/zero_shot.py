@@ -31,7 +31,6 @@ from utils.evaluation import bootstrap, metrics
 from utils.evaluation.training_free import logit_scale
 
 BINS = 20  # of the expected calibration error
-THRESHOLD = 0.0  # prompts are kept up to the mean uncertainty plus this many standard deviations
 VARIANCE_SCALE = 100.0  # of the cosine in the variance-aware score
 # Bayesian prompt re-weighting.
 BPRW_PRIOR = 5.0  # of the Dirichlet distribution
@@ -152,8 +151,7 @@ def top_weights(prompts, count):
 def threshold_weights(prompts):
     """Equal weights for the prompts that are no more uncertain than the mean of their class."""
     u = prompts.uncertainty
-    std = u.std(dim=1, keepdim=True, correction=0)
-    limit = u.mean(dim=1, keepdim=True) + THRESHOLD * std
+    limit = u.mean(dim=1, keepdim=True)
     # Rounding of the mean must not leave a class without a prompt.
     is_smallest = u == u.amin(dim=1, keepdim=True)
     is_kept = (u <= limit) | is_smallest
@@ -265,7 +263,7 @@ def variance_logits(prompts, weights):
     if prompts.text_variance is None:
         return None
     cosine = prompts.image @ class_vectors(prompts, weights).T
-    variance = (weights.square()[..., None] * prompts.text_variance).sum(dim=(1, 2))  # (C,)
+    variance = class_variances(prompts, weights).sum(dim=1)  # (C,)
     return VARIANCE_SCALE * cosine - VARIANCE_SCALE / 2 * variance
 
 
@@ -357,20 +355,12 @@ class Answers:
             measured["AURC by class"] = metrics.aurc(correct, self.uncertainty, weight)
         if weight is not None:
             return measured
-        measured["ECE"] = calibration_error(self.confidence, correct)
+        share_of_image = 1 / len(correct)
+        measured["ECE"] = metrics.calibration_error(self.confidence, correct, share_of_image, BINS)
         measured["AUROC by p"] = metrics.auroc(correct, -self.confidence)
         if self.uncertainty is not None:
             measured["AUROC by class"] = metrics.auroc(correct, self.uncertainty)
         return measured
-
-
-def calibration_error(confidence, correct):
-    """ECE over 20 bins of equal width: sum_b (n_b / N) |accuracy_b - mean confidence_b|."""
-    bin_of_image = (confidence * BINS).astype(int)
-    bin_of_image = np.minimum(bin_of_image, BINS - 1)  # confidence 1 belongs to the last bin
-    # n_b times the difference of means is the sum of the differences.
-    gap_of_bin = np.bincount(bin_of_image, weights=confidence - correct)
-    return float(np.abs(gap_of_bin).sum() / len(correct))
 
 
 @torch.inference_mode()

@@ -7,11 +7,9 @@ zero-shot.png shows the accuracy by the number of prompts.
 import csv
 import io
 
-import numpy as np
-
 from utils.evaluation.bootstrap import Estimate
 from utils.evaluation.paper_table import line_label
-from utils.evaluation.tables import interval_text, markdown_table, number
+from utils.evaluation.tables import interval_text, markdown_table, number, over_seeds
 
 COLUMNS = (
     "top-1",
@@ -53,20 +51,11 @@ def summary(runs, name):
         std: float, or None if there is one seed.
         estimate: Estimate, or None if there are no resamples.
     """
-    values = []
-    resamples = []
-    for metrics, draws in runs:
-        values.append(metrics.get(name))
-        resamples.append(draws.get(name))
-    if None in values:
-        return None, None, None
-    mean = float(np.mean(values))
-    std = None
-    if len(values) > 1:
-        std = float(np.std(values, ddof=1))
+    values = [metrics.get(name) for metrics, _ in runs]
+    mean, std = over_seeds(values)
     estimate = None
-    if all(draws is not None for draws in resamples):
-        estimate = Estimate.over_seeds(values, resamples)
+    if mean is not None and all(name in draws for _, draws in runs):
+        estimate = Estimate.over_seeds(values, [draws[name] for _, draws in runs])
     return mean, std, estimate
 
 
@@ -85,7 +74,7 @@ def markdown(results, title, is_short=False):
         line = [method, weighting, score]
         for name in COLUMNS:
             mean, std, estimate = summary(runs, name)
-            text = "-" if mean is None else number(mean, std)
+            text = number(mean, std)
             if name == "top-1" and estimate is not None:  # the .csv has the other intervals
                 text += interval_text(estimate)
             line.append(text)
