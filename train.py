@@ -98,6 +98,7 @@ def planned_runs(args, cache, precision):
         for method in args.method:
             path = checkpoint_path(args.dataset, seed, tagged(method, args.tag))
             recipe = settle(METHODS[method].recipes[args.recipe], args.changes, captions)
+            # A run that an earlier version began is resumed with the recipe of that version.
             former = former_recipe(method, args.recipe)
             if former is not None:
                 former = settle(former, args.changes, captions)
@@ -115,20 +116,8 @@ def plan_of(runs, captions):
 
 
 def settle(recipe, changes, captions):
-    """The recipe of a run over this many captions.
-
-    The flags' changes {field: value} come first. Then `batch_share` and `min_steps` set the batch
-    size and the epochs, unless a flag does. The two fields themselves stay as they are, because
-    they are saved and compared.
-    """
-    changed = replace(recipe, **changes)
-    if "batch_size" in changes:
-        changed = replace(changed, batch_share=None)
-    if "epochs" in changes:
-        changed = replace(changed, min_steps=None)
-    fitted = changed.fitted_to(captions)
-    settled = {**changes, "batch_size": fitted.batch_size, "epochs": fitted.epochs}
-    return replace(recipe, **settled)
+    """The recipe of a run over this many captions, with the flags' changes {field: value}."""
+    return replace(recipe, **changes).fitted_to(captions, fixed=changes)
 
 
 def run_config(args, seed, cache, precision):

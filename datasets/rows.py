@@ -10,7 +10,7 @@
 On disk they lie in shards, for example one per tar.
 """
 
-from collections import OrderedDict
+import functools
 
 import torch
 
@@ -107,7 +107,7 @@ class RowsOnDisk:
         self.dtype = dtype
         self._sums = [file_sum for _, file_sum in index]
         self._checked = set()  # numbers of shards
-        self._open = OrderedDict()  # number -> tensor
+        self._shard = functools.lru_cache(OPEN)(self._open_shard)  # number -> tensor
         self._target = torch.device("cpu")
         self._loaded = None  # rows of some shards on the device
         # For each shard: what to add to a row number to get its place in _loaded.
@@ -182,21 +182,17 @@ class RowsOnDisk:
         """
         return shuffled(self.sizes, buffer, generator)
 
-    def _shard(self, number):
-        if number not in self._open:
-            if number not in self._checked:
-                check_sum(self.files[number], self._sums[number])
-                self._checked.add(number)
-            z = load_tensors(self.files[number], check_sums=False)
-            expected = (self.sizes[number], self.shape[1])
-            fits = isinstance(z, torch.Tensor) and (z.shape, z.dtype) == (expected, self.dtype)
-            what = f"the tensor of shape {expected}, {self.dtype}, that meta.json names"
-            need(fits, f"{self.files[number]}: not {what}; {ANEW}")
-            self._open[number] = z.detach()
-            if len(self._open) > OPEN:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+    def _open_shard(self, number):
+        """The rows of a shard, mapped to memory. `_shard` keeps the last OPEN shards open."""
+        if number not in self._checked:
+            check_sum(self.files[number], self._sums[number])
+            self._checked.add(number)
+        z = load_tensors(self.files[number], check_sums=False)
+        expected = (self.sizes[number], self.shape[1])
+        fits = isinstance(z, torch.Tensor) and (z.shape, z.dtype) == (expected, self.dtype)
+        what = f"the tensor of shape {expected}, {self.dtype}, that meta.json names"
+        need(fits, f"{self.files[number]}: not {what}; {ANEW}")
+        return z.detach()
 
 
 class SomeRows:
@@ -270,7 +266,9 @@ def in_batches(orders, size):
     """
     left = None
     for rows in orders:
-        *batches, left = (rows if left is None else torch.cat([left, rows])).split(size)
+        if left is not None:
+            rows = torch.cat([left, rows])
+        *batches, left = rows.split(size)
         yield from batches
     if left is not None and len(left):
         yield left

@@ -61,16 +61,19 @@ class Recipe:
     min_steps: int | None = None
     eps: float = 1e-8
 
-    def fitted_to(self, captions):
-        """The recipe for this many captions: `batch_share` and `min_steps` are applied."""
-        batch_size = self.batch_size
-        if self.batch_share is not None:
-            batch_size = min(batch_size, max(2, int(self.batch_share * captions)))
-        fitted = replace(self, batch_size=batch_size)
-        if self.min_steps is None:
-            return fitted
-        epochs = math.ceil(self.min_steps / fitted.steps(captions))
-        return replace(fitted, epochs=max(self.epochs, epochs))
+    def fitted_to(self, captions, fixed=()):
+        """The recipe for this many captions: `batch_share` and `min_steps` are applied.
+
+        Args: fixed: names of fields that a user has set, which stay as they are.
+        """
+        fitted = self
+        if self.batch_share is not None and "batch_size" not in fixed:
+            largest = max(2, int(self.batch_share * captions))
+            fitted = replace(fitted, batch_size=min(self.batch_size, largest))
+        if self.min_steps is not None and "epochs" not in fixed:
+            epochs = math.ceil(self.min_steps / fitted.steps(captions))
+            fitted = replace(fitted, epochs=max(self.epochs, epochs))
+        return fitted
 
     def steps(self, captions):
         """Steps per epoch over this many captions. The last batch may be smaller."""

@@ -1,5 +1,6 @@
 """Checkpoints of trained adaptors: written by us, read also from the paper's repository."""
 
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def describe(adaptor, method, recipe, config):
     Args: config: dict of plain types, the data and settings of the training.
     """
     return {
-        "state_dict": copied(adaptor.state_dict()),
+        "state_dict": deepcopy(adaptor.state_dict()),  # on its device, so that nothing waits
         "method": method,
         "embed_dim": adaptor.embed_dim,
         "recipe": asdict(recipe),
@@ -44,27 +45,17 @@ def describe(adaptor, method, recipe, config):
     }
 
 
-def copied(content):
-    """Plain content with its tensors copied, each on its device, so that nothing waits for it.
+def on_cpu(content):
+    """Plain content with its tensors copied to the CPU.
 
     A tensor that is a view would be saved together with all of the storage behind it.
     """
-    return _with_tensors(content, lambda tensor: tensor.detach().clone())
-
-
-def on_cpu(content):
-    """Plain content with its tensors on the CPU."""
-    return _with_tensors(content, torch.Tensor.cpu)
-
-
-def _with_tensors(content, change):
-    """Plain content in which every tensor is what `change` makes of it."""
     if isinstance(content, dict):
-        return {key: _with_tensors(value, change) for key, value in content.items()}
+        return {key: on_cpu(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return type(content)(_with_tensors(value, change) for value in content)
+        return type(content)(on_cpu(value) for value in content)
     if isinstance(content, torch.Tensor):
-        return change(content)
+        return content.cpu().clone()
     return content
 
 

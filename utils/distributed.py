@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from utils.cli import UserError, torchrun_rank
 
@@ -135,14 +136,9 @@ def average_gradients(parameters):
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    _exchange(dist.all_reduce, flat)
-    means = flat / world_size()
-    start = 0
-    for gradient in gradients:
-        end = start + gradient.numel()
-        gradient.copy_(means[start:end].view_as(gradient))
-        start = end
+    total = parameters_to_vector(gradients)
+    _exchange(dist.all_reduce, total)
+    vector_to_parameters(total / world_size(), gradients)
 
 
 def sum_over_ranks(count):

@@ -6,13 +6,14 @@ import logging
 import os
 import signal
 import time
+from copy import deepcopy
 from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
 from models import untagged
-from utils.checkpoint import copied, describe, load_run, lock_path, on_cpu, save_adaptor
+from utils.checkpoint import describe, load_run, lock_path, on_cpu, save_adaptor
 from utils.cli import UserError
 from utils.distributed import barrier, is_first
 from utils.files import locked, save_tensors
@@ -60,7 +61,7 @@ class Run:
         self.config = config
         self.resume = resume
         self.save_every = save_every
-        self.known_recipes = [recipe] if former_recipe is None else [recipe, former_recipe]
+        self.accepted_recipes = [recipe] if former_recipe is None else [recipe, former_recipe]
         self.keeps_best = config.get("keep") == "best"
         self.is_finished = False
         self.log = []
@@ -108,10 +109,10 @@ class Run:
     def _find_saved(self):
         """Read the state of an unfinished run, or see that the run is finished."""
         cure = "resume it with the settings that it was begun with, or start again without --resume"
-        self.saved = load_run(self.state_path, self.known_recipes, self.config, cure)
+        self.saved = load_run(self.state_path, self.accepted_recipes, self.config, cure)
         if self.saved is None:
             cure = "give --overwrite in place of --resume to replace it"
-            checkpoint = load_run(self.path, self.known_recipes, self.config, cure)
+            checkpoint = load_run(self.path, self.accepted_recipes, self.config, cure)
             self.is_finished = checkpoint is not None
             return
         with self._refuse_unfit_state():
@@ -153,11 +154,11 @@ class Run:
         if self.keeps_best:
             self.best = saved["best"]
             self.kept_record()  # fails if an epoch was not validated
-            self.adaptor.load_state_dict(self.best)  # only to see that they fit
+            self.adaptor.load_state_dict(self.best)  # fails if they do not fit
         self.average = saved.get("average")
         if self.average is not None:
-            self.adaptor.load_state_dict(self.average)  # likewise
-            self.average = copied(self.adaptor.state_dict())  # on its device
+            self.adaptor.load_state_dict(self.average)  # fails if they do not fit
+            self.average = deepcopy(self.adaptor.state_dict())  # on its device
         self.adaptor.load_state_dict(saved["state_dict"])
         progress = saved["progress"]
         self.optimizer.load_state_dict(progress["optimizer"])
@@ -236,12 +237,13 @@ class Run:
         }
         if torch.cuda.is_available():
             progress["cuda_random"] = torch.cuda.get_rng_state()
-        self.state = {**content, "progress": copied(progress), "log": list(self.log)}
+        self.state = {**content, "progress": deepcopy(progress), "log": list(self.log)}
         if self.keeps_best:
             if self.kept_record() is record:
                 self.best = weights
             self.state["best"] = self.best
-        averaged_epochs = len(self.log) - round(self.recipe.averaged_after * self.recipe.epochs)
+        epochs_before_average = round(self.recipe.averaged_after * self.recipe.epochs)
+        averaged_epochs = len(self.log) - epochs_before_average
         if averaged_epochs > 0:
             self.average = running_mean(self.average, weights, averaged_epochs)
             self.state["average"] = self.average

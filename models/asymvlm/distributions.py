@@ -8,15 +8,15 @@ expectation, for images that are distributions themselves.
 Densities are relative to the uniform one: log C(kappa) - log C(0) replaces the papers'
 log C(kappa), so that the log density at kappa = 0 is 0. Neither the loss nor the ranking depends on
 log C(0), which is 868 at D = 512. Added to it, log densities in float32 would be rounded to 6e-5.
-`log_uniform_density` is what to add for a density per unit of area.
+For a density per unit of area, add log C(0) = lgamma(D/2) - log 2 - (D/2) log pi, minus the log of
+the sphere's area (DLMF 5.19.4).
 """
 
 import functools
 import math
-from collections import Counter
-from fractions import Fraction
 
 import torch
+from numpy.polynomial import Polynomial
 from torch.nn import functional as F
 
 from models.layers import full_precision, pairwise_products, widest
@@ -137,16 +137,6 @@ def expected_von_mises_fisher_log_prob(eta_image, eta_text, temperature=1.0):
     return von_mises_fisher_log_prob(mean, eta_text, temperature)
 
 
-def log_uniform_density(dim):
-    """log C(0) = lgamma(D/2) - log 2 - (D/2) log pi, the uniform log density.
-
-    Args: dim D >= 2.
-    Returns: float, minus the log of the sphere's area.
-    Source: DLMF 5.19.4 (https://dlmf.nist.gov/5.19).
-    """
-    return math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
-
-
 def power_spherical_log_normalizer(kappa, dim):
     """log C(kappa) - log C(0) = lgamma(a + b) - lgamma(a) - lgamma(2b) + lgamma(b) - kappa log 2.
 
@@ -255,29 +245,25 @@ def _log_scaled_bessel(kappa, v):
 def _expansion(kappa, v):
     """log F_v, (M,), by the uniform expansion, which is more accurate the larger v is."""
     s = torch.sqrt(1 + (kappa / v) ** 2)  # (M,)
-    powers, coefficients = _series(v, kappa.dtype, kappa.device)  # (P,) each
-    series = ((1 / s)[..., None] ** powers * coefficients).sum(dim=-1)  # (M,)
+    p = 1 / s
+    series = torch.zeros_like(p)  # (M,), by Horner's rule
+    for coefficient in reversed(_series(v)):
+        series = series * p + coefficient
     constant = v * math.log(v) + math.log(2 * math.pi * v) / 2
     return v * s - v * torch.log1p(s) - torch.log(s) / 2 - constant + torch.log1p(series)
 
 
-@functools.cache  # creating the tensor makes a GPU wait
-def _series(v, dtype, device):
-    """sum_k U_k(p) / v^k, k = 1 .. TERMS, as a polynomial in p: its powers and coefficients, (P,).
+@functools.cache
+def _series(v):
+    """sum_k U_k(p) / v^k, k = 1 .. TERMS, a polynomial in p: its coefficients from power 0 up.
 
     U_0 = 1, U_{k+1}(p) = p^2 (1 - p^2) U_k'(p) / 2 + (1/8) integral_0^p (1 - 5 t^2) U_k(t) dt
-    (DLMF 10.41.10). A polynomial is a mapping from powers to coefficients.
+    (DLMF 10.41.10).
     """
-    u = {0: Fraction(1)}
-    total = Counter()
+    p = Polynomial([0, 1])
+    u = Polynomial([1])
+    series = Polynomial([0])
     for k in range(1, TERMS + 1):
-        next_u = Counter()
-        for power, c in u.items():
-            next_u[power + 1] += c * power / 2 + c / (8 * (power + 1))
-            next_u[power + 3] -= c * power / 2 + 5 * c / (8 * (power + 3))
-        u = next_u
-        for power, c in u.items():
-            total[power] += float(c) / v**k
-    with torch.inference_mode(False):  # the cached tensors are used in training too
-        terms = torch.tensor(sorted(total.items()), dtype=dtype, device=device)  # (P, 2)
-        return terms.T.contiguous()
+        u = p**2 * (1 - p**2) * u.deriv() / 2 + ((1 - 5 * p**2) * u).integ() / 8
+        series = series + u / v**k
+    return series.coef.tolist()

@@ -82,8 +82,7 @@ def soft_cross_entropy(logits, match):
     The label is 1 - 1e-4 for a match and 1e-4 for any other pair.
     """
     labels = SMOOTHING + (1 - 2 * SMOOTHING) * match.to(logits)
-    log_likelihood = labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits)
-    return -log_likelihood.mean()
+    return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 def pseudo_positives(logits, match):
