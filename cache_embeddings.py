@@ -389,23 +389,24 @@ def cache_texts(args, device):
 
     The precision is the cache's unless --precision is given.
     """
-    stem = Path(args.texts).stem
+    path = Path(args.texts)
+    stem = path.stem
     problem = f"{stem!r} is the name of the data set's own texts"
     is_free = stem not in (LADDER, CHAINS)
     need(is_free, f"--texts {args.texts}: {problem}; give the file another name")
+    if path.suffix in SUFFIXES:
+        z, texts = read_text_arrays(path)
+        chains = None
+        made_by = {}
+    else:
+        texts, chains = read_texts(path)
+        clip_id = embedding.clip_id(args.name)
+        clip = clip_id.load(device, args.model, args.pretrained, args.precision)
+        z = to_dtype(encode_texts(clip, texts), clip_id.dtype, texts)
+        made_by = clip.info
     folder = ROOT / args.name / "texts"
-    if Path(args.texts).suffix in SUFFIXES:
-        z, texts = read_text_arrays(Path(args.texts))
-        with locked(folder / f".{stem}.lock", f"--texts {args.texts}"):
-            write_texts(args.name, stem, z, texts, {})
-        logging.info("%s: %d texts", folder / stem, len(texts))
-        return
-    texts, chains = read_texts(Path(args.texts))
-    clip_id = embedding.clip_id(args.name)
-    clip = clip_id.load(device, args.model, args.pretrained, args.precision)
-    z = to_dtype(encode_texts(clip, texts), clip_id.dtype, texts)
     with locked(folder / f".{stem}.lock", f"--texts {args.texts}"):
-        write_texts(args.name, stem, z, texts, clip.info, chains)
+        write_texts(args.name, stem, z, texts, made_by, chains)
     logging.info("%s: %d texts", folder / stem, len(texts))
 
 

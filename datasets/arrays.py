@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.checks import first_bad_row, is_list, listing
+from datasets.checks import first_bad_row, is_list, listing, one_file
 from datasets.embedding import NORMALISED, have_norm_1
-from datasets.rows import shard_file
 from datasets.source import Split
-from datasets.write import move_shards
-from utils.cli import UserError, need
+from datasets.write import move_shards, write_shard
+from utils.cli import UserError, need, reason_of
 from utils.embed import to_dtype
-from utils.files import digest, load_json, load_tensors, not_utf8, save_json, save_tensors, sha256
+from utils.files import digest, load_json, load_tensors, not_utf8
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
 PART = 32_768  # rows that are read at a time, and the rows of a shard
@@ -50,7 +49,7 @@ class ArraySplit(Split):
         self.pieces = _pieces_of(self.folder)
         self.file_states = []  # name, size and time of last change of every file
         for piece in self.pieces:
-            for file in piece.files():
+            for file in filter(None, piece.file_of.values()):
                 self.file_states.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
 
     def fingerprint(self):
@@ -109,8 +108,6 @@ class ArraySplit(Split):
 class _ShardWriter:
     """Writes parts of the embeddings of one kind, each as a shard with the names of its rows."""
 
-    names_of = {"image": "images", "text": "captions"}
-
     def __init__(self, folder, kind, dtype):
         self.folder = folder
         self.kind = kind
@@ -124,11 +121,8 @@ class _ShardWriter:
         bad, problem = first_bad_row(part)
         need(not problem, f"{source}: row {start + (bad or 0)} {problem}; {CURE_OF_ROW}")
         self.is_normalised = self.is_normalised and have_norm_1(part)
-        number = len(self.index)
-        file = shard_file(self.folder, self.kind, number)
-        save_tensors(to_dtype(part, self.dtype, names), file)
-        save_json(names, shard_file(self.folder, self.names_of[self.kind], number))
-        self.index.append([len(part), sha256(file)])
+        z = to_dtype(part, self.dtype, names)
+        self.index.append(write_shard(self.folder, self.kind, len(self.index), z, names))
         self.rows += len(part)
 
 
@@ -137,36 +131,31 @@ class _Piece:
 
     Attributes:
         file_of: {kind: file}; that of "map", "captions" or "images" may be None.
+        rows: {"image": how many rows, "text": how many}.
     """
 
     def __init__(self, file_of):
         self.file_of = file_of
-        self._rows_of = {kind: len(open_array(file_of[kind])) for kind in ("image", "text")}
-
-    def files(self):
-        return [file for file in self.file_of.values() if file is not None]
-
-    def rows(self, kind):
-        return self._rows_of[kind]
+        self.rows = {kind: len(open_array(file_of[kind])) for kind in ("image", "text")}
 
     def parts(self, kind):
         """Yield (first row, embeddings (n, D)) of PART rows at a time."""
-        for start in range(0, self.rows(kind), PART):
+        for start in range(0, self.rows[kind], PART):
             # Opened anew, so that pages that were read do not add up in memory.
-            array = open_array(self.file_of[kind])
-            yield start, _as_tensor(array[start : start + PART]).float()
+            part = open_array(self.file_of[kind])[start : start + PART]
+            yield start, part.to(torch.float32, copy=True)  # a view would save its whole storage
 
     def image_of_caption(self):
         """The image row of every text, (M,) int64."""
-        images = self.rows("image")
-        texts = self.rows("text")
+        images = self.rows["image"]
+        texts = self.rows["text"]
         file = self.file_of["map"]
         if file is None:
             problem = f"{self.file_of['text']} has {texts} rows, {self.file_of['image']} {images}"
             cure = "give image_of_caption.npy, the image row of each text"
             need(texts == images, f"{problem}; {cure}")
             return torch.arange(texts)
-        rows = _as_tensor(np.asarray(open_array(file, dimensions=1)))
+        rows = open_array(file, dimensions=1)
         is_whole = not rows.is_floating_point() and len(rows) == texts
         in_range = is_whole and len(rows) and rows.min() >= 0 and rows.max() < images
         expected = f"expected {texts} image rows from 0 to {images - 1}, whole numbers"
@@ -176,7 +165,7 @@ class _Piece:
     def names(self, kind):
         """A name for every row: the file's, or the row's number."""
         file = self.file_of["images" if kind == "image" else "captions"]
-        rows = self.rows(kind)
+        rows = self.rows[kind]
         if file is None:
             return [str(row) for row in range(rows)]
         if file.suffix == ".parquet":
@@ -201,9 +190,13 @@ def _pieces_of(folder):
             f"{len(texts)} files)"
         )
         need(numbered.keys() == texts.keys(), f"{folder}: {problem}; give both of every number")
-        return [
-            _clip_retrieval_piece(numbered[n], texts[n], tables.get(n)) for n in sorted(numbered)
-        ]
+        pieces = []
+        for n in sorted(numbered):
+            files = {"image": numbered[n], "text": texts[n], "map": None}
+            files["captions"] = tables.get(n)
+            files["images"] = tables.get(n)
+            pieces.append(_Piece(files))
+        return pieces
     files = {"image": _one_file(folder, "image"), "text": _one_file(folder, "text")}
     expected = "expected image.npy and text.npy (or .pt, .safetensors), or img_emb/ and text_emb/"
     need(None not in files.values(), f"--data-root: {folder}: {expected}, found {found}")
@@ -211,10 +204,6 @@ def _pieces_of(folder):
     files["captions"] = _one_file(folder, "captions", (".txt", ".json"))
     files["images"] = _one_file(folder, "images", (".txt", ".json"))
     return [_Piece(files)]
-
-
-def _clip_retrieval_piece(image, text, table):
-    return _Piece({"image": image, "text": text, "map": None, "captions": table, "images": table})
 
 
 def _numbered(folder, stem):
@@ -229,36 +218,39 @@ def _numbered(folder, stem):
 
 def _one_file(folder, stem, suffixes=SUFFIXES):
     """The file of this stem with one of these suffixes; None if there is none."""
-    files = [folder / f"{stem}{suffix}" for suffix in suffixes]
-    existing = [file for file in files if file.is_file()]
-    names = " and ".join(file.name for file in existing)
-    need(len(existing) < 2, f"{folder}: found {names}; keep one of them")
-    return existing[0] if existing else None
+    return one_file(folder, [f"{stem}{suffix}" for suffix in suffixes])
 
 
 def open_array(file, dimensions=2):
-    """The array of a file, (N, D) or (N,), through a memory map where possible.
+    """The array of a file as a tensor, (N, D) or (N,), through a memory map where possible.
 
     Raises: UserError if the file holds something else.
     """
     if file.suffix == ".npy":
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{file}: not an array of numbers ({reason})") from None
+        content = _load_npy(file)
+    elif file.suffix == ".safetensors":
+        content = _load_safetensors(file)
     else:
-        content = _load_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file)
-        tensors = list(content.values()) if isinstance(content, dict) else [content]
-        is_one = len(tensors) == 1 and isinstance(tensors[0], torch.Tensor)
-        need(is_one, f"{file}: expected one tensor")
-        array = tensors[0]
-    shape = tuple(array.shape)
+        content = load_tensors(file)
+    tensors = list(content.values()) if isinstance(content, dict) else [content]
+    is_one = len(tensors) == 1 and isinstance(tensors[0], torch.Tensor)
+    need(is_one, f"{file}: expected one tensor")
+    shape = tuple(tensors[0].shape)
     fits = len(shape) == dimensions and 0 not in shape
     need(fits, f"{file}: expected an array of {dimensions} dimensions, found shape {shape}")
-    is_number = isinstance(array, torch.Tensor) or array.dtype.kind in "fiu"
-    need(is_number, f"{file}: expected numbers, found {array.dtype}")
-    return array
+    return tensors[0]
+
+
+def _load_npy(file):
+    try:
+        array = np.load(file, mmap_mode="c", allow_pickle=False)
+        is_array = isinstance(array, np.ndarray)  # not an .npz file under another name
+        need(is_array, f"{file}: expected one array, found {type(array).__name__}")
+        need(array.dtype.kind in "fiu", f"{file}: expected numbers, found {array.dtype}")
+        return torch.from_numpy(array)
+    except (ValueError, EOFError, TypeError) as error:  # TypeError: float128
+        problem = f"not an array of numbers ({reason_of(error)})"
+        raise UserError(f"{file}: {problem}; save it again as float32") from None
 
 
 def _load_safetensors(file):
@@ -268,11 +260,6 @@ def _load_safetensors(file):
         return load_file(file)
     except Exception as error:  # noqa: BLE001  the package raises its own errors
         raise UserError(f"{file}: not a .safetensors file ({error})") from None
-
-
-def _as_tensor(part):
-    """A copy of a part of an array as a tensor."""
-    return part.clone() if isinstance(part, torch.Tensor) else torch.from_numpy(np.array(part))
 
 
 def _lines(file):
@@ -304,7 +291,7 @@ def read_text_arrays(file):
     lines = file.with_suffix(".txt")
     need(file.is_file(), f"--texts {file}: no such file")
     need(lines.is_file(), f"--texts {file}: {lines} is missing; give the texts, one per line")
-    z = _as_tensor(np.asarray(open_array(file))).float()
+    z = open_array(file).float()
     bad, problem = first_bad_row(z)
     need(not problem, f"{file}: row {bad} {problem}; {CURE_OF_ROW}")
     texts = _lines(lines)

@@ -136,11 +136,8 @@ def _load_map_of_shards(folder, meta, captions, images):
     rows = load_tensors(path, check_sums=False)
     message = f"{path}: expected {captions} image rows from 0 to {images - 1}; {ANEW}"
     need(isinstance(rows, torch.Tensor), message)
-    need(rows.shape == (captions,), message)
-    need(rows.dtype == torch.int64, message)
-    for part in rows.split(2**20):
-        need((part >= 0).all(), message)
-        need((part < images).all(), message)
+    need(rows.shape == (captions,) and rows.dtype == torch.int64, message)
+    need(rows.min() >= 0 and rows.max() < images, message)
     return rows
 
 
@@ -303,6 +300,16 @@ def image_path(folder, name, where):
         problem = f"the image file {name!r} cannot be the name of a file"
         raise UserError(f"{where}: {problem}; fix it")
     return folder / path
+
+
+def one_file(folder, names):
+    """The file in a folder that has one of these names; None if there is none.
+
+    Raises: UserError if there are several.
+    """
+    existing = [name for name in names if (folder / name).is_file()]
+    need(len(existing) < 2, f"{folder}: found {' and '.join(existing)}; keep one of them")
+    return folder / existing[0] if existing else None
 
 
 def listing(folder):

@@ -11,7 +11,7 @@ Both directions are read: the judgements of images are not the inverse of those 
 
 import warnings
 
-from utils.cli import UserError
+from utils.cli import UserError, reason_of
 
 SETS = {  # name -> attribute of the package's Metrics
     "eccv": "eccv_gts",  # ECCV Caption: 1,332 captions, 1,261 images
@@ -76,7 +76,7 @@ def _load_metrics():
     except Exception as error:  # noqa: BLE001  a package or a file that it needs is missing
         if isinstance(error, ModuleNotFoundError) and error.name == "eccv_caption":
             return None
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = reason_of(error)
         problem = f"the package eccv_caption is installed, but cannot be used ({reason})"
         cure = "pip install --force-reinstall eccv-caption==0.1.0, or uninstall it"
         raise UserError(f"{problem}; {cure}") from None

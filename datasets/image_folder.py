@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from datasets.checks import listing
-from datasets.source import ListSplit
+from datasets.source import ListSplit, images_of_group
 from utils.cli import need
 from utils.files import text_lines
 
@@ -44,16 +44,16 @@ class ImageFolder(ListSplit):
         lines = read_templates(templates) if templates else list(layout)
         names = []
         files = []
-        images_of_class = []
-        for class_folder in classes:
+        prompts = []
+        rows_of_class = []  # of each prompt
+        for class_folder, class_name in classes.items():
             images = _images_in(folder / class_folder)
-            images_of_class.append(list(range(len(names), len(names) + len(images))))
+            rows = range(len(names), len(names) + len(images))
             names += [f"{class_folder}/{image.name}" for image in images]
             files += images
-        prompts = []
-        for name in classes.values():
-            prompts += [line.replace(SLOT, name) for line in lines]
-        images_of_prompt = _images_of_prompts(prompts, images_of_class)
+            prompts += [line.replace(SLOT, class_name) for line in lines]
+            rows_of_class += [rows] * len(lines)
+        images_of_prompt = images_of_group(prompts, rows_of_class)
         super().__init__(
             image_ids=list(range(len(names))),
             image_files=files,
@@ -137,12 +137,3 @@ def read_templates(file):
     for line in lines:
         need(SLOT in line, f"--templates {file}: {line!r} has no {SLOT} for the name of the class")
     return lines
-
-
-def _images_of_prompts(prompts, images_of_class):
-    """The images that each prompt is right for; classes with the same prompt share theirs."""
-    per_class = len(prompts) // len(images_of_class)
-    images_of_text = {}
-    for number, prompt in enumerate(prompts):
-        images_of_text.setdefault(prompt, set()).update(images_of_class[number // per_class])
-    return [sorted(images_of_text[prompt]) for prompt in prompts]

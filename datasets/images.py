@@ -19,15 +19,12 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 
 
 def decode_file(path, transform):
-    """The transformed image of a file and None; or None and what is wrong, the path first."""
-    image, reason = decode(find_file(str(path)), transform)
-    if reason is not None:
-        reason = f"{path}: {reason}"
-    return image, reason
+    """The transformed image of a file and None; or None and what is wrong with it."""
+    return decode(find_file(str(path)), transform)
 
 
 def decode(file, transform):
-    """Like `decode_file`, for a path (str) or an open file; the reason does not name the file."""
+    """Like `decode_file`, for a path (str) or an open file."""
     try:
         return transform(read_rgb(file)), None
     except FileNotFoundError:

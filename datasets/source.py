@@ -118,8 +118,10 @@ class ListSplit(Split):
         broken_images = {}  # row -> reason
         for content in image_units:
             broken_images.update(content["left_out"])
-        broken_rows = [f"{place} {problem}" for place, problem in self.broken]
-        store.check_broken([*broken_rows, *broken_images.values()])
+        messages = [f"{place} {problem}" for place, problem in self.broken]
+        for row, reason in broken_images.items():
+            messages.append(f"{self.image_files[row]}: {reason}")
+        store.check_broken(messages)
         say_notes(text_units, meta["context_length"])
         left = self.without(broken_images)
         problem = f"without the {len(broken_images)} broken image files no caption is left"
@@ -139,7 +141,9 @@ class ListSplit(Split):
         if image_folder is not None:
             meta["image_folder"] = image_folder
         meta.update(self.facts)
-        meta["skipped"] = self.skipped(broken_images)
+        meta["skipped"] = [list(row) for row in self.broken]
+        for row, reason in broken_images.items():
+            meta["skipped"].append([self.image_names[row], reason])
         meta["versions"] = versions()
         write_split(
             folder,
@@ -160,17 +164,6 @@ class ListSplit(Split):
         for file, name in zip(self.image_files, self.image_names, strict=True):
             folders.add(str(file).removesuffix(name))
         return folders.pop() if len(folders) == 1 else None
-
-    def skipped(self, broken):
-        """What meta.json lists as left out.
-
-        It is [place, problem] of rows, and [name, reason] of broken images {row: reason}.
-        """
-        skipped = [list(row) for row in self.broken]
-        for row, reason in broken.items():
-            reason_alone = reason.removeprefix(f"{self.image_files[row]}: ")
-            skipped.append([self.image_names[row], reason_alone])
-        return skipped
 
     def without(self, rows):
         """The split without the images in `rows` and their captions."""
@@ -219,6 +212,19 @@ def _renumbered(lists, queries, answers):
     return renumbered
 
 
+def images_of_group(groups, images):
+    """The images that are right for each caption, ascending: those of all captions of its group.
+
+    Args:
+        groups: the group of each of M captions.
+        images: M lists of image rows.
+    """
+    rows_of_group = {}
+    for group, rows in zip(groups, images, strict=True):
+        rows_of_group.setdefault(group, set()).update(rows)
+    return [sorted(rows_of_group[group]) for group in groups]
+
+
 def list_units(kind, items):
     """ListUnits of UNIT items each."""
     starts = range(0, len(items), UNIT)
@@ -247,12 +253,8 @@ class ListUnit:
         return streams
 
     def name(self, row):
-        """The name of an image in messages."""
+        """The name of an image in messages: its path."""
         return self.items[row - self.number * UNIT]
-
-    def describe(self, row, reason):
-        """The message about a broken image: the reason itself, which names the file."""
-        return reason
 
     def load(self, folder):
         """The content of its file in the folder of units; None if it is missing or not whole."""

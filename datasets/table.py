@@ -9,10 +9,10 @@ import json
 import logging
 from pathlib import Path
 
-from datasets.checks import image_path, listing
+from datasets.checks import image_path, listing, one_file
 from datasets.delimited import SEPARATORS, read_lines
-from datasets.source import ListSplit
-from utils.cli import UserError, need
+from datasets.source import ListSplit, images_of_group
+from utils.cli import need
 
 
 class TableCaptions(ListSplit):
@@ -45,7 +45,10 @@ class TableCaptions(ListSplit):
         csv_caption_lists=False,
     ):
         root = Path(root)
-        path = _find_table(root, [name.format(split=split) for name in layout])
+        names = [name.format(split=split) for name in layout]
+        path = one_file(root, names)
+        expected = f"expected {' or '.join(names)}, found {listing(root)}"
+        need(path is not None, f"--data-root {root}: {expected}")
         columns = {"--csv-img-key": csv_img_key, "--csv-caption-key": csv_caption_key}
         if csv_group_key:
             columns["--csv-group-key"] = csv_group_key
@@ -77,7 +80,8 @@ class TableCaptions(ListSplit):
         )
         if csv_group_key:
             groups = [values[2] for _, values in rows]
-            self.relevance = _images_of_group(groups, image_of_caption)
+            own_images = [[row] for row in image_of_caption]
+            self.relevance = images_of_group(groups, own_images)
 
 
 def _sound_rows(path, lines, columns, take_lists_apart):
@@ -129,25 +133,6 @@ def _list_of_texts(text):
         return []
     is_list = isinstance(content, list) and all(isinstance(entry, str) for entry in content)
     return [entry for entry in content if entry.strip()] if is_list else []
-
-
-def _images_of_group(groups, image_of_caption):
-    """The images of the group of each caption: M lists of image rows, ascending."""
-    images_of_group = {}
-    for group, image in zip(groups, image_of_caption, strict=True):
-        images_of_group.setdefault(group, set()).add(image)
-    return [sorted(images_of_group[group]) for group in groups]
-
-
-def _find_table(root, names):
-    """The one table of these names that exists."""
-    existing = [name for name in names if (root / name).is_file()]
-    cure = "keep one of them"
-    need(len(existing) < 2, f"--data-root {root}: found {' and '.join(existing)}; {cure}")
-    if not existing:
-        expected = " or ".join(names)
-        raise UserError(f"--data-root {root}: expected {expected}, found {listing(root)}")
-    return root / existing[0]
 
 
 def _separator(flag, path):

@@ -22,7 +22,7 @@ from datasets.images import collate, decode
 from datasets.rows import shard_file
 from datasets.source import TEXT_NOTES, Split
 from datasets.write import move_shards
-from utils.cli import UserError, need
+from utils.cli import UserError, need, reason_of
 from utils.embed import Samples, say_notes, versions
 from utils.files import clean_text, digest, load_json, save_json, save_tensors, sha256
 
@@ -166,12 +166,8 @@ class TarUnit:
         return [partial(tar_stream, self.url, size)]
 
     def name(self, key):
-        """How a message calls a sample."""
-        return key
-
-    def describe(self, key, reason):
-        """A message about a broken sample."""
-        return f"{self.url}: {key}: {reason}"
+        """The name of a sample in messages."""
+        return f"{self.url}: {key}"
 
     def load(self, folder):
         """Read its notes, a dict with the fields of NOTES; None if they are missing or damaged."""
@@ -463,8 +459,7 @@ def _expand(pattern):
     try:
         return webdataset.shardlists.expand_urls(pattern)
     except Exception as error:  # noqa: BLE001  its libraries raise many things
-        reason = " ".join(str(error).split())[:100]
-        problem = f"not a pattern of paths ({reason})"
+        problem = f"not a pattern of paths ({reason_of(error)})"
         raise UserError(f"--data-root {pattern}: {problem}; fix its braces") from None
 
 

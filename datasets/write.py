@@ -104,16 +104,20 @@ def finish_shards(folder, index, image_of_caption, meta):
     save_json({**meta, "shards": shards}, folder / "meta.json", indent=1)
 
 
+def write_shard(folder, kind, number, z, names):
+    """Write embeddings (n, D) and the names of their rows. Returns: their entry in the index."""
+    file = shard_file(folder, kind, number)
+    save_tensors(z.clone(), file)  # a view would save its whole storage
+    save_json(names, shard_file(folder, NAMES_OF[kind], number))
+    return [len(z), sha256(file)]
+
+
 def _write_shards(folder, kind, z, names, rows):
     """Write embeddings (N, D) in shards with the names of their rows; returns their index."""
     index = []
     for number, part in enumerate(z.split(rows)):
-        file = shard_file(folder, kind, number)
-        save_tensors(part.clone(), file)  # a view would save its whole storage
         start = number * rows
-        names_file = shard_file(folder, NAMES_OF[kind], number)
-        save_json(names[start : start + rows], names_file)
-        index.append([len(part), sha256(file)])
+        index.append(write_shard(folder, kind, number, part, names[start : start + rows]))
     return index
 
 

@@ -147,6 +147,9 @@ REFUSED = {
     "one dimension": (put("text", np.ones(120)), "2 dimensions, found shape (120,)"),
     "texts": (put("text", np.full((120, 64), "a")), "expected numbers"),
     "objects": (put("text", np.array([[{}]], dtype=object)), "not an array of numbers"),
+    "other bytes first": (put("text", np.ones((24, 16), ">f4")), "save it again as float32"),
+    "float128": (put("text", np.ones((24, 16), np.longdouble)), "save it again as float32"),
+    "yes and no": (put("text", np.ones((24, 16), bool)), "expected numbers, found bool"),
     "a map that points outside": (
         put("image_of_caption", np.full(120, 40)),
         "expected 120 image rows from 0 to 39",

@@ -148,18 +148,17 @@ def test_a_broken_file_gives_a_reason_that_names_it(tmp_path, case):
         array_image([np.nan, 0.5], np.float32)[0].save(path, format="tiff")
     tensor, reason = decode_file(path, np.asarray)
     assert tensor is None
-    assert reason.startswith(f"{path}: ")
-    assert len(reason) > len(f"{path}: ")
-    assert reason.count(path.name) == 1
+    assert reason
+    assert path.name not in reason  # a message puts it before the reason
     if "bomb" in case:
         assert "decompression bomb" in reason
 
 
 def test_a_missing_file_and_a_folder_give_a_reason(tmp_path):
     images = [decode_file(path, np.asarray) for path in (tmp_path / "absent.png", tmp_path)]
-    assert images[0] == (None, f"{tmp_path / 'absent.png'}: no such file")
+    assert images[0] == (None, "no such file")
     assert images[1][0] is None
-    assert str(tmp_path) in images[1][1]
+    assert images[1][1]
 
 
 def test_a_transform_gets_the_picture_of_its_row(tmp_path):
@@ -180,7 +179,7 @@ def test_images_are_handed_over_as_one_tensor_black_where_one_is_broken(tmp_path
     assert batch.keys == [64, 65, 66]
     assert batch.captions == []
     assert batch.images[:, 0, 0, 0].tolist() == [5, 0, 90]
-    assert batch.errors == [None, f"{tmp_path / 'absent.png'}: no such file", None]
+    assert batch.errors == [None, "no such file", None]
     (batch,) = image_stream([tmp_path / "absent.png"], 0, to_tensor)
     assert (batch.keys, batch.images) == ([0], None)
 

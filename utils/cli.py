@@ -33,6 +33,11 @@ def need(condition, message):
         raise UserError(message)
 
 
+def reason_of(error):
+    """What an exception of a library says, in one line of at most 160 characters."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all our errors."""
 

@@ -44,9 +44,6 @@ class Unit(Protocol):
     def name(self, key):
         """The name of a sample in messages."""
 
-    def describe(self, key, reason):
-        """The message about a broken sample."""
-
     def left_out(self, folder):
         """The broken samples that the finished unit in a folder leaves out, {key: reason}.
 
@@ -191,7 +188,7 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
                     running[unit] -= 1
                 else:
                     need(samples.keys, samples.errors[0])
-                    broken.add(_messages(unit, samples))
+                    broken.add(_messages(unit, zip(samples.keys, samples.errors, strict=True)))
                     bar.update(len(samples.keys))
                     if not broken.too_many():
                         embedded[unit].add(samples, clip)
@@ -222,14 +219,13 @@ def missing_units(units, store, broken):
         if samples is None or (samples and may_be_mended):
             missing.append(unit)
             continue
-        broken.add([unit.describe(key, reason) for key, reason in samples.items()])
+        broken.add(_messages(unit, samples.items()))
     return missing
 
 
-def _messages(unit, samples):
-    """The broken ones of some samples, in words."""
-    pairs = zip(samples.keys, samples.errors, strict=True)
-    return [unit.describe(key, error) for key, error in pairs if error]
+def _messages(unit, reasons):
+    """The broken ones of some samples, given as (key, reason or None), in words."""
+    return [f"{unit.name(key)}: {reason}" for key, reason in reasons if reason]
 
 
 def _loader(work, workers):

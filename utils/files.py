@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.cli import UserError, need
+from utils.cli import UserError, need, reason_of
 
 # Errors of file systems that do not support these calls (NFS, Lustre, FUSE).
 WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -224,32 +224,13 @@ def save_tensors(content, path):
         RuntimeError.
     """
     with written_aside(path) as file:
-        watched = _WatchedFile(file)
         try:
-            torch.save(content, watched)
+            torch.save(content, file)
         except RuntimeError as error:
-            cause = watched.error or error.__context__
+            cause = error.__context__  # what the write itself raised
             if isinstance(cause, (OSError, KeyboardInterrupt)):
                 raise cause from None
             raise
-
-
-class _WatchedFile:
-    """A file that remembers why it could not be written."""
-
-    def __init__(self, file):
-        self.file = file
-        self.error = None
-
-    def write(self, content):
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.file.flush()
 
 
 def save_json(content, path, indent=None):
@@ -355,10 +336,8 @@ def load_arrays(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # noqa: BLE001  A broken file can raise almost anything.
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{path}: not a file of arrays that can be read safely ({reason}); evaluate again"
-        ) from None
+        problem = f"not a file of arrays that can be read safely ({reason_of(error)})"
+        raise UserError(f"{path}: {problem}; evaluate again") from None
 
 
 def load_json(path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UserError, need
+from utils.cli import UserError, need, reason_of
 from utils.device import PRECISIONS, pick_precision, precision_name
 from utils.files import (
     check_is_fetched,
@@ -433,8 +433,7 @@ def _refused(what, cure=None):
     try:
         yield
     except Exception as error:  # noqa: BLE001  hub, files and tokenizers raise many things
-        reason = " ".join(str(error).split())[:160]
-        message = f"{what} ({reason})"
+        message = f"{what} ({reason_of(error)})"
         if cure:
             message += f"; {cure}"
         raise UserError(message) from None

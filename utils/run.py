@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from models import untagged
 from utils.checkpoint import describe, load_run, lock_path, on_cpu, save_adaptor
-from utils.cli import UserError
+from utils.cli import UserError, reason_of
 from utils.distributed import barrier, is_first
 from utils.files import locked, save_tensors
 
@@ -125,7 +125,7 @@ class Run:
         try:
             yield
         except Exception as error:  # noqa: BLE001
-            reason = " ".join(str(error).split())[:120]
+            reason = reason_of(error)
             raise UserError(
                 f"{self.state_path}: not the state of such a run ({reason}); "
                 "start again without --resume"
