@@ -234,7 +234,7 @@ def make_parser():
 def parse(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.method = expand_groups(args.method, args.recipe)
+    args.method = expand_groups(args.method, args.recipe)  # pfe may become pfe-original
     args.seed = list(dict.fromkeys(args.seed))  # each seed once
     flags = vars(args)
     args.changes = {name: flags[name] for name in RECIPE_FLAGS if flags[name] is not None}
@@ -289,6 +289,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None, use_gra
             # rows (see utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
             weight = number / steps if epoch == recipe.ramped_epoch else 1.0
+            # The graph was made for a full batch and the weight 1.
             fits_graph = len(rows) == recipe.batch_size and weight == 1.0
             loss, loss_terms = step(
                 adaptor,

@@ -90,10 +90,10 @@ class EmbeddingCache:
             self._load_relevance(captions, images)
 
     def _check_exists(self, name, split, root):
-        is_unfinished = units_folder(self.folder).exists()
-        is_unfinished = is_unfinished and not (self.folder / "meta.json").exists()
+        has_units = units_folder(self.folder).exists()
+        is_finished = (self.folder / "meta.json").exists() or not has_units
         cure = "run cache_embeddings.py again with the same flags; it goes on where it stopped"
-        need(not is_unfinished, f"{self.folder}: unfinished; {cure}")
+        need(is_finished, f"{self.folder}: unfinished; {cure}")
         if not is_cache(self.folder):
             raise UserError(_missing(name, split, root))
 

@@ -46,7 +46,8 @@ ORIGINALS = {
 }
 METHODS = {**PAPER, **VARIANTS, **ORIGINALS}
 
-# Learning rates of `small` in earlier versions; FORMER_ASYMVLM_LR: of AsymVLM, but for -anchored.
+# Learning rates of `small` in earlier versions. FORMER_ASYMVLM_LR is that of all AsymVLM methods
+# except -anchored.
 FORMER_LR = {"probvlm": 3e-4, "pfe": 3e-4, "prolip": 3e-4}
 FORMER_ASYMVLM_LR = 3e-3
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-HIDDEN = 1024  # width of the hidden layers in AsymVLM's repository, but for ProbVLM's heads
+HIDDEN = 1024  # width of all hidden layers in AsymVLM's repository except those of ProbVLM
 
 
 def mlp(embed_dim):
-    """The MLP of the paper's methods but ProbVLM: three hidden layers, ReLU, (N, D) -> (N, D)."""
+    """The MLP of all methods except ProbVLM: three hidden layers, ReLU, (N, D) -> (N, D)."""
     return nn.Sequential(
         nn.Linear(embed_dim, HIDDEN),
         nn.ReLU(),
@@ -53,7 +53,10 @@ def widest(x):
 
 
 def as_float64(x):
-    """Convert x to float64, on the CPU if its device has no float64."""
+    """Convert x to float64, on the CPU if its device has no float64.
+
+    Unlike `widest`, it never leaves a tensor in float32, in which the result would overflow.
+    """
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
@@ -104,8 +107,8 @@ def symmetric_cross_entropy(logits):
     """InfoNCE in both directions over all pairs; the true ones are on the diagonal: (B, B) -> ().
 
     -mean_b [log softmax over row b + log softmax over column b]_bb / 2, which is the mean of the
-    cross-entropies of rows and of columns. Here the log normalisers are taken alone: a softmax over
-    columns is slow on CUDA, and F.cross_entropy of logits.T is slow on the CPU.
+    cross-entropies of rows and of columns. We compute only the log normalisers, not the softmaxes:
+    a softmax over columns is slow on CUDA, and F.cross_entropy of logits.T is slow on the CPU.
     Source: "Representation learning with contrastive predictive coding", arXiv 1807.03748;
     both directions as in CLIP.
     """

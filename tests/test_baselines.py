@@ -16,7 +16,7 @@ from models.base import total_loss
 from models.layers import pairwise_sigmoid_loss, total_variance, unit
 from models.pcmepp.adaptor import NEGATIVE_SCALE, SHIFT
 from models.pcmepp.loss import closed_form_sampled_distance, matching_loss
-from models.pfe.loss import VARIANCE_MIN, mutual_likelihood_loss, variance
+from models.pfe.loss import VARIANCE_MIN, mutual_likelihood_loss, softplus_variance
 from models.probvlm.adaptor import BayesCap
 from models.probvlm.loss import mean_variance, positive, probvlm_loss
 from models.prolip.loss import (
@@ -313,7 +313,7 @@ def test_pairwise_losses_in_float32_agree_with_float64():
 def test_pfe_is_finite_at_the_extremes(raw, difference, dtype):
     mean = torch.randn(4, 64, dtype=dtype, generator=torch.Generator().manual_seed(0))
     x = torch.full_like(mean, raw).requires_grad_()
-    var = variance(x)
+    var = softplus_variance(x)
     loss = mutual_likelihood_loss(mean + difference, var, mean, var)
     loss.backward()
     assert torch.isfinite(loss)
@@ -455,7 +455,7 @@ def test_half_precision_is_raised_before_it_is_summed():
         (information_bottleneck, "prolip", 0, 2),
         (mean_variance, "probvlm", 1, 3),
         (positive, "probvlm", 0, 1),
-        (variance, "pfe", 0, 1),
+        (softplus_variance, "pfe", 0, 1),
     ],
 )
 def test_autocast_lowers_the_products_of_the_pairs_and_nothing_else(

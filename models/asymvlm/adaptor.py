@@ -28,7 +28,8 @@ class AsymVLM(Adaptor):
     log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M)
     log_normalizer = None  # (kappa (M,), D) -> (M,)
     kernel = None  # cosine -> a tensor of the same shape
-    expected_log_prob = None  # (eta_image (N, D), eta_text (M, D), temperature) -> (N, M)
+    # (eta_image (N, D), eta_text (M, D), temperature) -> (N, M); only variants.Both uses it
+    expected_log_prob = None
 
     def __init__(self, embed_dim=512):
         super().__init__(embed_dim)

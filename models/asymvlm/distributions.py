@@ -110,9 +110,9 @@ def expected_power_spherical_log_prob(eta_image, eta_text, temperature=1.0):
     mean = kappa / s * cosine  # (N, M)
     variance = (dim - 1 + 2 * kappa) / (s * (s + 1)) * (1 - mean * cosine)
     n = (1 - mean.square()) / variance - 1
-    n = n.clamp_min((dim - 1) / 2)  # below this only by rounding
+    n = n.clamp_min((dim - 1) / 2)  # n is about D - 1 or more; rounding may bring it to 0
     log_of_mean = power_spherical_kernel(mean)
-    ratio = 2 * torch.exp(-log_of_mean)  # n / a
+    ratio = 2 * torch.exp(-log_of_mean)  # n / a, as a = n (1 + mean) / 2
     first_order = (ratio - 1) / (2 * n)
     second_order = (ratio.square() - 1) / (12 * n.square())
     kernel = log_of_mean - first_order - second_order

@@ -56,7 +56,7 @@ def original_loss(mean_image, log_var_image, mean_text, log_var_text, shift, neg
     BCE(labels) is `soft_cross_entropy` of the logits shift - negative_scale d(i, j). M_ij is
     whether text j describes image i; images with equal means are one image. M_rows and M_columns
     also count the `pseudo_positives` of rows and of columns as matches. KL:
-    `information_bottleneck`.
+    `kl_to_standard_normal`.
 
     Args: (B, D) each; shift and negative_scale are scalars.
     Returns: the terms by name, () each, weighted so that their sum is the loss.
@@ -66,13 +66,13 @@ def original_loss(mean_image, log_var_image, mean_text, log_var_text, shift, neg
     logits = shift - negative_scale * distance  # (B, B)
     match = same_rows(mean_image)  # (B, B)
     by_row = match | pseudo_positives(logits, match)
-    by_column = match | pseudo_positives(logits.T, match.T).T
+    by_column = match | pseudo_positives(logits.T, match.T).T  # the same for the transpose
     pseudo = soft_cross_entropy(logits, by_row) + soft_cross_entropy(logits, by_column)
     return {
         "matching": 2 * soft_cross_entropy(logits, match),
         "pseudo_positives": PSEUDO_WEIGHT * pseudo,
-        "kl_image": VIB_WEIGHT * information_bottleneck(mean_image, log_var_image),
-        "kl_text": VIB_WEIGHT * information_bottleneck(mean_text, log_var_text),
+        "kl_image": VIB_WEIGHT * kl_to_standard_normal(mean_image, log_var_image),
+        "kl_text": VIB_WEIGHT * kl_to_standard_normal(mean_text, log_var_text),
     }
 
 
@@ -97,9 +97,9 @@ def pseudo_positives(logits, match):
 
 
 @full_precision
-def information_bottleneck(mean, log_var):
+def kl_to_standard_normal(mean, log_var):
     """-mean_bd (1 + log_var - mean^2 - exp(log_var)) / 2, (B, D) each -> ().
 
-    This is the divergence from a standard normal distribution.
+    This is the divergence from a standard normal distribution, the paper's VIB.
     """
     return -(1 + log_var - mean.square() - log_var.exp()).mean() / 2

@@ -5,7 +5,7 @@ from models.layers import total_variance
 from models.pcmepp.adaptor import PCMEPPAdaptor
 from models.pcmepp.loss import original_loss
 
-# The last bias of the MLP; the MLP stands for the author's transformer block over tokens.
+# The initial log variance. Our MLP replaces the author's transformer block over tokens.
 START_LOG_VAR = 0.0
 
 
@@ -26,7 +26,7 @@ class PCMEPPOriginal(PCMEPPAdaptor):
             drops=(15 / 25,),
             decayed_from=1,
             clip_norm=2.0,
-            ramped_epoch=3,  # theirs; in the two epochs before it, their image encoder is frozen
+            ramped_epoch=3,  # as in the author's code, which freezes the image encoder until then
             averaged_after=16 / 25,
         )
     }

@@ -2,7 +2,7 @@
 
 from models.base import Adaptor, Recipe, recipes_of
 from models.layers import mlp
-from models.pfe.loss import mutual_likelihood_loss, mutual_likelihood_score, variance
+from models.pfe.loss import mutual_likelihood_loss, mutual_likelihood_score, softplus_variance
 
 
 class PFEAdaptor(Adaptor):
@@ -21,10 +21,10 @@ class PFEAdaptor(Adaptor):
         self.text_mlp = mlp(embed_dim)
 
     def encode_image(self, z):
-        return z, variance(self.image_mlp(z))
+        return z, softplus_variance(self.image_mlp(z))
 
     def encode_text(self, z):
-        return z, variance(self.text_mlp(z))
+        return z, softplus_variance(self.text_mlp(z))
 
     def variance_of(self, mean, var):
         return var

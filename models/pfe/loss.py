@@ -16,7 +16,7 @@ FACTORS = 6  # variances that are multiplied before one logarithm is taken
 
 
 @full_precision
-def variance(x):
+def softplus_variance(x):
     """softplus(x), at least 1e-6, of any shape."""
     return F.softplus(x).clamp_min(VARIANCE_MIN)
 
@@ -82,8 +82,8 @@ def mutual_likelihood_score(mean_image, var_image, mean_text, var_text):
     Args: images (N, D) each, texts (M, D) each; variances from 1e-6 to 1e6, so that the product of
         six of them does not overflow in float32.
     Returns: (N, M), exact.
-    Source: arXiv 1904.09658, eq. 3, twice and without the constant D log 2 pi, as in the authors'
-        code.
+    Source: twice the score of arXiv 1904.09658, eq. 3, without the constant D log 2 pi, as in the
+        authors' code.
     """
     images, texts = BLOCK if mean_image.device.type == "cpu" else BLOCK_ON_GPU
     score = mean_image.new_empty(len(mean_image), len(mean_text))

@@ -69,16 +69,16 @@ def probvlm_loss(
 
 
 def _fit(mean, inv_alpha, beta, z, z_other, likelihood_weight):
-    """fit(mean, z) and fit(mean, z_other), all (B, D) -> () and (), with the same normaliser."""
+    """fit(mean, z) and fit(mean, z_other), all (B, D) -> () and ()."""
     a = inv_alpha + PARAMETER_EPS
     b = beta + PARAMETER_EPS
-    # lgamma(1/b) - log b = lgamma(1 + 1/b), in which nothing cancels at large b
-    log_normalizer = (torch.lgamma(1 + 1 / b) - a.log()).mean()
+    # lgamma(1/b) - log b = lgamma(1 + 1/b), in which nothing cancels at large b. Both fits share it.
+    log_partition = (torch.lgamma(1 + 1 / b) - a.log()).mean()
 
     def fit(target):
         error = (mean - target).abs()  # (B, D)
         residual = (error * a * b).clamp(*RESIDUAL_RANGE).mean()
-        return error.mean() + likelihood_weight * (residual + log_normalizer)
+        return error.mean() + likelihood_weight * (residual + log_partition)
 
     return fit(z), fit(z_other)
 

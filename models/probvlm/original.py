@@ -1,7 +1,8 @@
 """ProbVLM as its own authors build and train it: `probvlm-original` (arXiv 2307.00398).
 
-Their commands weight the likelihood by 1e-4, with which the uncertainty is learned slowly: 500
-epochs are meant. Their function's default is 0.05, the weight of `probvlm-original-default-weight`.
+Their commands weight the likelihood by 1e-4, with which the uncertainty is learned slowly, so they
+train for 500 epochs. Their function's default is 0.05, the weight of
+`probvlm-original-default-weight`.
 """
 
 import torch
@@ -92,11 +93,11 @@ class ProbVLMOriginalDefaultWeight(ProbVLMOriginal):
 
 @torch.no_grad()
 def _uncertainty(bayescap, z):
-    """mean_d u of what a network reads, (N, D) -> (N,), as `variance_of_passes` has it.
+    """mean_d u, where u is the `variance_of_passes` of what the network reads, (N, D) -> (N,).
 
     Coordinates with beta = 0, whose variance is the largest that the clips allow, dominate the
-    mean. The remaining differences between texts are about 1e-5 of it, of which float32 would
-    keep few digits.
+    mean. The texts differ by about 1e-5 of it, so float32 would keep only two digits of the
+    differences. So the mean is taken in float64.
     """
     uncertainties = []
     for rows in z.split(ROWS_AT_ONCE):
