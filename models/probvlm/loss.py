@@ -72,7 +72,7 @@ def _fit(mean, inv_alpha, beta, z, z_other, likelihood_weight):
     """fit(mean, z) and fit(mean, z_other), all (B, D) -> () and ()."""
     a = inv_alpha + PARAMETER_EPS
     b = beta + PARAMETER_EPS
-    # lgamma(1/b) - log b = lgamma(1 + 1/b), in which nothing cancels at large b. Both fits share it.
+    # lgamma(1/b) - log b = lgamma(1 + 1/b), in which nothing cancels at large b
     log_partition = (torch.lgamma(1 + 1 / b) - a.log()).mean()
 
     def fit(target):
