@@ -276,27 +276,44 @@ def excess_aurc(area: Metric, correct: np.ndarray, weight: ArrayLike | None = No
 def _risk_and_weight(correct, uncertainty, weight):
     """The risk-coverage curve and the weights, both (..., Q), most certain query first."""
     order = np.argsort(uncertainty, kind="stable")
-    weight = _weight_of_queries(weight, len(order))
-    weight = weight[..., order]
+    weight = _weight_of_queries(weight, len(order))[..., order]
     is_wrong = ~np.asarray(correct, dtype=bool)[order]
-    errors = weight * is_wrong
-    is_first = _is_first_of_ties(np.asarray(uncertainty)[order])
-    if not is_first.all():
-        errors = _share_among_ties(errors, weight, is_first)
-    count = _cumulative(weight)
+    count = _cumulative_from_zero(weight)  # (..., Q + 1)
+    errors = _cumulative_from_zero(weight * is_wrong)
     # Queries of weight 0 may come first; the risk is 0 there.
-    risk = _cumulative(errors) / np.maximum(count, 1)
+    risk = errors[..., 1:] / np.maximum(count[..., 1:], 1)
+    uncertainty = np.asarray(uncertainty)[order]
+    first, end = _ties_of(uncertainty, uncertainty)
+    tied = np.flatnonzero(end - first > 1)
+    risk[..., tied] = _risk_among_ties(errors, count, tied, first[tied], end[tied])
     return risk, weight
 
 
-def _share_among_ties(errors, weight, is_first):
-    """Spread the errors (..., Q) of each group of tied queries evenly over the group."""
-    first_rows = np.flatnonzero(is_first)  # one per group
-    errors_of_group = np.add.reduceat(errors, first_rows, axis=-1)
-    weight_of_group = np.add.reduceat(weight, first_rows, axis=-1)
-    error_rate = errors_of_group / np.maximum(weight_of_group, 1)  # (..., groups)
-    group_of_query = np.cumsum(is_first) - 1
-    return weight * error_rate[..., group_of_query]
+def _risk_among_ties(errors, count, query, first, end):
+    """The expected risk at queries that have ties, if every order of these is equally likely.
+
+    The errors of a group of tied queries are then spread evenly over it.
+
+    Args:
+        errors, count: how many errors and queries come before each query, (..., Q + 1).
+        query: T of the queries, (T,).
+        first, end: the group of ties of each is `first` to `end` - 1, (T,).
+    Returns: (..., T).
+    """
+    count_before = count[..., first]
+    errors_before = errors[..., first]
+    errors_of_group = errors[..., end] - errors_before
+    error_rate = errors_of_group / np.maximum(count[..., end] - count_before, 1)
+    count_so_far = count[..., query + 1]
+    expected_errors = errors_before + error_rate * (count_so_far - count_before)
+    return expected_errors / np.maximum(count_so_far, 1)
+
+
+def _ties_of(values, sorted_values):
+    """The places that equal values have among sorted ones: `first` to `end` - 1, (Q,) each."""
+    first = np.searchsorted(sorted_values, values, side="left")
+    end = np.searchsorted(sorted_values, values, side="right")
+    return first, end
 
 
 def auroc(correct: np.ndarray, uncertainty: np.ndarray) -> float | None:
@@ -369,22 +386,14 @@ def rank_values(values: ArrayLike, weight: ArrayLike | None = None) -> np.ndarra
     >>> rank_values([0.3, 0.1, 0.3]).tolist()
     [2.5, 1.0, 2.5]
     """
+    values = np.asarray(values)
     order = np.argsort(values, kind="stable")
-    is_first = _is_first_of_ties(np.asarray(values)[order])
     weight = _weight_of_queries(weight, len(order))
-    first_rows = np.flatnonzero(is_first)  # one per distinct value
-    count = np.add.reduceat(weight[..., order], first_rows, axis=-1)
-    last_rank = _cumulative(count)
-    mean_rank = last_rank - (count - 1) / 2  # (..., distinct values)
-    value_number = np.empty(len(order), dtype=np.int64)
-    value_number[order] = np.cumsum(is_first) - 1
-    return mean_rank[..., value_number]
-
-
-def _is_first_of_ties(sorted_values):
-    """Whether each of some sorted values (Q,) differs from the one before it; the first does."""
-    differs = sorted_values[1:] != sorted_values[:-1]
-    return np.append(True, differs)
+    count = _cumulative_from_zero(weight[..., order])  # (..., Q + 1)
+    first, end = _ties_of(values, values[order])
+    lowest_rank = count[..., first] + 1
+    highest_rank = count[..., end]
+    return (lowest_rank + highest_rank) / 2
 
 
 def spearman(x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None) -> Metric:
@@ -499,13 +508,8 @@ def _weight_of_queries(weight, queries):
 
 
 def _sum(weight, values):
-    """The weighted sum of values (Q,) or (..., Q): (...). For long rows, `@` is slower."""
-    return (weight * values).sum(axis=-1)
-
-
-def _cumulative(values):
-    """Cumulative sums along the last axis, (..., Q), of the dtype of the values."""
-    return np.cumsum(values, axis=-1, dtype=values.dtype)
+    """The weighted sum of values (Q,) or (..., Q): (...)."""
+    return np.einsum("...q,...q->...", weight, values)
 
 
 def _cumulative_from_zero(values):
