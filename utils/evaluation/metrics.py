@@ -276,7 +276,8 @@ def excess_aurc(area: Metric, correct: np.ndarray, weight: ArrayLike | None = No
 def _risk_and_weight(correct, uncertainty, weight):
     """The risk-coverage curve and the weights, both (..., Q), most certain query first."""
     order = np.argsort(uncertainty, kind="stable")
-    weight = _weight_of_queries(weight, len(order))[..., order]
+    weight = _weight_of_queries(weight, len(order))
+    weight = weight[..., order]
     is_wrong = ~np.asarray(correct, dtype=bool)[order]
     count = _cumulative_from_zero(weight)  # (..., Q + 1)
     errors = _cumulative_from_zero(weight * is_wrong)
