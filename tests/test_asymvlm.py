@@ -307,6 +307,7 @@ def test_uncertainty_is_the_inverse_concentration():
 
 
 def test_the_normaliser_trains_after_it_was_used_in_inference():
+    distributions._series.cache_clear()
     with torch.inference_mode():
         distributions.von_mises_fisher_log_normalizer(torch.tensor([1.0]), 64)
     kappa = torch.tensor([1.0], requires_grad=True)

@@ -14,7 +14,7 @@ import torch
 import train as train_script
 from datasets.embedding import EmbeddingCache
 from models import GROUPS, METHODS, layers
-from models.asymvlm import variants
+from models.asymvlm import distributions, variants
 from models.base import total_loss
 from models.pfe.adaptor import PFEAdaptor
 from models.probvlm.adaptor import BayesCap
@@ -65,6 +65,14 @@ def narrow_layers(monkeypatch):
     monkeypatch.setattr(layers, "HIDDEN", 32)
     monkeypatch.setattr(variants, "HIDDEN", 32)
     monkeypatch.setattr(BayesCap, "hidden", 32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    """A test of a device leaves no tensors of it to the tests after it."""
+    distributions._series.cache_clear()
+    yield
+    distributions._series.cache_clear()
 
 
 @pytest.fixture
@@ -297,6 +305,7 @@ def test_all_six_methods_of_the_paper_are_to_wait_for_nothing():
 def test_a_training_waits_once_an_epoch_and_not_once_a_step(method, name, cache_files):
     waits = []
     for batch_size in (8, 4):
+        distributions._series.cache_clear()
         recipe = replace(METHODS[method].recipes["small"], epochs=1, batch_size=batch_size)
         path = Path(f"checkpoints/tiny/0/{method}-{batch_size}.pt")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -245,17 +245,16 @@ def _log_scaled_bessel(kappa, v):
 def _expansion(kappa, v):
     """log F_v, (M,), by the uniform expansion, which is more accurate the larger v is."""
     s = torch.sqrt(1 + (kappa / v) ** 2)  # (M,)
-    p = 1 / s
-    series = torch.zeros_like(p)  # (M,), by Horner's rule
-    for coefficient in reversed(_series(v)):
-        series = series * p + coefficient
+    coefficients = _series(v, kappa.dtype, kappa.device)  # (P,)
+    powers = torch.arange(len(coefficients), device=kappa.device)
+    series = ((1 / s)[..., None] ** powers * coefficients).sum(dim=-1)  # (M,)
     constant = v * math.log(v) + math.log(2 * math.pi * v) / 2
     return v * s - v * torch.log1p(s) - torch.log(s) / 2 - constant + torch.log1p(series)
 
 
-@functools.cache
-def _series(v):
-    """sum_k U_k(p) / v^k, k = 1 .. TERMS, a polynomial in p: its coefficients from power 0 up.
+@functools.cache  # creating the tensor makes a GPU wait
+def _series(v, dtype, device):
+    """The coefficients of sum_k U_k(p) / v^k, k = 1 .. TERMS, a polynomial in p: (P,), p^0 first.
 
     U_0 = 1, U_{k+1}(p) = p^2 (1 - p^2) U_k'(p) / 2 + (1/8) integral_0^p (1 - 5 t^2) U_k(t) dt
     (DLMF 10.41.10).
@@ -266,4 +265,5 @@ def _series(v):
     for k in range(1, TERMS + 1):
         u = p**2 * (1 - p**2) * u.deriv() / 2 + ((1 - 5 * p**2) * u).integ() / 8
         series = series + u / v**k
-    return series.coef.tolist()
+    with torch.inference_mode(False):  # the cached tensor is used in training too
+        return torch.tensor(series.coef, dtype=dtype, device=device)
