@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from datasets import embedding
-from datasets.arrays import SUFFIXES, read_text_arrays
+from datasets.arrays import ARRAY_SUFFIXES, read_text_arrays
 from datasets.embedding import ARRAYS, ROOT, SMALL_CACHE
 from datasets.registry import DATASETS
 from datasets.texts import CHAINS, LADDER, are_written, flatten, read_texts, write_texts
@@ -62,7 +62,10 @@ def main(argv=None):
         try:
             cache_data_set(args, DATASETS[args.dataset], device)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("run the same command again to continue") from None
+            cure = "run the same command again to continue"
+            if args.overwrite:
+                cure += "; leave out of --split what is finished"
+            raise KeyboardInterrupt(cure) from None
         is_trained = any(Path("checkpoints", args.name).glob("*/*.pt"))
         meta = ROOT / args.name / "train" / "meta.json"
         if meta.exists() and not is_trained:
@@ -180,8 +183,8 @@ def add_model_flags(parser):
     add = parser.add_argument_group("CLIP and cache").add_argument
     add(
         "--model",
-        help="open_clip model or a .json configuration (default: ViT-B-32-quickgelu; "
-        "shapes has its own)",
+        help="open_clip model, a .json configuration, hf-hub:OWNER/NAME or local-dir:FOLDER "
+        "(default: ViT-B-32-quickgelu; shapes has its own)",
     )
     add(
         "--pretrained",
@@ -198,9 +201,9 @@ def add_model_flags(parser):
         "--workers",
         type=whole_number,
         default=WORKERS,
-        help="processes per rank that decode images; 0: none",
+        help="processes per rank that decode images; 0: the main process decodes them",
     )
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--precision", default="auto", choices=("auto", *PRECISIONS), help="of matrix products")
     add("--dtype", default="float16", choices=DTYPES, help="of the stored embeddings")
     add(
@@ -222,12 +225,14 @@ def check_flags(parser, args):
         if ranks > 1:
             parser.error("--texts: takes a moment; call it without torchrun")
         return
-    if DATASETS[args.dataset].one_split:
-        if len(args.split) > 1:
-            cure = "name it, such as --split train"
-            parser.error(f"--dataset {args.dataset}: the tars are one split; {cure}")
-        if args.shard_rows:
-            parser.error(f"--shard-rows: --dataset {args.dataset} has one file per tar instead")
+    if args.logit_scale == 0:
+        parser.error("--logit-scale 0: give a number above 0")
+    if args.shard_rows and args.dataset in ("arrays", "webdataset"):
+        cure = "leave it out"
+        parser.error(f"--shard-rows: --dataset {args.dataset} has shards of its own; {cure}")
+    if DATASETS[args.dataset].one_split and len(args.split) > 1:
+        cure = "name it, such as --split train"
+        parser.error(f"--dataset {args.dataset}: the tars are one split; {cure}")
 
 
 def cache_data_set(args, data_set, device):
@@ -244,7 +249,7 @@ def cache_data_set(args, data_set, device):
         name for name, split in splits.items() if not is_cached(args, name, split, settings[name])
     ]
     texts = texts_of(data_set)
-    if not waiting:
+    if not waiting:  # When a split is embedded, its texts are embedded again, too.
         texts = missing_texts(args.name, texts, clip_id)
     if not waiting and not texts:
         return
@@ -289,7 +294,7 @@ def open_splits(args, data_set):
 
 
 def settings_of(args, split, clip_id):
-    """What two caches of a split must share to be the same."""
+    """The settings of a cache of this split. A finished cache with other settings is refused."""
     settings = {
         "dataset": args.dataset,
         **clip_id.readable(),
@@ -313,7 +318,7 @@ def texts_of(data_set):
 
 
 def missing_texts(name, texts, clip_id):
-    """Those of `texts_of` that a cache does not have yet from this CLIP."""
+    """The texts, in the form of `texts_of`, that a cache does not have yet from this CLIP."""
     missing = {}
     for stem, (lines, chains) in texts.items():
         if not are_written(name, stem, lines, chains, clip_id):
@@ -394,12 +399,12 @@ def cache_texts(args, device):
     problem = f"{stem!r} is the name of the data set's own texts"
     is_free = stem not in (LADDER, CHAINS)
     need(is_free, f"--texts {args.texts}: {problem}; give the file another name")
-    if path.suffix in SUFFIXES:
+    if path.suffix.lower() in ARRAY_SUFFIXES:
         z, texts = read_text_arrays(path)
         chains = None
         made_by = {}
     else:
-        texts, chains = read_texts(path)
+        texts, chains = read_texts(path, args.csv_quoting)
         clip_id = embedding.clip_id(args.name)
         clip = clip_id.load(device, args.model, args.pretrained, args.precision)
         z = to_dtype(encode_texts(clip, texts), clip_id.dtype, texts)

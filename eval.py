@@ -74,6 +74,7 @@ def main(argv=None):
         compare(args, folder)
         return
     device = pick_device(args.device)
+    # --export reads a cache in shards batch by batch.
     cache = EmbeddingCache(args.dataset, args.split, mapped=bool(args.export)).to(device)
     if not (asks_for_captions(args) or asks_other_question(args)):
         check_counts(cache, args.uncer_levels, args.folds)
@@ -168,7 +169,9 @@ def add_evaluation_flags(parser):
         "--folds",
         type=positive,
         default=1,
-        help="also report the mean recall over parts of the gallery (COCO 1K: 5 of the 5K test)",
+        metavar="N",
+        help="also report the recall averaged over N parts of the gallery (COCO 1K: 5 parts of the "
+        "5K test split)",
     )
     add(
         "--resamples",
@@ -183,13 +186,15 @@ def add_evaluation_flags(parser):
         default=selective.RISKS,
         metavar="R",
         help="allowed shares of wrong answers among the kept answers (default: 0.1 0.2 0.3); "
-        "--prompts takes the first",
+        "--prompts uses only the first",
     )
     add(
         "--confidence",
         type=chance,
         default=selective.CONFIDENCE,
-        help="with which the risk is not exceeded (default: %(default)s)",
+        metavar="P",
+        help="the probability that the share of wrong answers stays within --risk (default: "
+        "%(default)s)",
     )
     add(
         "--risk-at",
@@ -199,7 +204,7 @@ def add_evaluation_flags(parser):
         default=selective.RANKS,
         metavar="K",
         help="an answer counts as right if a right one is among the first K (default: 1 5); "
-        "--prompts takes the first",
+        "--prompts uses only the first",
     )
     add("--no-plots", action="store_true", help="write tables only")
 
@@ -294,7 +299,7 @@ def asks_for_captions(args):
 
 
 def asks_other_question(args):
-    """Whether eval.py answers one of the questions of which only one can be asked."""
+    """Whether --compare, --prompts, --export or --zero-shot is given."""
     return bool(args.compare or args.prompts or args.export or args.zero_shot)
 
 
@@ -314,7 +319,9 @@ def check_comparison(parser, args):
 
 def check_counts(cache, levels, folds):
     """Raise a UserError if there are more levels or folds than queries to fill them."""
-    queries = len(cache.image_of_caption.unique())  # images with captions; no fewer captions
+    queries = len(
+        cache.image_of_caption.unique()
+    )  # images with captions; there are as many captions, or more
     reason = f"there are only {queries} image queries in {cache.folder}"
     need(levels <= queries, f"--uncer_levels {levels}: {reason}; choose fewer levels")
     need(folds <= queries, f"--folds {folds}: {reason}; choose fewer folds")
@@ -355,7 +362,7 @@ def evaluate_all(args, adaptors, cache, folder):
         run.content["config"] = {**config, **scorer.config}
         if run.is_uncertain:
             run.bootstrap(args.uncer_levels, args.resamples, args.levels_by)
-            run.save(folder, run.content["config"])
+            run.save(folder)
         results.setdefault(scorer.row, []).append(run)
     return results
 
@@ -443,7 +450,7 @@ def export_scores(args, adaptors, cache):
 
 def classify(args, adaptors, cache, folder):
     """Zero-shot classification: print and save the table, and draw the plot."""
-    results = zero_shot.answer(cache, adaptors, args.resamples)
+    results = zero_shot.classify_with_all(cache, adaptors, args.resamples)
     classes, prompts_per_class = zero_shot.classes_of(cache)
     title = f"{args.dataset}/{args.split}, {len(classes)} classes, {prompts_per_class} prompts each"
     title += f", {seeds_title(args.seed)}, heads trained on {args.trained_on or args.dataset}"

@@ -52,7 +52,10 @@ def main(argv=None):
     precision = pick_precision(args.precision, device)
     cache = EmbeddingCache(args.dataset, "train", mapped=True).to(device)
     ladder = load_texts(args.dataset, LADDER, cache.embed_dim, meta=cache.meta)
-    prompts = None if ladder is None else ladder[1].to(device)
+    prompts = None
+    if ladder is not None:
+        _, embeddings, _ = ladder
+        prompts = embeddings.to(device)
     held_out = None
     if args.validation:
         from utils.evaluation.validation import HeldOut  # needs metrics, which training does not

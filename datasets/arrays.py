@@ -29,9 +29,9 @@ from utils.cli import UserError, need, reason_of
 from utils.embed import to_dtype
 from utils.files import digest, load_json, load_tensors, not_utf8
 
-SUFFIXES = (".npy", ".pt", ".safetensors")
+ARRAY_SUFFIXES = (".npy", ".pt", ".safetensors")
 PART = 32_768  # rows that are read at a time, and the rows of a shard
-CURE_OF_ROW = "leave it out, or compute it again"
+CURE_OF_SOURCE_ROW = "leave it out, or compute it again"
 
 
 class ArraySplit(Split):
@@ -53,8 +53,15 @@ class ArraySplit(Split):
                 self.file_states.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
 
     def fingerprint(self):
-        """The number of files, and a digest of their names, sizes and times of last change."""
+        """The number of files, and a digest of their names, sizes and times of last change.
+
+        A metadata file of clip-retrieval counts twice, for captions and for images.
+        """
         return {"files": f"{len(self.file_states)} files, {digest(sorted(self.file_states))}"}
+
+    def state(self):
+        """The logit scale, if it is given."""
+        return {} if self.logit_scale is None else {"logit_scale": self.logit_scale}
 
     def units(self):
         """No units: nothing is encoded."""
@@ -119,7 +126,8 @@ class _ShardWriter:
     def write(self, part, names, source, start):
         """Write embeddings (n, D), which are rows of a file from `start` on."""
         bad, problem = first_bad_row(part)
-        need(not problem, f"{source}: row {start + (bad or 0)} {problem}; {CURE_OF_ROW}")
+        if problem:
+            raise UserError(f"{source}: row {start + bad} {problem}; {CURE_OF_SOURCE_ROW}")
         self.is_normalised = self.is_normalised and have_norm_1(part)
         z = to_dtype(part, self.dtype, names)
         self.index.append(write_shard(self.folder, self.kind, len(self.index), z, names))
@@ -216,7 +224,7 @@ def _numbered(folder, stem):
     return files
 
 
-def _one_file(folder, stem, suffixes=SUFFIXES):
+def _one_file(folder, stem, suffixes=ARRAY_SUFFIXES):
     """The file of this stem with one of these suffixes; None if there is none."""
     return one_file(folder, [f"{stem}{suffix}" for suffix in suffixes])
 
@@ -226,9 +234,10 @@ def open_array(file, dimensions=2):
 
     Raises: UserError if the file holds something else.
     """
-    if file.suffix == ".npy":
+    suffix = file.suffix.lower()
+    if suffix == ".npy":
         content = _load_npy(file)
-    elif file.suffix == ".safetensors":
+    elif suffix == ".safetensors":
         content = _load_safetensors(file)
     else:
         content = load_tensors(file)
@@ -293,7 +302,7 @@ def read_text_arrays(file):
     need(lines.is_file(), f"--texts {file}: {lines} is missing; give the texts, one per line")
     z = open_array(file).float()
     bad, problem = first_bad_row(z)
-    need(not problem, f"{file}: row {bad} {problem}; {CURE_OF_ROW}")
+    need(not problem, f"{file}: row {bad} {problem}; {CURE_OF_SOURCE_ROW}")
     texts = _lines(lines)
     need(
         len(texts) == len(z),

@@ -13,8 +13,8 @@ from utils.files import load_json, load_tensors, sha256
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of embeddings
 # What to do, for messages.
-ANEW = "rebuild the cache"
-CURE_OF_ROW = f"{ANEW} with --precision fp32, or leave the row out"
+ANEW = "rebuild the cache: give the same cache_embeddings.py command with --overwrite"
+CURE_OF_ROW = "rebuild the cache with --overwrite --precision fp32, or leave the row out"
 
 
 # The form of a value.

@@ -92,7 +92,7 @@ def _check_header(path, header, columns, separator):
     for flag, name in columns.items():
         how_many = "more than one" if name in header else "no"
         problem = f"{how_many} column {name!r}, separated by {separator!r} (found: {found})"
-        cure = "give the table a header with it"
+        cure = "rename all but one" if name in header else "give the table a header with it"
         if flag:
             cure += f", or name the right column with {flag} and the separator with --csv-separator"
         need(header.count(name) == 1, f"{path}: {problem}; {cure}")

@@ -1,10 +1,10 @@
 """Human judgements of COCO's Karpathy test split: which captions and images match.
 
 They are those of the package eccv_caption (Chun et al., "ECCV Caption", arXiv 2204.03359, and
-Parekh et al., "Crisscrossed Captions", arXiv 2004.15020), which is optional: pip install
-eccv-caption. Its ids are COCO's own: annotation ids, which are the sentids of dataset_coco.json,
-and image ids, the cocoids. For every caption that the package knows, we check that both name the
-same image.
+Parekh et al., "Crisscrossed Captions", arXiv 2004.15020), which is optional
+(`pip install eccv-caption`). Its ids are COCO's own: annotation ids, which are the sentids of
+dataset_coco.json, and image ids, the cocoids. For every caption that the package knows, we check
+that the package and dataset_coco.json name the same image.
 
 Both directions are read: the judgements of images are not the inverse of those of captions.
 """

@@ -106,22 +106,22 @@ class EmbeddingCache:
         has_captions = self.captions is not None
         need(has_captions, f"{self.folder / 'captions.json'}: {problem}; {ANEW}")
 
-    def names(self, kind: str, of: str) -> list[str] | None:
+    def names(self, stem: str, kind: str) -> list[str] | None:
         """The texts or file names of all rows, or None if there are none.
 
         Args:
-            kind: "captions" or "images".
-            of: "text" or "image".
+            stem: of the file, "captions" or "images".
+            kind: of the rows, "text" or "image".
         """
         names = []
         if "shards" in self.meta:
-            for number, (rows, _) in enumerate(self.meta["shards"][of]):
-                names += load_list(shard_file(self.folder, kind, number), rows, str)
+            for number, (rows, _) in enumerate(self.meta["shards"][kind]):
+                names += load_list(shard_file(self.folder, stem, number), rows, str)
         else:
-            path = self.folder / f"{kind}.json"
+            path = self.folder / f"{stem}.json"
             if not path.exists():
                 return None
-            names = load_list(path, len(getattr(self, of)), str)
+            names = load_list(path, len(getattr(self, kind)), str)
         # Older caches may hold texts that cannot be written as UTF-8.
         return [name if name.isascii() else clean_text(name) for name in names]
 
@@ -288,7 +288,9 @@ def clip_id(name):
     need(files, f"{problem}; make it with cache_embeddings.py first")
     made_by = ClipId.of_meta(load_json(files[0]), files[0].parent)
     problem = "it is made of arrays, without a CLIP, so words cannot be embedded"
-    cure = f"add embeddings of texts: cache_embeddings.py --name {name} --texts FILE.npy, with "
+    cure = (
+        f"add embeddings of texts: python cache_embeddings.py --name {name} --texts FILE.npy, with "
+    )
     cure += "FILE.txt beside it"
     need(made_by.model != ARRAYS, f"{ROOT / name}: {problem}; {cure}")
     problem = "does not give the CLIP, precision and dtype that made the cache"

@@ -101,10 +101,9 @@ def _classes_of(folder, file):
     need(len(folders) > 1, f"{folder}: expected a folder per class, at least two, found {folders}")
     classes = {name: name.replace("_", " ") for name in folders}
     if file.is_file():
-        for number, line in enumerate(text_lines(file), start=1):
+        for line in text_lines(file):
             class_folder, tab, name = line.partition("\t")
-            place = f"{file}: line {number}"
-            need(tab and name.strip(), f"{place}: expected folder, tab and name, found {line!r}")
+            need(tab and name.strip(), f"{file}: expected folder, tab and name, found {line!r}")
             if class_folder.strip() in classes:
                 classes[class_folder.strip()] = name.strip()
     folder_of_name = {}

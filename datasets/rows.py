@@ -28,7 +28,8 @@ from utils.cli import UserError, need
 from utils.device import sent
 from utils.files import load_tensors
 
-# Rows. Images and texts 512 wide in float16 take 2 GB, which the system's page cache can hold.
+# Rows that are shuffled together. As many images and texts, 512 wide in float16, take 2 GB, which
+# the system's page cache can hold.
 BUFFER = 2**20
 OPEN = 512  # shards that are open at a time
 NOT_LOADED = torch.iinfo(torch.int64).max

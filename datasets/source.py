@@ -1,6 +1,6 @@
-"""What cache_embeddings.py needs of a split of any data set.
+"""A split of any data set, as cache_embeddings.py uses it.
 
-It needs what the split is made of, the units that are saved as a whole, and the finished cache:
+The split says what it is made of, gives the units to embed, and makes the cache from them:
 
 split = CocoCaptions(root, "val", layout)    or another reader's
 embed_units(split.units(), clip, store)      utils/embed.py

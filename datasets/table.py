@@ -18,7 +18,7 @@ from utils.cli import need
 class TableCaptions(ListSplit):
     """The captions of a split in the order of the table, and their images by first appearance.
 
-    Rows that name the same file are one image with several captions. Ids are the rows themselves.
+    Rows that name the same file are one image with several captions. Ids are row numbers.
 
     Args:
         layout: the names that the table may have, with "{split}" in them.
@@ -45,9 +45,9 @@ class TableCaptions(ListSplit):
         csv_caption_lists=False,
     ):
         root = Path(root)
-        names = [name.format(split=split) for name in layout]
-        path = one_file(root, names)
-        expected = f"expected {' or '.join(names)}, found {listing(root)}"
+        table_names = [name.format(split=split) for name in layout]
+        path = one_file(root, table_names)
+        expected = f"expected {' or '.join(table_names)}, found {listing(root)}"
         need(path is not None, f"--data-root {root}: {expected}")
         columns = {"--csv-img-key": csv_img_key, "--csv-caption-key": csv_caption_key}
         if csv_group_key:
@@ -86,6 +86,8 @@ class TableCaptions(ListSplit):
 
 def _sound_rows(path, lines, columns, take_lists_apart):
     """The rows of a table that can be used, (line, values of the columns), and what is broken.
+
+    The values are the image file, the caption and, if asked for, the group.
 
     Args:
         take_lists_apart: give a row for each caption of a JSON list.

@@ -35,7 +35,7 @@ MAX_ZEROS = 2**20  # with more, it is an unfinished download that has reserved i
 # How gzip, bzip2, xz and zstd files begin. These formats know their own end.
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 KINDS = ("image", "text", "images", "captions")  # the files of a shard, which a tar becomes
-NOTES = {  # fields of notes-00000.json and their types
+NOTES = {  # the fields that every notes-00000.json has, and their types; older ones have no others
     "tar": list,
     "rows": int,
     "width": list,
@@ -242,7 +242,7 @@ def tar_stream(url, size, transform):
             yield Samples(list(keys), list(captions), images, reasons)
         if error is not None:
             problem = f"cannot be read to its end: {_reason(error)}"
-            message = f"{url}: {problem}; fix it, or fetch it again"
+            message = f"{url}: {problem}; if it is not a whole download, fetch it again"
             yield Samples([], [], None, [message])
         is_finished = error is not None or len(batch) < size
 

@@ -14,8 +14,8 @@ from utils.preprocess import ClipId
 
 LADDER = "ladder"  # the stem of the prompt ladder
 CHAINS = "chains"  # that of a data set's own chains
-AGAIN = "run cache_embeddings.py again"
-OTHER_FORMATS = (".json", ".jsonl", ".ndjson", ".parquet", ".npy", ".pt", ".xlsx", ".gz", ".zip")
+AGAIN = "run cache_embeddings.py again (for texts of your own with --texts FILE)"
+OTHER_FORMATS = (".json", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".gz", ".zip")
 
 
 def write_texts(name, stem, embeddings, texts, meta, chains=None):
@@ -105,18 +105,19 @@ def are_written(name, stem, texts, chains, clip_id):
     return is_same_clip and made_by.precision == clip_id.precision
 
 
-def read_texts(path):
+def read_texts(path, quoting="minimal"):
     """The texts of a file: a text per line, or the column "captions" of a .csv or .tsv file.
 
     In that column, " => " joins the texts of a chain, general first.
 
+    Args: quoting: "minimal" or "none", as `read_lines` has it.
     Returns: (texts, chains); chains are lists of rows of the texts, or None.
     Raises: UserError that names file and line.
     """
     need(path.is_file(), f"--texts {path}: no such file")
     suffix = path.suffix.lower()
     if suffix in SEPARATORS:
-        texts, chains = flatten(list(_read_chains(path, SEPARATORS[suffix])))
+        texts, chains = flatten(list(_read_chains(path, SEPARATORS[suffix], quoting)))
     else:
         expected = (
             "give a text file with a text per line, or a .csv or .tsv with a column 'captions'"
@@ -129,9 +130,9 @@ def read_texts(path):
     return texts, chains
 
 
-def _read_chains(path, separator):
+def _read_chains(path, separator, quoting):
     """Yield the chains of a table, lists of strings."""
-    for line in read_lines(path, separator, {"": "captions"}):
+    for line in read_lines(path, separator, {"": "captions"}, quoting):
         place = f"--texts {path}: line {line.number}"
         need(not line.problem, f"{place} {line.problem}")
         chain = [text.strip() for text in line.values["captions"].split("=>")]

@@ -60,7 +60,7 @@ class UnitStore:
         need(is_first(), f"{folder}: this rank does not find what the first one began; {cure}")
         self.remove()
         if world_size() > 1:
-            self.begin()
+            self.prepared_folder()
 
     def _load_settings(self):
         """The settings of the units in the folder, or None if there are no units to go on with.
@@ -78,8 +78,8 @@ class UnitStore:
             return None
         return settings
 
-    def begin(self):
-        """Write the settings, if they are not there yet. Returns: the folder for the units."""
+    def prepared_folder(self):
+        """The folder for the units; its settings.json is written if it is not there yet."""
         if not (self.folder / "settings.json").exists():
             save_json(self.settings, self.folder / "settings.json", indent=1)
         return self.folder
@@ -150,11 +150,11 @@ def check_other_splits(name, splits, clip_id):
     """Raise a UserError if a split of the cache that is not in `splits` has another CLIP."""
     cure = "give another --name, or all of its splits and --overwrite"
     for file in sorted((ROOT / name).glob("*/meta.json")):
+        if file.parent.name in splits:
+            continue
         meta = load_json(file)
         if isinstance(meta, dict):
             changed = ClipId.of_meta(meta).difference(clip_id)
         else:
             changed = "its meta.json is not an object"
-        is_made_anew = file.parent.name in splits
-        if changed and not is_made_anew:
-            raise UserError(f"{file.parent}: was made with another CLIP: {changed}; {cure}")
+        need(not changed, f"{file.parent}: was made with another CLIP: {changed}; {cure}")

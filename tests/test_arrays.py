@@ -62,6 +62,26 @@ def test_arrays_give_the_results_of_the_same_cache_by_hand(made, script):
     assert "cached already" in script.stderr
 
 
+def test_another_logit_scale_is_another_cache_and_flags_that_do_not_fit_are_refused(made, script):
+    assert script(cache_embeddings.main, *IMPORT, "--logit-scale", 50)[0] == 0
+    assert script(cache_embeddings.main, *IMPORT)[0] == 0  # cached already
+    status, _, line = script(cache_embeddings.main, *IMPORT, "--logit-scale", 20)
+    assert status == 2
+    assert "logit_scale was 50.0, now 20.0" in line
+    for flags, words in ((("--logit-scale", 0), "above 0"), (("--shard-rows", 5), "leave it out")):
+        status, _, line = script(cache_embeddings.main, *IMPORT, *flags)
+        assert status == 2
+        assert words in line
+
+
+def test_a_broken_meta_of_the_split_that_is_rebuilt_is_no_obstacle(made, script):
+    assert script(cache_embeddings.main, *IMPORT)[0] == 0
+    Path("embeddings/mine/val/meta.json").write_text("{")
+    assert script(cache_embeddings.main, *IMPORT)[0] == 2
+    assert script(cache_embeddings.main, *IMPORT, "--overwrite")[0] == 0
+    assert len(EmbeddingCache("mine", "val").image) == 40
+
+
 def test_a_permuted_encoder_with_a_known_answer_is_retrieved(workdir, script):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):

@@ -144,7 +144,7 @@ def save_world(method, right, order, seeds=(0,), score="published", cache="diges
             answers[direction]["rank"] = 1 + (hard > right)
             answers[direction]["uncertainty"] = order * hard + 0.1 * rng.normal(size=len(image))
         config = {"method": method, "seed": seed, "split": "val", "cache": cache, "score": score}
-        Results(answers, {}).save(Path("results/tiny"), config)
+        Results(answers, {"config": config}).save(Path("results/tiny"))
 
 
 def leads_of(printed, leader):

@@ -400,7 +400,7 @@ def test_zero_shot_classification_works_there(method, name, cache_files):
         cache.meta["classes"] = [[letter, letter] for letter in "abcd"]
         cache.meta["prompts_per_class"] = 4
         adaptors = {(method, 0): make(method, name).eval()}
-        assert len(zero_shot.answer(cache, adaptors, 0)) == 2
+        assert len(zero_shot.classify_with_all(cache, adaptors, 0)) == 2
 
 
 # The encoder.

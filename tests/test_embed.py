@@ -164,7 +164,7 @@ def test_broken_samples_beyond_the_limit_are_all_named_and_nothing_more_is_encod
     texts = Unit("d", texts=["text"])
     with pytest.raises(UserError) as caught:
         embed_units([before, excess, after, texts], clip, store(2))
-    cure = "fix them, or leave them out with --skip-broken or --max-broken 4"
+    cure = "fix them, or leave them out with --skip-broken, or --max-broken 4 or more"
     assert str(caught.value) == f"c 1: broken (4 broken samples in all; {cure})"
     assert [record.getMessage() for record in caplog.records] == [
         f"{name}: broken" for name in ("a 1", "b 1", "b 2", "c 1")

@@ -276,7 +276,7 @@ def test_a_p_value_of_one_seed_says_so(script, trained):
     assert script(eval_script.main, *EVAL, *trained)[0] == 0
     compare = (*EVAL, "--compare", "asymvlm-psd", "softmax-entropy")
     header, _, *rows = table_of(script(eval_script.main, *compare)[1], "text-to-image")
-    assert header.endswith("p over queries, this seed")
+    assert header.endswith("p over images, this seed")
     assert 0 < float(rows[1].split()[-1]) <= 1
     header, _, *rows = table_of(
         script(eval_script.main, *compare, "--seed", 0, 1)[1], "text-to-image"
@@ -325,6 +325,8 @@ def test_sums_tell_clips_of_one_name_apart_where_both_are_known():
     assert not one.contradicts(unknown) and not unknown.contradicts(one)
     assert not one.contradicts(ClipId("renamed.json", "w.pt", "a", "b"))
     assert unknown.contradicts(ClipId("m.json", "v.pt"))
+    nothing = ClipId(None, None)
+    assert not nothing.contradicts(one) and not one.contradicts(nothing)
 
 
 def test_a_caption_that_several_images_carry_is_listed_once(script):

@@ -62,7 +62,8 @@ def test_files_of_trained_heads_have_a_seed_and_others_have_none():
 def test_what_is_saved_is_loaded(workdir):
     folder = Path("results/tiny")
     results = Results.of(answers_of(), 4).bootstrap(4, 10)
-    results.save(folder, {**CONFIG, "method": "pfe", "score": FROZEN})
+    results.content["config"] = {**CONFIG, "method": "pfe", "score": FROZEN}
+    results.save(folder)
     (loaded,) = load_results(folder, Row("pfe", FROZEN), [0], "val")
     for direction, answered in results.answers.items():
         for name, values in answered.items():
@@ -79,12 +80,11 @@ def test_what_is_saved_is_loaded(workdir):
 def test_results_without_an_uncertainty_are_refused(workdir):
     folder = Path("results/tiny")
     results = Results.of(answers_of(), 4)
-    results.save(folder, {**CONFIG, "method": "pfe"})
+    results.content["config"] = {**CONFIG, "method": "pfe"}
+    results.save(folder)
     answers = answers_of()
     del answers["i2t"]["uncertainty"]
-    Results(answers, json.loads((folder / "0/pfe.json").read_text())).save(
-        folder, {**CONFIG, "method": "pfe"}
-    )
+    Results(answers, json.loads((folder / "0/pfe.json").read_text())).save(folder)
     with pytest.raises(UserError, match="one entry per query"):
         load_results(folder, Row("pfe"), [0], "val")
 

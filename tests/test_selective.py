@@ -25,7 +25,7 @@ from utils.evaluation.selective import (
 from utils.files import save_json
 
 FIGURES = {
-    "threshold": selective.threshold,
+    "threshold": selective.calibrated_threshold,
     "coverage": selective.coverage,
     "error": selective.error,
 }

@@ -208,7 +208,7 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
         ("3", "no caption in UTF-8 beside it"),
     ):
         assert f"00000.tar: 00000000{key}: {reason}" in stderr
-    cure = "fix them, or leave them out with --skip-broken or --max-broken 4"
+    cure = "fix them, or leave them out with --skip-broken, or --max-broken 4 or more"
     assert stderr.splitlines()[-1].endswith(f" (4 broken samples in all; {cure})")
     assert call("--max-broken", 3)[0] == 2
     assert not Path("embeddings/web/train/meta.json").exists()
@@ -399,7 +399,7 @@ def test_nothing_in_a_tar_is_unpickled(call, pictures, workdir):
         (("--data-root", "nowhere"), "nowhere: no such file"),
         (("--data-root", "empty"), "expected .tar files, found an empty folder"),
         (("--split", "train", "val"), "the tars are one split"),
-        (("--shard-rows", "5"), "has one file per tar"),
+        (("--shard-rows", "5"), "has shards of its own"),
         (("--max-broken", "-1"), "--max-broken"),
         (
             ("--data-root", "pipe:cat nowhere.tar"),

@@ -115,6 +115,13 @@ def test_files_without_proper_texts_are_refused(made, script, workdir, name, tex
     assert not Path("embeddings/it/texts/a.pt").exists()
 
 
+def test_quotation_marks_of_a_table_of_texts_can_be_text(tmp_path):
+    (tmp_path / "a.csv").write_text('captions\n"a "b" c"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="--csv-quoting none"):
+        read_texts(tmp_path / "a.csv")
+    assert read_texts(tmp_path / "a.csv", "none") == (['"a "b" c"'], [[0]])
+
+
 def test_a_missing_file_of_texts_is_named(made, script):
     status, _, last = script(main, *texts_flags("absent.txt"))
     assert status == 2

@@ -217,7 +217,7 @@ def test_after_a_broken_picture_nothing_is_encoded(call, small_units, broken_roo
     assert status == 2
     assert not seen
     assert all(name in err for name in names)
-    assert "leave them out with --skip-broken or --max-broken 2)" in err.splitlines()[-1]
+    assert "leave them out with --skip-broken, or --max-broken 2 or more)" in err.splitlines()[-1]
     assert not Path("embeddings").exists()
 
 
@@ -293,7 +293,7 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
     status, err = call.stderr(*flags, "--max-broken", 1)
     assert status == 2
     assert all(name in err for name in names)
-    cure = "fix them, or leave them out with --skip-broken or --max-broken 2"
+    cure = "fix them, or leave them out with --skip-broken, or --max-broken 2 or more"
     assert err.splitlines()[-1].endswith(f"(2 broken samples in all; {cure})")
     assert not Path("embeddings/it/val/meta.json").exists()
     assert call(*flags, "--max-broken", 2)[0] == 0

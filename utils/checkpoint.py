@@ -162,22 +162,23 @@ def load_adaptor(
 def check_weights(path, weights, method, embed_dim):
     """Check that weights, a state dict, are finite and fit a method at this width.
 
-    A file may lack the batch count of an nn.BatchNorm1d, which `load_state_dict` then sets to 0.
+    A method of your own may have integers in its state, such as the batch count of an
+    nn.BatchNorm1d. A file may lack it, and `load_state_dict` then sets it to 0.
 
     Raises: UserError that names a tensor that does not fit.
     """
     with torch.device("meta"):  # This takes no memory, however large the width claims to be.
         expected = METHODS[method](embed_dim).state_dict()
     for key in sorted(expected.keys() | weights.keys(), key=str):
-        model = expected.get(key)
-        if key not in weights and not model.is_floating_point():
+        expected_tensor = expected.get(key)
+        if key not in weights and not expected_tensor.is_floating_point():
             continue
         tensor = weights.get(key)
         fits = (
             isinstance(tensor, torch.Tensor)
-            and model is not None
-            and tensor.shape == model.shape
-            and tensor.is_floating_point() == model.is_floating_point()
+            and expected_tensor is not None
+            and tensor.shape == expected_tensor.shape
+            and tensor.is_floating_point() == expected_tensor.is_floating_point()
         )
         need(fits, f"{path}: {key!r} does not fit {method} at width {embed_dim}; train again")
         need(torch.isfinite(tensor).all(), f"{path}: {key!r} is not finite; train again")

@@ -100,7 +100,7 @@ def folder_name(text):
     is_plain = text == os.path.basename(text) and text.isprintable()
     if not is_plain or text in ("", "texts") or text.startswith("."):
         raise argparse.ArgumentTypeError(
-            f"{text!r} cannot be the name of a folder here; give a plain name"
+            f"{text!r} cannot be the name of a folder here; give a plain name, but not 'texts'"
         )
     return text
 

@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[1:]
         constants = [x for x, needed in zip(results, needs_gradient, strict=True) if not needed]
         ctx.mark_non_differentiable(*constants)
-        ctx.set_materialize_grads(False)  # None for them
+        ctx.set_materialize_grads(False)  # `backward` gets None for constants, not zeros
         return tuple(results)
 
     @staticmethod

@@ -145,7 +145,9 @@ class Broken:
         """Raise a UserError if there are too many."""
         if self.too_many():
             count = len(self.messages)
-            cure = f"fix them, or leave them out with --skip-broken or --max-broken {count}"
+            cure = (
+                f"fix them, or leave them out with --skip-broken, or --max-broken {count} or more"
+            )
             raise UserError(f"{self.messages[-1]} ({count} broken samples in all; {cure})")
 
 
@@ -194,14 +196,14 @@ def embed_units(units, clip, store, batch_size=CHUNK, workers=0):
                         embedded[unit].add(samples, clip)
                 if not running[unit] and not broken.too_many():
                     finished = embedded.pop(unit).finish(clip, store.dtype, texts_bar)
-                    unit.save(store.begin(), finished)
+                    unit.save(store.prepared_folder(), finished)
         broken.check()
         text_units = list(embedded)  # those without images
         tokenising = _Tokenising(text_units, clip.tokenizer)
         loader = _loader(tokenising, workers if len(text_units) > 1 else 0)
         for unit, tokenized in zip(text_units, loader, strict=True):
             finished = embedded.pop(unit).finish(clip, store.dtype, texts_bar, tokenized)
-            unit.save(store.begin(), finished)
+            unit.save(store.prepared_folder(), finished)
 
 
 def missing_units(units, store, broken):
@@ -291,8 +293,8 @@ class _Decoding(IterableDataset):
 def as_bytes(images, dtype):
     """The bytes of an array (..., W) in a torch dtype: (..., W * bytes per value) uint8.
 
-    It is a tensor, which a worker hands over in shared memory, or, if there is little of that, as
-    in many containers, an array, which takes the slower way through a pipe.
+    A worker hands over a tensor through shared memory. Many containers have little of it. Then this
+    is an array, which goes through a pipe and takes longer.
     """
     content = torch.from_numpy(images).to(dtype).view(torch.uint8)
     worker = get_worker_info()
@@ -338,7 +340,7 @@ def _bar(what, counts):
 
 def encode_texts(clip, texts):
     """The embeddings of M texts, (M, D) float32 on the CPU; warns of texts the CLIP cannot read."""
-    with _bar("texts", [len(texts)]) as bar:
+    with _bar("texts", [len(set(texts))]) as bar:  # each distinct text is embedded once
         z, notes = embed_texts(clip, texts, bar)
     say_notes([notes], clip.info["context_length"])
     return z

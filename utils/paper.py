@@ -4,9 +4,9 @@ import torch
 
 from utils.cli import UserError, need
 
-# For each set of parameter names: the methods that have it, and our prefix of each of their
-# prefixes. A checkpoint belongs to a layout if it has parameters with all of its prefixes and no
-# others.
+# Each layout of parameter names: the methods that have it, and {their prefix: our prefix}. A
+# checkpoint has a layout if each of its names begins with one of these prefixes, and every prefix
+# occurs.
 LAYOUTS = [
     (
         ("asymvlm-psd", "asymvlm-vmf"),

@@ -153,6 +153,8 @@ def _readable(name, file_sum):
 def _differ(name, file_sum, other_name, other_sum):
     if file_sum and other_sum:
         return file_sum != other_sum
+    if name is None or other_name is None:  # nothing is known
+        return False
     return Path(str(name)).name != Path(str(other_name)).name
 
 

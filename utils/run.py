@@ -31,11 +31,13 @@ class Run:
                 ...                  # train for an epoch
                 run.record({"epoch": epoch, "loss": loss})
 
-    If a signal, a UserError or a lost rank ends the block, the last good epoch is saved.
+    If a signal or a UserError (also that of a lost rank) ends the block, the last good epoch is
+    saved.
 
     Args:
         path: the checkpoint, <method>.pt or <method>@<tag>.pt. The log (.jsonl) and the state
             (.resume.pt) lie beside it.
+        recipe: the Recipe to train with.
         config: dict of plain types, with "seed" and "captions": what the run depends on besides
             its recipe. With "keep": "best" the checkpoint has the weights of the epoch that did
             best on held-out images (`kept_record`). Otherwise it has those of the last epoch, or
@@ -85,7 +87,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         with self.exits:
-            if not isinstance(error, KeyboardInterrupt | UserError | ConnectionError):
+            if not isinstance(error, KeyboardInterrupt | UserError):
                 return
             # Nothing may interrupt the saving: torchrun may send both signals.
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -44,18 +44,19 @@ def load_adaptors(dataset, methods, seeds, cache, other_clip):
 def check_exists(path, dataset, method, seed):
     """Raise a UserError if there is no checkpoint; note it if a later training is unfinished."""
     state = path.with_suffix(".resume.pt")
-    if is_locked(lock_path(path)):
-        problem = "it is being trained"
-        cure = "wait until training ends"
-    elif state.exists():
-        problem = f"its training was interrupted; the progress is saved in {state}"
-        cure = "finish it with the command that began it and --resume"
-    elif path.exists():
-        return
-    else:
+    is_training = is_locked(lock_path(path))
+    is_interrupted = state.exists()
+    if not is_training and not is_interrupted:
         command = training_command(dataset, method, seed)
         problem = f"{path}: no such checkpoint; make it with {command}"
-        raise UserError(problem + _other_choice(path, method))
+        need(path.exists(), problem + _other_choice(path, method))
+        return
+    if is_training:
+        problem = "it is being trained"
+        cure = "wait until training ends"
+    else:
+        problem = f"its training was interrupted; the progress is saved in {state}"
+        cure = "finish it with the command that began it and --resume"
     need(path.exists(), f"{path}: no such checkpoint yet, {problem}; {cure}")
     logging.warning("note: %s is from an earlier training run: %s; %s", path, problem, cure)
 

@@ -4,7 +4,9 @@ The model, tokenizer and loss are open_clip's. A patch of the vision transformer
 world's grid. The scenes are drawn as those of the data set, with other seeds; half of their
 captions are full descriptions, half are of random detail.
 
-    python -m datasets.shapes.pretrain
+    python -m datasets.shapes.pretrain --out weights.pt
+
+Without --out, it replaces the shipped weights.
 
 The shipped weights come from this command with OMP_NUM_THREADS=1 (another number of threads gives
 other weights, about as good), when captions were drawn less evenly and with more hypernyms than
@@ -61,19 +63,17 @@ def train(config, steps, batch, lr, seed, evaluate_every=250):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
-    clip_loss, rng = open_clip.ClipLoss(), random.Random(f"pretrain/{seed}")
+    clip_loss = open_clip.ClipLoss()
+    rng = random.Random(f"pretrain/{seed}")
     with trange(steps, desc="pretraining", unit="step") as bar:
         for step in bar:
             scenes = [draw_scene(rng) for _ in range(batch)]
             images = torch.stack([transform(paint(scene)) for scene in scenes])
-            tokens = tokenizer(
-                [
-                    (write_full_description if rng.random() < 0.5 else write_caption)(
-                        scene, rng
-                    ).text
-                    for scene in scenes
-                ]
-            )
+            texts = []
+            for scene in scenes:
+                write = write_full_description if rng.random() < 0.5 else write_caption
+                texts.append(write(scene, rng).text)
+            tokens = tokenizer(texts)
             met[tokens.flatten()] = True
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 z_image, z_text, scale = model(images, tokens)
@@ -114,7 +114,9 @@ def recall(model, transform, tokenizer, images=1000):
     model.train()
     similarity = z_image @ z_text.T  # (N_image, M_text)
     target = torch.arange(images)
-    return tuple((similarity.argmax(axis) == target).float().mean().item() for axis in (0, 1))
+    text_to_image = (similarity.argmax(dim=0) == target).float().mean().item()
+    image_to_text = (similarity.argmax(dim=1) == target).float().mean().item()
+    return text_to_image, image_to_text
 
 
 def save(model, met, path):

@@ -26,6 +26,7 @@ class AsymVLM(Adaptor):
 
     # The distribution: log p = log_normalizer(kappa) + kappa kernel(mu.x).
     log_prob = None  # (x (N, D), eta (M, D), temperature) -> (N, M)
+    # The two parts of log_prob, for variants.Frozen.
     log_normalizer = None  # (kappa (M,), D) -> (M,)
     kernel = None  # cosine -> a tensor of the same shape
     # (eta_image (N, D), eta_text (M, D), temperature) -> (N, M); only variants.Both uses it

@@ -182,8 +182,6 @@ class VonMisesFisherApproximate(VonMisesFisherAdaptor):
     different kappa for an image, but not of images for a text.
     """
 
-    log_normalizer = staticmethod(approximate_von_mises_fisher_log_normalizer)
-
     @staticmethod
     def log_prob(x, eta, temperature=1.0):
         return distributions.von_mises_fisher_log_prob(

@@ -57,7 +57,8 @@ def information_bottleneck(mean, log_var):
     return -(1 + log_var / 2 - mean.square() - (log_var / 2).exp()).mean() / 2
 
 
-# The decorator is needed here, too, so that gradients of what the terms share add up in float32.
+# The terms share their arguments. These are raised here, so that the gradients of the terms add up
+# in float32.
 @full_precision
 def prolip_loss(mean_image, log_var_image, mean_text, log_var_text):
     """sum_ij -log sigmoid(s_ij logit_ij) / B + 1e-5 (VIB_image + VIB_text), s_ii = 1, else -1.

@@ -56,6 +56,8 @@ class ProLIPOriginal(ProLIPAdaptor):
 
     def loss(self, *encoded):
         """The terms of the loss of all B^2 pairs, with the learned scale and bias."""
-        with torch.no_grad():  # clamping the parameter itself keeps its gradient at the ends
+        # The parameter itself is clamped. A clamp inside the loss would have the gradient 0 outside
+        # the range, and the parameter would stay there.
+        with torch.no_grad():
             self.log_scale.clamp_(0, LARGEST_LOG_SCALE)
         return original_loss(*encoded, self.log_scale, self.bias)

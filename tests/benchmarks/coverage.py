@@ -110,7 +110,7 @@ def main(argv=None):
             shares = [f"{value:.1%}" for value in (covered, by_interval, by_p_value)]
             lines.append(["", str(seeds), f"{spread:g}", *shares])
     print(markdown_table(lines[0], lines[1:]) + "\n")
-    lines = [["guarantee at 95 %, rows to choose from", "promise broken"]]
+    lines = [["guarantee at 95 %, rows to choose from", "guarantee violated"]]
     for rows in (1, 3, 16):
         lines.append([str(rows), f"{broken_promises(rows, args.worlds):.1%}"])
     print(markdown_table(lines[0], lines[1:]) + "\n")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
-MIN_RESAMPLES = 100  # With fewer resamples a p-value says nothing.
+MIN_RESAMPLES = 100  # of a comparison; a p-value is at least 2 / (resamples + 1)
 CONFIDENCE = 0.95  # of intervals
 LOG_SMALLEST_P = np.log(1e-12)
 THREADS = min(4, os.cpu_count() or 1)  # more wait for the memory
@@ -126,8 +126,9 @@ class Estimate:
         return float(self.mean - half_width), float(self.mean + half_width)
 
     def p_value(self):
-        """The two-sided p-value of `mean` = 0: the level at which 0 leaves the interval, or None.
+        """The two-sided p-value of "the true mean is 0"; None if it is undefined.
 
+        It is the level of the interval at whose edge 0 lies.
         With one seed, it is the bootstrap's (`p_value`).
         """
         from scipy.optimize import brentq
@@ -140,7 +141,7 @@ class Estimate:
         def excess(log_level):
             return self._squared_half_width(np.exp(log_level)) - self.mean**2
 
-        if excess(LOG_SMALLEST_P) <= 0:
+        if excess(LOG_SMALLEST_P) <= 0:  # 0 is far outside, or the two rows are the same
             return float(np.exp(LOG_SMALLEST_P)) if self.mean else 1.0
         return float(np.exp(brentq(excess, LOG_SMALLEST_P, 0.0)))
 

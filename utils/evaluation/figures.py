@@ -1,7 +1,7 @@
 """Every metric of an evaluation, one row each: result files, tables and intervals follow from them.
 
 A `Figure` is one metric. A `Section` is a table of them. All metrics of a section are computed from
-one view, {field: array}, which a function selects from the answers to all queries.
+one view, a dict of arrays with one entry per query and of the settings "levels" and "levels_by".
 """
 
 from collections.abc import Callable
@@ -50,9 +50,9 @@ class Section:
     key: str  # of the metrics in the .json file
     title: str  # of the table
     direction: str | None  # "t2i", "i2t", or None for both
-    view: Callable | None  # (answers, direction, levels) -> {field: array}
+    view: Callable | None  # (answers, direction) -> {field: array}
     figures: tuple
-    compared: bool = False  # whether its table is in the comparison; otherwise it is in the details
+    compared: bool = False  # whether its table is in comparison.md; others: details.md, risk.md
     resampled: bool = False  # whether its metrics have intervals
 
     def measure(self, view):
@@ -95,40 +95,38 @@ class Section:
 # Views: what the metrics of a section are computed from.
 
 
-def all_queries(answers, direction, levels):
+def all_queries(answers, direction):
     """All queries of a direction; "uncertainty" is the text's, else the image's, if there is one.
 
     Args:
         answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
         direction: one of these.
-        levels: K.
-    Returns: {field: (Q,) array, "levels": K}. "image" is what is resampled: the image of the
-        caption, or the query itself.
+    Returns: {field: (Q,) array}. "image" is what is resampled: the image of the caption, or the
+        query itself.
     """
     view = _answers_with_image(answers, direction)
     view["correct"] = view["rank"] == 1
-    view["levels"] = levels
     uncertainty = uncertainty_of(view)
     if uncertainty is not None:
         view["uncertainty"] = uncertainty
     return view
 
 
-def queries_by_image(answers, direction, levels):
+def queries_by_image(answers, direction):
     """All queries of a direction; "uncertainty" is the image's. {} if images have none."""
-    view = all_queries(answers, direction, levels)
+    view = all_queries(answers, direction)
     if "image_uncertainty" not in view:
         return {}
     view["uncertainty"] = view["image_uncertainty"]
     return view
 
 
-def judged_queries(answers, direction, levels):
-    """The queries of a direction all of whose right answers are known; {} if there are none."""
+def judged_queries(answers, direction):
+    """The queries for which relevance.json lists all right answers; {} if there are none."""
     return only_judged(_answers_with_image(answers, direction))
 
 
-def cxc_queries(answers, direction, levels):
+def cxc_queries(answers, direction):
     """The queries of a direction that CxC judges, with its judgements; {} if there are none."""
     answered = _answers_with_image(answers, direction)
     view = {"image": answered["image"]}
@@ -138,7 +136,7 @@ def cxc_queries(answers, direction, levels):
     return only_judged(view)
 
 
-def both_directions(answers, direction, levels):
+def both_directions(answers, direction):
     """All queries of both directions: fields "t2i_rank", "i2t_correct" and so on.
 
     "uncertainty" is the text's here; it is missing if texts have none.
@@ -365,7 +363,7 @@ def _guarantee(risk, confidence, k):
     settings = {"risk": risk, "confidence": confidence, "k": k}
     coverage = partial(selective.coverage, **settings)
     error = partial(selective.error, **settings)
-    threshold = partial(selective.threshold, **settings)
+    threshold = partial(selective.calibrated_threshold, **settings)
     return [
         Figure(f"coverage at {risk:g}", True, fields, coverage, bold=False),
         Figure(f"error at {risk:g}", None, fields, error),
@@ -378,7 +376,7 @@ def measure(answers, levels, sections=SECTIONS, levels_by=metrics.COUNT):
 
     Args:
         answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
-        levels: K.
+        levels: number of uncertainty levels.
         levels_by: how the queries are cut into levels (`metrics.recall_by_level`).
     """
     measured = {}
@@ -408,5 +406,5 @@ def _view_of(section, answers, levels, levels_by):
         return {}
     if section.direction is not None and section.direction not in answers:
         return {}
-    view = section.view(answers, section.direction, levels)
-    return {**view, "levels_by": levels_by} if view else {}
+    view = section.view(answers, section.direction)
+    return {**view, "levels": levels, "levels_by": levels_by} if view else {}

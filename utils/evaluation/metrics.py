@@ -208,9 +208,7 @@ def _centred(values, weight):
 # Selective prediction: the most certain queries are answered first.
 
 
-def risk_coverage(
-    correct: np.ndarray, uncertainty: np.ndarray, weight: ArrayLike | None = None
-) -> np.ndarray:
+def risk_coverage(correct: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
     """The risk-coverage curve: the error rate among the n most certain queries, n = 1..Q.
 
     If several queries have the same uncertainty, every order of them is equally likely; the curve
@@ -219,18 +217,20 @@ def risk_coverage(
     Args:
         correct: (Q,) bool.
         uncertainty: (Q,).
-    Returns: (Q,) array in [0, 1], most certain first; entry n - 1 is at coverage n / Q. With a
-        weight (R, Q), an array (R, Q), in the same order of the queries.
+    Returns: (Q,) array in [0, 1], most certain first; entry n - 1 is at coverage n / Q.
 
     >>> risk_coverage(np.array([True, False]), np.array([0.1, 0.2])).tolist()
     [0.0, 0.5]
     """
-    risk, _ = _risk_and_weight(correct, uncertainty, weight)
+    risk, _ = _risk_and_weight(correct, uncertainty, None)
     return risk
 
 
 def aurc(correct: np.ndarray, uncertainty: np.ndarray, weight: ArrayLike | None = None) -> Metric:
     """AURC: the area under the risk-coverage curve, its mean over n, in [0, 1]; lower is better.
+
+    A query of weight w is w queries that all have the risk after the last of them. For large Q this
+    is nearly the same as if they came one by one.
 
     Args:
         correct: (Q,) bool.

@@ -81,7 +81,7 @@ MIN_COVERAGE = 0.05  # below it, the risk is that of a few queries, and jumps
 POINTS = 200  # of a risk-coverage curve
 BINS = 12
 AMONG = "in percentiles among the captions; band: the middle half of the captions"
-CAPTIONS = {
+PLOT_CAPTIONS = {
     "levels": "Recall by uncertainty level, most certain queries first; "
     "band: standard deviation over seeds",
     "levels-image": "The same by the image's uncertainty, for methods whose images have one",
@@ -132,16 +132,16 @@ def draw_all(results, examples, folder):
             "captions": draw_captions(examples),
             "ladder": draw_ladder(uncertain),
         }
-        captions = dict(CAPTIONS)
+        plot_captions = dict(PLOT_CAPTIONS)
         for chains in names_of_chains(uncertain):
             name = f"hierarchy-{chains}"
             plots[name] = draw_depth(text_uncertain, chains)
-            captions[name] = (
+            plot_captions[name] = (
                 f"Uncertainty by depth in the chains of {chains}, general first, in percentiles"
             )
         for name, plot in plots.items():
             _save(plot, folder, name)
-    return {f"{name}.png": captions[name] for name, plot in plots.items() if plot is not None}
+    return {f"{name}.png": plot_captions[name] for name, plot in plots.items() if plot is not None}
 
 
 def _save(plot, folder, name):
@@ -187,7 +187,10 @@ def draw_levels(results, modality):
 
 
 def draw_risk_coverage(results):
-    """The error rate among the most certain queries, and the lowest with the first ranking."""
+    """The error rate among the most certain queries.
+
+    One more line is the lowest that any uncertainty could have with the first row's ranking.
+    """
     panels = {}
     for direction, title in DIRECTIONS.items():
         panels[title] = {}

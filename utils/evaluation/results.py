@@ -36,11 +36,12 @@ class Results:
 
     Attributes:
         answers: {"t2i", "i2t"}, as `scorers.answer` returns them.
-        content: of the .json file. "t2i" and "i2t": recall by level, of the text's uncertainty if
-            texts have one, else the image's; "by_image": the same, of the image's; "metrics": as
-            `measure` returns them; "intervals"; "ladder": uncertainty of each prompt of the ladder;
-            "depth": uncertainty by depth in caption chains; "risk": the arguments of `guarantees`;
-            "config": how the results were made.
+        content: of the .json file. "t2i" and "i2t": recall by level of the text's uncertainty, or
+            of the image's if texts have none; "by_image": {direction: recall by level of the
+            image's uncertainty}; "metrics": as `measure` returns them; "intervals"; "ladder":
+            uncertainty of each prompt of the ladder; "depth": uncertainty by depth in caption
+            chains; "risk": the arguments of `guarantees`; "config": how the results were made,
+            with the scorer's own config.
         draws: as `measure_resamples` returns them.
         needs: as `Scorer` has it; it is not saved.
     """
@@ -85,13 +86,9 @@ class Results:
         self.content["intervals"] = intervals
         return self
 
-    def save(self, folder: Path, config: dict) -> None:
-        """Write the files of these results to a folder, results/<name>/ or one in it.
-
-        Args:
-            config: how the results were made, with the scorer's own config.
-        """
-        self.content["config"] = config
+    def save(self, folder: Path) -> None:
+        """Write the files of these results, with their config, to results/<name>/ or one in it."""
+        config = self.content["config"]
         row = Row(config["method"], config.get("score", PUBLISHED))
         document, table = result_files(folder, row, config["seed"])
         save_json(self.content, document, indent=1)
@@ -103,10 +100,11 @@ class Results:
             np.savez_compressed(file, **arrays)
         if "risk" in self.content:
             path = threshold_file(folder, row, config["seed"])
-            save_json(self.thresholds(config), path, indent=1)
+            save_json(self.thresholds(), path, indent=1)
 
-    def thresholds(self, config: dict) -> dict:
+    def thresholds(self) -> dict:
         """What `selective.load_threshold` reads: text-to-image thresholds and calibration set."""
+        config = self.content["config"]
         settings = self.content["risk"]
         guaranteed = []
         for k in settings["at"]:
@@ -301,7 +299,7 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None
     Args:
         scorer: Scorer of the cache.
         cache: EmbeddingCache.
-        levels: K.
+        levels: number of uncertainty levels.
         folds: parts of the gallery; 1: none.
         ladder: prompts, as `load_texts` returns them, or None.
         chains: caption chains, as `load_chains` returns them, or None.
@@ -323,7 +321,8 @@ def evaluate(scorer, cache, levels, folds=1, ladder=None, chains=None, risk=None
         add_texts(results, scorer, ladder, chains or {})
     else:
         logging.info(
-            "%s: its texts have no uncertainty; levels are by the image's, prompts are left out",
+            "%s: its texts have no uncertainty; levels are by the image's, "
+            "the prompt ladder and caption chains are left out",
             scorer.row.method,
         )
     return results

@@ -39,8 +39,9 @@ class Scorer:
         cache: EmbeddingCache.
         row: Row of the tables.
         seed: of the training, or None.
-        needs: what the uncertainty needs besides the text: "-" (nothing), "gallery", "reference"
-            images, true "pairs", or "training".
+        needs: what the uncertainty needs besides the text: "gallery", "reference" (images),
+            "reference, pairs" (images with their captions) or "training"; "-" if it needs nothing,
+            or if there is none.
         on_ladder: whether it is shown on the prompt ladder, which compares ratios of uncertainties.
         config: what the saved results say of it.
     """

@@ -115,7 +115,7 @@ def choose_threshold(uncertainty, is_wrong, risk, confidence):
     return max(reached, default=None)
 
 
-def threshold(rank, uncertainty, image, risk, confidence, k):
+def calibrated_threshold(rank, uncertainty, image, risk, confidence, k):
     """The threshold that `choose_threshold` finds on the calibration queries, or None.
 
     Args:
@@ -132,7 +132,10 @@ def threshold(rank, uncertainty, image, risk, confidence, k):
 
 
 def coverage(rank, uncertainty, image, risk, confidence, k):
-    """The share of the measured answers that are kept, in [0, 1]. Args: as for `threshold`."""
+    """The share of the measured answers that are kept, in [0, 1].
+
+    Args: as for `calibrated_threshold`.
+    """
     weight, _ = _kept_answers(rank, uncertainty, image, risk, confidence, k)
     return min(1.0, float(weight.sum()))
 
@@ -140,7 +143,7 @@ def coverage(rank, uncertainty, image, risk, confidence, k):
 def error(rank, uncertainty, image, risk, confidence, k):
     """The share of wrong answers among the measured answers that are kept; None if none is kept.
 
-    Args: as for `threshold`.
+    Args: as for `calibrated_threshold`.
     """
     weight, is_wrong = _kept_answers(rank, uncertainty, image, risk, confidence, k)
     kept = float(weight.sum())
@@ -157,8 +160,8 @@ def _kept_answers(rank, uncertainty, image, risk, confidence, k):
         is_wrong (T,): bool.
     """
     _, measured, weight = split_queries(image)
-    chosen = threshold(rank, uncertainty, image, risk, confidence, k)
-    weight = weight * is_kept(uncertainty[measured], chosen)
+    threshold = calibrated_threshold(rank, uncertainty, image, risk, confidence, k)
+    weight = weight * is_kept(uncertainty[measured], threshold)
     is_wrong = rank[measured] > k
     return weight, is_wrong
 

@@ -139,7 +139,8 @@ def best_mean(figure, cells):
 def is_best(figure, row, cells):
     """Whether a row's mean, as it is printed, is the best of a column {Row: (mean, std)}.
 
-    Where more than MOST_BEST rows share the best value, or more is better and it is 0, none is.
+    No row is best if more than MOST_BEST rows share the best value, or if the best value of a
+    metric of which more is better is 0.
     """
     best = best_mean(figure, cells)
     sharing = sum(number(mean) == number(best) for mean, _ in cells.values())
@@ -259,7 +260,7 @@ def suffix_of(results):
 
 
 def short_table(results):
-    """Text-to-image: R@1, AURC and E-AURC, and the coverage at each risk."""
+    """The text-to-image comparison. With risks, their coverage takes the place of S, R2, -S*R2."""
     section, *_ = COMPARED
     table = tables_of(results, [section]).get(section)
     if table is None:
@@ -339,8 +340,8 @@ def differences(results):
     """How two methods, both resampled, differ over the same queries, as text.
 
     One table per section and one line per metric: both methods, their difference (first - second),
-    its 95 % interval and its p-value. With one seed, the p-value is over queries and says nothing
-    of other seeds.
+    its 95 % interval and its p-value. With one seed, the p-value is over images and says nothing of
+    other seeds.
     """
     labels = [row_label(row) for row in results]
     p_title = _p_value_title(results)
@@ -363,7 +364,7 @@ def _p_value_title(results):
     """The title of the column of p-values."""
     for row, runs in results.items():
         if len(runs) == 1 and row.method not in TRAINING_FREE:
-            return "p over queries, this seed"
+            return "p over images, this seed"
     return "p"
 
 

@@ -122,6 +122,7 @@ class Gallery:
             add_to_softmax(softmax, cosine, self.scale)
             entropy.append(softmax_entropy(softmax, self.scale))
             best = cosine.topk(min(2, len(cosine)), dim=0).indices  # (2, t), or (1, t)
+            # In float64, since the margin is a small difference of two cosines.
             best_image = self.frozen.image[best[0]].cpu().double()
             second_image = self.frozen.image[best[-1]].cpu().double()
             z_batch = batch.cpu().double()
@@ -345,7 +346,8 @@ class Reference:
 
         def slope(log_scale):
             _, mean_cosine = self.softmax(text, [math.exp(log_scale)])[0]
-            # ROUNDING: if no pair is confused, the likelihood rises without end.
+            # If no pair is confused, the slope is positive at every scale and tends to 0. Less
+            # ROUNDING, it crosses 0.
             return own_cosine - mean_cosine.mean().item() - ROUNDING
 
         low = math.log(MIN_SCALE)

@@ -28,7 +28,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, adaptor, batch_size):
-        """The mean loss over batches, which are the same every time, and text-to-image metrics.
+        """The mean loss, and text-to-image metrics. The batches are the same in every epoch.
 
         Args:
             adaptor: Adaptor, in eval mode.

@@ -37,15 +37,29 @@ from utils.evaluation.tables import (
 from utils.evaluation.training_free import TRAINING_FREE
 
 METRICS = ("R@1", "AURC")  # that the table shows
-SHOWN = []  # the sections of both directions with these metrics alone
-COLUMNS = {}  # title of a column -> section and figure
-for _section in SECTIONS:
-    if _section.key in DIRECTIONS:
-        _figures = tuple(figure for figure in _section.figures if figure.name in METRICS)
-        _shown = replace(_section, figures=_figures)
-        SHOWN.append(_shown)
-        for _figure in _figures:
-            COLUMNS[f"{_figure.name} {_shown.key}"] = (_shown, _figure)
+
+
+def _shown_sections():
+    """The sections of both directions, with METRICS alone."""
+    sections = []
+    for section in SECTIONS:
+        if section.key in DIRECTIONS:
+            figures = tuple(figure for figure in section.figures if figure.name in METRICS)
+            sections.append(replace(section, figures=figures))
+    return sections
+
+
+def _columns():
+    """The title of each column, with its section and figure."""
+    columns = {}
+    for section in SHOWN:
+        for figure in section.figures:
+            columns[f"{figure.name} {section.key}"] = (section, figure)
+    return columns
+
+
+SHOWN = _shown_sections()
+COLUMNS = _columns()
 ROUNDING = 1e-3  # share of queries whose answers may differ through rounding alone
 SURVIVES = "survives"
 TIED = "tied"
@@ -75,7 +89,7 @@ def paired_bootstrap(results, levels, resamples, levels_by=COUNT):
 
     Args:
         results: {Row: [Results, one per seed]}, of two rows.
-        levels: K.
+        levels: number of uncertainty levels.
         resamples: how many.
         levels_by: how the queries are cut into levels (`metrics.recall_by_level`).
     Raises: UserError if the queries or the caches are not the same, or if there are fewer queries
@@ -157,7 +171,8 @@ def parse(argv):
     add(
         "--against",
         metavar="METHOD",
-        help="also tell whether the leads of this method over those of other families survive",
+        help="also tell whether the leads of this method over other methods survive, without those "
+        "of its own family (pfe and pfe-original are one)",
     )
     add(
         "--name",

@@ -5,7 +5,7 @@ Columns (empty where there is no value):
 - kind: "caption", "image" or "text"; row: of the cache, or of the texts
 - text; image: a file name, for a caption that of its image
 - uncertainty
-- percentile: of captions (for an image: of images) of the split that are more certain
+- percentile: how many percent of the split's captions (for an image: its images) are more certain
 - first: the first answer, an image's file name or a caption
 - rank: of the first right answer, 1 = best
 - p_right: probability that the first answer is right, from the uncertainty alone; fitted on all
@@ -72,7 +72,7 @@ def export(path, adaptors, cache, score=PUBLISHED, texts=None):
         texts: further texts and their embeddings, as `load_texts` returns them; None: the split's
             captions and images.
     Returns: how many rows were written, {"caption", "image" or "text": rows}.
-    Raises: UserError if texts have no uncertainty.
+    Raises: UserError if `texts` are given and an adaptor gives texts no uncertainty.
     """
     if texts is not None:
         for adaptor in adaptors.values():
@@ -105,25 +105,28 @@ def _all_tables(adaptors, cache, score, texts):
 
 def tables_of_split(adaptor, cache, score):
     """Yield the table of captions and that of images, if they have an uncertainty."""
-    answers = None
+    t2i = None
+    i2t = None
     if not cache.mapped:
         answers = _rank(AdaptorScorer(adaptor, cache, score=score), score)
+        t2i = answers["t2i"]
+        i2t = answers["i2t"]
     images = image_names(cache)
     captions = cache.captions
     if captions is None and cache.mapped:
         captions = cache.names("captions", "text")
     uncertainty = text_uncertainty(adaptor, cache.text, cache)
     if uncertainty is not None:
-        table = _table("caption", uncertainty, uncertainty, answers and answers["t2i"])
-        _add_answers(table, answers and answers["t2i"], images)
+        table = _table("caption", uncertainty, uncertainty, t2i)
+        _add_answers(table, t2i, images)
         table["text"] = captions
         table["image"] = [images[row] for row in cache.image_of_caption.tolist()]
         yield table
     uncertainty = image_uncertainty(adaptor, cache.image, cache)
     if uncertainty is not None:
-        table = _table("image", uncertainty, uncertainty, answers and answers["i2t"])
+        table = _table("image", uncertainty, uncertainty, i2t)
         rows = [str(row) for row in range(len(cache.text))]
-        _add_answers(table, answers and answers["i2t"], captions or rows)
+        _add_answers(table, i2t, captions or rows)
         table["image"] = images
         yield table
 

@@ -9,8 +9,8 @@ import torch
 
 from models.layers import cosine_similarity
 from utils.cli import UserError, need
+from utils.evaluation import selective
 from utils.evaluation.scorers import FROZEN, PUBLISHED, AdaptorScorer, FrozenScorer
-from utils.evaluation.selective import decide, load_threshold
 from utils.files import clean_text, load_json, text_lines
 
 CLOSEST = 3  # images that are named for a text
@@ -48,9 +48,9 @@ def describe_prompts(adaptor, cache, texts, z, score=PUBLISHED, decide=None):
         z: their embeddings, (T, D).
         score: what ranks, of SCORES.
         decide: function of an uncertainty, as `decision` returns it, or None.
-    Returns: dicts, most uncertain first: "prompt"; "uncertainty"; "percentile" of captions that
-        are more certain; "decision", if there is a function; "closest", the file names (or rows)
-        of the best images, best first.
+    Returns: dicts, most uncertain first: "prompt"; "uncertainty"; "percentile", how many percent of
+        the captions are more certain; "decision", if there is a function; "closest", the file
+        names (or rows) of the best images, best first.
     Raises: UserError if the adaptor's texts have no uncertainty.
     """
     scorer = AdaptorScorer(adaptor, cache, score=score)
@@ -103,13 +103,13 @@ def decision(file, adaptor, cache, risk, k, confidence):
         file: the .threshold.json.
         adaptor: that it must have been calibrated for.
         cache: that it must have been calibrated on.
-        risk, k, confidence: as `load_threshold` has them.
+        risk, k, confidence: as `selective.load_threshold` has them.
     Returns: a function of a text's uncertainty; None, and a line in the log, if there is no such
         threshold.
     """
     try:
         need(file.exists(), f"{file} is not there")
-        threshold = load_threshold(file, risk, k, confidence)
+        threshold = selective.load_threshold(file, risk, k, confidence)
         calibrated_on = load_json(file).get("calibrated_on")
         is_known = isinstance(calibrated_on, dict)
         need(is_known, f"{file} does not say what it was calibrated on")
@@ -120,7 +120,7 @@ def decision(file, adaptor, cache, risk, k, confidence):
         cure = "evaluate first, without --prompts"
         logging.info("note: no decisions, since they need a threshold: %s; %s", error, cure)
         return None
-    return partial(decide, threshold=threshold)
+    return partial(selective.decide, threshold=threshold)
 
 
 @torch.inference_mode()

@@ -110,7 +110,7 @@ def prompts_of(adaptor, cache):
         text_variance = _float64(text_variance) / _squared_norm(text_mean)
         prompts.text_variance = _by_class(text_variance, cache)
         prompts.image_variance = _float64(image_variance) / _squared_norm(image_mean)
-    if hasattr(adaptor, "log_likelihood"):
+    if hasattr(adaptor, "log_likelihood"):  # AsymVLM, whose score is log p(image | prompt)
         scores = _float64(adaptor.score(encoded_image, encoded_text))  # (N, C P)
         prompts.log_likelihood = scores.unflatten(1, prompts.text.shape[:2])
     return prompts
@@ -291,7 +291,7 @@ def probit_logits(prompts, weights):
     return s * mean / (1 + math.pi * s**2 * variance / 8).sqrt()
 
 
-SCORES = {
+LOGITS = {
     "plain": plain_logits,
     "unit": unit_logits,
     "variance": variance_logits,
@@ -378,7 +378,7 @@ def classify(prompts, label, resamples):
         uncertainty = None
         if prompts.uncertainty is not None:
             uncertainty = (weights * prompts.uncertainty).sum(dim=1)
-        for score, logits_of in SCORES.items():
+        for score, logits_of in LOGITS.items():
             logits = logits_of(prompts, weights)
             if logits is None:
                 continue
@@ -407,7 +407,7 @@ def labels_of(cache):
     return np.array(labels)
 
 
-def answer(cache, adaptors, resamples):
+def classify_with_all(cache, adaptors, resamples):
     """Classify the images of a cache with the frozen CLIP and with adaptors.
 
     Args:
