@@ -396,11 +396,12 @@ def cache_texts(args, device):
     """
     path = Path(args.texts)
     stem = path.stem
-    problem = f"{stem!r} is the name of the data set's own texts"
-    is_free = stem not in (LADDER, CHAINS)
+    problem = f"{stem!r} is a name that the cache uses itself"
+    is_free = stem not in (LADDER, CHAINS, "meta")
     need(is_free, f"--texts {args.texts}: {problem}; give the file another name")
     if path.suffix.lower() in ARRAY_SUFFIXES:
         z, texts = read_text_arrays(path)
+        check_width(path, z.shape[1], ROOT / args.name)
         chains = None
         made_by = {}
     else:
@@ -413,6 +414,16 @@ def cache_texts(args, device):
     with locked(folder / f".{stem}.lock", f"--texts {args.texts}"):
         write_texts(args.name, stem, z, texts, made_by, chains)
     logging.info("%s: %d texts", folder / stem, len(texts))
+
+
+def check_width(file, width, cache):
+    """Raise a UserError if there is no cache in a folder, or one of another width than a file."""
+    splits = [folder.name for folder in sorted(cache.glob("*")) if embedding.is_cache(folder)]
+    cure = "make the cache first, or give its --name"
+    need(splits, f"--texts {file}: there is no cache in {cache} to add it to; {cure}")
+    expected = embedding.EmbeddingCache(cache.name, splits[0], mapped=True).embed_dim
+    problem = f"its embeddings are {width} wide, those of the cache {expected}"
+    need(width == expected, f"--texts {file}: {problem}; embed the texts with the cache's model")
 
 
 if __name__ == "__main__":

@@ -378,10 +378,10 @@ def report(args, results, adaptors, cache, folder):
         title += f"; {trained}"
     if args.trained_on:
         title += f"; heads trained on {args.trained_on}"
-    saved = folder  # where `evaluate_all` has put the results
+    tables_folder = folder
     if args.score != PUBLISHED:
         title += f"; {SCORES[args.score]}"
-        folder = folder / args.score
+        tables_folder = folder / args.score
     texts = {**tables.all_texts(results, title), **paper_table.texts(results)}
     plot_captions = {}
     if not args.no_plots:
@@ -389,11 +389,11 @@ def report(args, results, adaptors, cache, folder):
 
         first_adaptor = next(iter(adaptors.values()))
         examples = prompts.example_captions(first_adaptor, cache, score=args.score)
-        plot_captions = plots.draw_all(results, examples, folder)
+        plot_captions = plots.draw_all(results, examples, tables_folder)
     page = results_page(title, command_of(args), texts, plot_captions)
-    save_texts({**texts, "README.md": page}, folder)
-    logging.info("written to %s: README.md, tables and plots", folder)
-    logging.info("and to %s: a .json and an .npz file per row and seed\n", saved)
+    save_texts({**texts, "README.md": page}, tables_folder)
+    logging.info("written to %s: README.md, tables and plots", tables_folder)
+    logging.info("and to %s: the .json and .npz files of all rows with an uncertainty\n", folder)
     print(texts["report.txt"], end="")
 
 
@@ -424,7 +424,8 @@ def compare(args, folder):
     recipes = tables.recipe_title(results)
     if recipes:
         training += f", {recipes}"
-    over_seeds = " and Student's t over the seeds" if len(args.seed) > 1 else ""
+    has_seeds = any(len(runs) > 1 for runs in results.values())  # training-free rows have none
+    over_seeds = " and Student's t over the seeds" if has_seeds else ""
     text = (
         f"{args.dataset}/{args.split}, {' against '.join(names)}, "
         f"{seeds_title(args.seed)}{training}: "

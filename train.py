@@ -200,7 +200,8 @@ def make_parser():
         "--keep",
         default="last",
         choices=("last", "best"),
-        help="keep the weights of the last epoch, or of the one with the lowest held-out AURC",
+        help="keep the weights of the last epoch (or their average, if the recipe averages), or of "
+        "the epoch with the lowest held-out AURC",
     )
     add(
         "--save-every",
@@ -291,7 +292,7 @@ def train(run, cache, prompts, precision, shuffle_buffer, held_out=None, use_gra
             # Every rank draws the same rows and encodes a share of them. The loss is that of all
             # rows (see utils/distributed.py).
             pairs = cache.pairs(share_of_rank(rows))
-            weight = number / steps if epoch == recipe.ramped_epoch else 1.0
+            weight = (number + 1) / steps if epoch == recipe.ramped_epoch else 1.0
             # The graph was made for a full batch and the weight 1.
             fits_graph = len(rows) == recipe.batch_size and weight == 1.0
             loss, loss_terms = step(
@@ -347,7 +348,7 @@ def step(
         pairs: this rank's share of the batch, image and text embeddings (b, D).
         batch_size: B.
         precision: dtype of matrix products.
-        weight: factor of the loss.
+        weight: factor of the gradient; the loss that is returned is without it.
         clip_norm: largest norm of the gradient; None: no limit.
         graph: what `graph_of` returned, to be used for this batch; None: no graph.
     Returns: the loss () and its terms {name: ()}, empty if the method names none. They are detached

@@ -160,7 +160,7 @@ class _Piece:
         file = self.file_of["map"]
         if file is None:
             problem = f"{self.file_of['text']} has {texts} rows, {self.file_of['image']} {images}"
-            cure = "give image_of_caption.npy, the image row of each text"
+            cure = "give image.npy, text.npy and image_of_caption.npy, the image row of each text"
             need(texts == images, f"{problem}; {cure}")
             return torch.arange(texts)
         rows = open_array(file, dimensions=1)

@@ -14,7 +14,7 @@ from utils.files import load_json, load_tensors, sha256
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of embeddings
 # What to do, for messages.
 ANEW = "rebuild the cache: give the same cache_embeddings.py command with --overwrite"
-CURE_OF_ROW = "rebuild the cache with --overwrite --precision fp32, or leave the row out"
+CURE_OF_ROW = "rebuild the cache with --overwrite --precision fp32 --dtype float32, or leave it out"
 
 
 # The form of a value.

@@ -50,7 +50,8 @@ class EmbeddingCache:
         captions: M texts, or None.
         images: N file names, or None.
         meta: content of meta.json; {} without one.
-        relevance: as `ListSplit.relevance` has it; `judgements` has it in one form.
+        relevance: as `ListSplit.relevance` has it; `judgements` has the same as lists of rows, for
+            both directions.
         mapped: whether the embeddings are on disk.
         device: where `pairs` returns them.
     Raises: UserError that names the file and what is wrong with it, or the command that makes a
@@ -232,10 +233,10 @@ class EmbeddingCache:
         """
         return in_batches(self._load_each(self.text.order(generator, buffer), buffer), size)
 
-    def _load_each(self, orders, buffer):
-        """Yield what `order` yields, with the embeddings of these pairs at hand."""
+    def _load_each(self, buffers, buffer):
+        """Yield each tensor of row numbers, after the embeddings of these pairs were made ready."""
         max_rows = 2 * buffer  # images may lie in more shards than their captions
-        for rows in orders:
+        for rows in buffers:
             self.text.load(rows, max_rows)
             self.image.load(self.image_of_caption[rows], max_rows)
             yield rows

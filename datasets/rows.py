@@ -28,8 +28,8 @@ from utils.cli import UserError, need
 from utils.device import sent
 from utils.files import load_tensors
 
-# Rows that are shuffled together. As many images and texts, 512 wide in float16, take 2 GB, which
-# the system's page cache can hold.
+# Rows that are shuffled together. 2**20 images and 2**20 texts, 512 wide in float16, take 2 GB in
+# all, which the system's page cache can hold.
 BUFFER = 2**20
 OPEN = 512  # shards that are open at a time
 NOT_LOADED = torch.iinfo(torch.int64).max
@@ -172,10 +172,10 @@ class RowsOnDisk:
         """Yield the row numbers of an epoch, one buffer at a time.
 
         Shards are shuffled, and then the rows of as many shards as fill a buffer. So the rows of a
-        batch come from the shards of one buffer, or of two where a buffer ends. If the rows of a
-        shard are alike, as those of one crawl or topic are, the negatives of a batch are more alike
-        than under a full shuffle, and the gradient varies more from batch to batch. Every epoch
-        draws other shards together. A buffer of all rows is a full shuffle.
+        batch come from the shards of one buffer, or of several where a buffer ends. If the rows of
+        a shard are alike, as those of one crawl or topic are, the negatives of a batch are more
+        alike than under a full shuffle, and the gradient varies more from batch to batch. Every
+        epoch draws other shards together. A buffer of all rows is a full shuffle.
 
         Args:
             generator: on the CPU.
@@ -260,13 +260,13 @@ def shuffled(sizes, buffer, generator):
             count = 0
 
 
-def in_batches(orders, size):
-    """Yield what `order` yields in batches (B,) int64 of a size; the last may be smaller.
+def in_batches(buffers, size):
+    """Yield row numbers in batches (B,) int64 of this size; the last may be smaller.
 
-    A batch may have rows of two buffers.
+    Args: buffers: tensors of row numbers, as `order` yields them. A batch may span several.
     """
     left = None
-    for rows in orders:
+    for rows in buffers:
         if left is not None:
             rows = torch.cat([left, rows])
         *batches, left = rows.split(size)

@@ -317,7 +317,7 @@ def need_sorted(key, problem, incomplete):
     """
     if {problem, incomplete.get(key)} == {NO_IMAGE, NO_CAPTION}:
         problem = f"image and text of {key} lie apart: it is not sorted by name"
-        raise ValueError(f"{problem}; make it with tar --sort=name")
+        raise ValueError(f"{problem}; make it anew: tar --sort=name -cf NEW.tar -C FOLDER .")
 
 
 def _dotted_images(files):

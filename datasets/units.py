@@ -148,7 +148,6 @@ def lock_file(folder):
 
 def check_other_splits(name, splits, clip_id):
     """Raise a UserError if a split of the cache that is not in `splits` has another CLIP."""
-    cure = "give another --name, or all of its splits and --overwrite"
     for file in sorted((ROOT / name).glob("*/meta.json")):
         if file.parent.name in splits:
             continue
@@ -157,4 +156,5 @@ def check_other_splits(name, splits, clip_id):
             changed = ClipId.of_meta(meta).difference(clip_id)
         else:
             changed = "its meta.json is not an object"
+        cure = f"give another --name, or remove {file.parent} and cache that split again afterwards"
         need(not changed, f"{file.parent}: was made with another CLIP: {changed}; {cure}")

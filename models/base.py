@@ -33,7 +33,8 @@ class Recipe:
         decayed_from: weight decay applies to parameters with at least this many dimensions: 1
             leaves out learned scalars, 2 all but matrices.
         clip_norm: the largest norm of the gradient. None does not clip it.
-        ramped_epoch: the epoch in which the weight of the loss rises from 0 to 1.
+        ramped_epoch: the epoch, from 1, in which the weight of the loss rises linearly to 1, from 1
+            over the number of steps. Before and after it, the weight is 1.
         averaged_after: fraction of the epochs after which the weights are averaged, one set of
             weights per epoch; 1.0 averages none.
         max_steps: the largest number of steps per epoch.

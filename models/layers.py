@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-HIDDEN = 1024  # width of all hidden layers in AsymVLM's repository except those of ProbVLM
+HIDDEN = 1024  # width of hidden layers in AsymVLM's repository; ProbVLM's heads have width D
 
 
 def mlp(embed_dim):
-    """The MLP of all methods except ProbVLM: three hidden layers, ReLU, (N, D) -> (N, D)."""
+    """The MLP of AsymVLM, PFE, PCME++ and ProLIP: three hidden layers, ReLU, (N, D) -> (N, D)."""
     return nn.Sequential(
         nn.Linear(embed_dim, HIDDEN),
         nn.ReLU(),

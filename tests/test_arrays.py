@@ -177,7 +177,7 @@ REFUSED = {
     "a map of floats": (put("image_of_caption", np.zeros(120)), "whole numbers"),
     "no map": (
         lambda: Path("arrays/val/image_of_caption.npy").unlink(),
-        "has 120 rows, arrays/val/image.npy 40; give image_of_caption.npy",
+        "has 120 rows, arrays/val/image.npy 40; give image.npy, text.npy and image_of_caption.npy",
     ),
     "fewer captions": (
         lambda: Path("arrays/val/captions.txt").write_text("one\n"),
@@ -246,6 +246,23 @@ def test_texts_are_added_as_arrays_and_words_cannot_be(made, script):
     Path("more.txt").write_text("one\n")
     status, _, line = script(cache_embeddings.main, "--name", "mine", "--texts", "more.npy")
     assert (status, "expected 3 lines" in line) == (2, True)
+
+
+def test_texts_go_to_a_cache_of_their_width_under_a_free_name(made, script):
+    assert script(cache_embeddings.main, *IMPORT)[0] == 0
+    Path("more.txt").write_text("a\nb\n")
+    np.save("more.npy", np.ones((2, 7)))
+    Path("meta.txt").write_text("a\n")
+    for name, file, words in (
+        ("mine", "more.npy", "7 wide, those of the cache 64"),
+        ("mime", "more.npy", "no cache in embeddings/mime"),
+        ("mine", "meta.txt", "give the file another name"),
+    ):
+        status, _, line = script(cache_embeddings.main, "--name", name, "--texts", file)
+        assert status == 2
+        assert words in line
+    assert not Path("embeddings/mime").exists()
+    assert not Path("embeddings/mine/texts").exists()
 
 
 def test_normalised_arrays_are_told(made, script):

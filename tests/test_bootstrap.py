@@ -8,7 +8,7 @@ from scipy import stats
 
 from tests.benchmarks import coverage
 from utils.evaluation import bootstrap
-from utils.evaluation.bootstrap import Estimate, interval, p_value, resample
+from utils.evaluation.bootstrap import Estimate, bootstrap_p_value, percentile_interval, resample
 from utils.evaluation.figures import measure, measure_resamples
 
 
@@ -99,8 +99,8 @@ def test_one_seed_has_the_percentile_interval_and_a_collapsed_one_widens_it():
     rng = np.random.default_rng(2)
     draws = rng.normal(0.7, 0.01, (2, 1000))
     one = Estimate.over_seeds([0.7], draws[:1])
-    assert one.interval() == interval(draws[0])
-    assert one.p_value() == p_value(draws[0])
+    assert one.interval() == percentile_interval(draws[0])
+    assert one.p_value() == bootstrap_p_value(draws[0])
     low, high = Estimate.over_seeds([0.7, 0.9], draws).interval()
     assert low < 0 and high > 1  # two seeds that disagree say nothing: t = 12.7
 
@@ -169,16 +169,16 @@ def test_every_figure_of_a_resample_is_that_of_the_drawn_queries(ties):
 def test_what_is_undefined_in_a_resample_has_no_interval():
     answers = random_answers() | {"rank": np.ones(60, dtype=int), "words": np.ones(60)}
     draws = measure_resamples({"t2i": answers}, 10, 10)
-    assert interval(draws["t2i"]["S"]) is None
-    assert interval(draws["ambiguity"]["partial_spearman_given_length"]) is None
-    assert p_value(np.array([0.1, np.nan])) is None
-    assert interval(np.array([])) is None
+    assert percentile_interval(draws["t2i"]["S"]) is None
+    assert percentile_interval(draws["ambiguity"]["partial_spearman_given_length"]) is None
+    assert bootstrap_p_value(np.array([0.1, np.nan])) is None
+    assert percentile_interval(np.array([])) is None
 
 
 def test_the_interval_of_recall_is_about_the_binomial_one():
     rng = np.random.default_rng(1)
     answers = random_answers(queries=2000) | {"rank": 1 + (rng.random(2000) > 0.3)}
-    low, high = interval(measure_resamples({"t2i": answers}, 10, 1000)["t2i"]["R@1"])
+    low, high = percentile_interval(measure_resamples({"t2i": answers}, 10, 1000)["t2i"]["R@1"])
     mean = np.mean(answers["rank"] == 1)
     half = 1.96 * np.sqrt(mean * (1 - mean) / 2000)
     assert low == pytest.approx(mean - half, abs=0.15 * half)
@@ -186,18 +186,18 @@ def test_the_interval_of_recall_is_about_the_binomial_one():
 
 
 def test_p_values_count_the_rarer_sign_twice():
-    assert p_value(np.array([0.1, 0.2, 0.3, -0.1])) == 0.8  # 2 (1 + 1) / (4 + 1)
-    assert p_value(np.zeros(4)) == 1.0
-    assert p_value(np.ones(999)) == 0.002  # never 0
+    assert bootstrap_p_value(np.array([0.1, 0.2, 0.3, -0.1])) == 0.8  # 2 (1 + 1) / (4 + 1)
+    assert bootstrap_p_value(np.zeros(4)) == 1.0
+    assert bootstrap_p_value(np.ones(999)) == 0.002  # never 0
 
 
 def test_a_paired_difference_is_tighter_than_two_intervals():
     answers = random_answers(queries=500)
     better = answers | {"rank": np.where(np.arange(500) % 10 == 0, 1, answers["rank"])}
     a, b = (measure_resamples({"t2i": x}, 10, 300)["t2i"]["R@1"] for x in (better, answers))
-    low, high = interval(a - b)
+    low, high = percentile_interval(a - b)
     assert low > 0
-    assert high - low < np.diff(interval(a))[0]
+    assert high - low < np.diff(percentile_interval(a))[0]
 
 
 def test_docstring_examples_hold():

@@ -253,7 +253,7 @@ def test_all_broken_pictures_are_named_and_nothing_is_written(call, tmp_path, wo
     assert status == 2
     for row, path in enumerate(files):
         assert (path.name in err) == (row in (0, 30, 50, 69))
-    assert "(4 broken samples in all" in err.splitlines()[-1]
+    assert "(4 broken samples so far" in err.splitlines()[-1]
     assert "Traceback" not in err
     assert not (workdir / "embeddings").exists()
 

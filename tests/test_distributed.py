@@ -280,7 +280,7 @@ def test_broken_pictures_are_counted_over_all_ranks_and_looked_at_again_once_men
     for _ in range(2):  # each rank has no more than may be left out, both together have
         with Ranks(2, cache, (64, *flags, "--max-broken", 1)) as ranks:
             assert ranks.wait() == [2, 2], ranks.output()
-            assert "2 broken samples in all" in ranks.output()
+            assert "2 broken samples so far" in ranks.output()
     for picture, content in broken.items():
         picture.write_bytes(content)
     with Ranks(2, cache, (64, *flags, "--max-broken", 1)) as ranks:

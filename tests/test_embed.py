@@ -165,7 +165,7 @@ def test_broken_samples_beyond_the_limit_are_all_named_and_nothing_more_is_encod
     with pytest.raises(UserError) as caught:
         embed_units([before, excess, after, texts], clip, store(2))
     cure = "fix them, or leave them out with --skip-broken, or --max-broken 4 or more"
-    assert str(caught.value) == f"c 1: broken (4 broken samples in all; {cure})"
+    assert str(caught.value) == f"c 1: broken (4 broken samples so far; {cure})"
     assert [record.getMessage() for record in caplog.records] == [
         f"{name}: broken" for name in ("a 1", "b 1", "b 2", "c 1")
     ]
@@ -189,7 +189,7 @@ def test_those_left_out_of_kept_units_count(clip, store):
         Unit("a", ["0", "1"], kept=SimpleNamespace(left_out={1: "broken"})),
         Unit("b", ["broken"]),
     )
-    with pytest.raises(UserError, match="2 broken samples in all"):
+    with pytest.raises(UserError, match="2 broken samples so far"):
         embed_units([kept, new], clip, store(1))
 
 
@@ -204,7 +204,7 @@ def test_a_stream_that_cannot_be_read_to_its_end_stops_at_once(clip, store):
 def test_an_embedding_that_is_not_finite_is_refused_with_its_name(clip, store):
     with pytest.raises(
         UserError,
-        match=r"the embedding of '.*1' is not finite; try --precision fp32 --dtype float32",
+        match=r"the embedding of '.*1' is not finite; give .* --overwrite --precision fp32 --dtype float32",
     ):
         embed_units([Unit("a", ["0", "inf"])], clip, store())
     assert to_dtype(torch.tensor([[65504.0]]), torch.float16, ["a"]).tolist() == [[65504.0]]

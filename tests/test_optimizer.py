@@ -143,11 +143,18 @@ def test_the_weights_of_later_epochs_are_averaged_resumed_or_not(workdir):
         assert torch.equal(weight, resumed.state_dict()[name])
 
 
-def test_the_loss_is_weighted_from_0_in_its_epoch(workdir, monkeypatch):
+def test_the_weight_of_the_loss_rises_to_1_in_its_epoch(workdir, monkeypatch):
     weights, step = [], train_script.step
     monkeypatch.setattr(train_script, "step", lambda *a: (weights.append(a[6]), step(*a))[1])
     run(replace(RECIPE, ramped_epoch=3))  # 120 captions: three steps an epoch
-    assert weights == pytest.approx([1.0] * 6 + [0.0, 1 / 3, 2 / 3] + [1.0] * 6)
+    assert weights == pytest.approx([1.0] * 6 + [1 / 3, 2 / 3, 1.0] + [1.0] * 6)
+
+
+def test_a_learning_rate_of_0_changes_nothing(workdir):
+    adaptor, _ = run(replace(RECIPE, lr=0.0, warm_up=0.1, weight_decay=0.0))
+    start, _ = run(replace(RECIPE, lr=0.0, warm_up=0.1, weight_decay=0.0, epochs=1))
+    for name, weight in start.state_dict().items():
+        assert torch.equal(weight, adaptor.state_dict()[name])
 
 
 def test_an_epoch_has_no_more_steps_than_its_recipe_allows(workdir, monkeypatch):

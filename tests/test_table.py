@@ -224,7 +224,7 @@ def test_broken_rows_are_left_out_if_they_may_be(tmp_path):
     split = load(write_text(tmp_path, text), csv_separator="|")
     assert split.captions == ["one", "four"]
     split.check_broken(2)
-    with pytest.raises(UserError, match="2 broken samples in all"):
+    with pytest.raises(UserError, match="2 broken samples so far"):
         split.check_broken(1)
     assert [place.rpartition(": ")[2] for place, _ in split.broken] == ["line 3", "line 4"]
 

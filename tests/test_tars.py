@@ -209,7 +209,7 @@ def test_broken_samples_are_named_and_fatal_beyond_what_is_allowed(call, picture
     ):
         assert f"00000.tar: 00000000{key}: {reason}" in stderr
     cure = "fix them, or leave them out with --skip-broken, or --max-broken 4 or more"
-    assert stderr.splitlines()[-1].endswith(f" (4 broken samples in all; {cure})")
+    assert stderr.splitlines()[-1].endswith(f" (4 broken samples so far; {cure})")
     assert call("--max-broken", 3)[0] == 2
     assert not Path("embeddings/web/train/meta.json").exists()
     assert call("--max-broken", 4)[0] == 0
@@ -307,7 +307,7 @@ def test_keys_with_dots_are_refused_and_other_fields_are_not(call, pictures):
     status, stderr = call("--name", "dots")
     assert status == 2
     assert "img.000.png: it has a dot in its key; name it without" in stderr
-    assert "(3 broken samples in all" in stderr.splitlines()[-1]
+    assert "(3 broken samples so far" in stderr.splitlines()[-1]
 
 
 def test_other_tars_of_the_same_names_are_other_tars(call, pictures):
@@ -469,7 +469,7 @@ def test_what_is_twice_is_broken_and_counted_once(call, pictures):
             tar.addfile(info, io.BytesIO(content))
     status, stderr = call()
     assert status == 2
-    assert "(3 broken samples in all" in stderr.splitlines()[-1]
+    assert "(3 broken samples so far" in stderr.splitlines()[-1]
     assert call("--skip-broken")[0] == 0
     assert EmbeddingCache("web", "train").images == ["000000001", "000000002", "000000003"]
     reasons = skipped_of()

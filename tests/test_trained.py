@@ -119,6 +119,16 @@ def test_the_cure_for_a_missing_method_has_the_recipe_of_the_others_but_its_own_
     assert training_command("elsewhere", "pfe", 0).endswith("--method pfe --seed 0")
 
 
+def test_the_cure_names_the_device_and_the_buffer_of_the_others(train):
+    train("--epochs", 2)
+    path = Path("checkpoints/tiny/0/asymvlm-psd.pt")
+    content = torch.load(path, weights_only=True)
+    content["config"].update(device="cuda", shuffle_buffer=50)
+    torch.save(content, path)
+    command = training_command("tiny", "pfe", 0)
+    assert " --shuffle-buffer 50 --device cuda --precision " in command
+
+
 def test_an_older_checkpoint_of_an_unfinished_training_is_named(script, train):
     train("--epochs", 2)
     path = Path("checkpoints/tiny/0/asymvlm-psd.pt")

@@ -206,7 +206,7 @@ def test_images_that_were_skipped_are_looked_at_again_without_the_flag(call, sto
     status, _, last = call("--data-root", root, "--split", "val")
     assert status == 2
     assert names[1] in last
-    assert "(2 broken samples in all" in last
+    assert "(2 broken samples so far" in last
 
 
 def test_after_a_broken_picture_nothing_is_encoded(call, small_units, broken_root, monkeypatch):
@@ -294,7 +294,7 @@ def test_so_many_broken_pictures_as_are_allowed_are_left_out_and_no_more(
     assert status == 2
     assert all(name in err for name in names)
     cure = "fix them, or leave them out with --skip-broken, or --max-broken 2 or more"
-    assert err.splitlines()[-1].endswith(f"(2 broken samples in all; {cure})")
+    assert err.splitlines()[-1].endswith(f"(2 broken samples so far; {cure})")
     assert not Path("embeddings/it/val/meta.json").exists()
     assert call(*flags, "--max-broken", 2)[0] == 0
     cache = EmbeddingCache("it", "val")

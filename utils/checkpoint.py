@@ -99,7 +99,7 @@ def check_replaceable(path, recipe, config):
 
 
 def _differences_of_recipes(saved, recipes):
-    """How the first of some recipes differs from a saved one; "" if any of them does not."""
+    """How a saved recipe differs from the first of these recipes; "" if it equals one of them."""
     changes = []
     for recipe in recipes:
         # Older files lack newer fields of the recipe.

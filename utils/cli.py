@@ -78,7 +78,8 @@ def non_negative(text, below=float("inf")):
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < below:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0 and below {below}")
+    limit = "" if below == float("inf") else f" and below {below}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0{limit}")
 
 
 share = functools.partial(non_negative, below=1)  # an argparse type as well

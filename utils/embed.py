@@ -59,7 +59,8 @@ class Samples(NamedTuple):
 
     keys: list  # B names or rows; empty if the stream cannot be read on, for the reason in errors
     captions: list  # B lists of texts; empty if images come alone
-    images: np.ndarray | None  # (B, 3, H, W), zeros where one is broken; None if all are
+    # (B, 3, H, W), zeros where one is broken; None if all are. `_Decoding` makes bytes of it.
+    images: np.ndarray | torch.Tensor | None
     errors: list  # B reasons; None where nothing is broken
 
 
@@ -99,7 +100,7 @@ class Embedded:
                 self.captions += samples.captions[row]
                 self.image_of_caption += [len(self.keys) - 1] * len(samples.captions[row])
         if samples.images is not None:
-            images = torch.as_tensor(samples.images).view(clip.dtype)
+            images = torch.as_tensor(samples.images).view(clip.dtype)  # numbers again
             encoded = in_chunks(clip.model.encode_image, images, clip.device)
             if len(good) < len(encoded):
                 encoded = encoded[good]
@@ -148,7 +149,7 @@ class Broken:
             cure = (
                 f"fix them, or leave them out with --skip-broken, or --max-broken {count} or more"
             )
-            raise UserError(f"{self.messages[-1]} ({count} broken samples in all; {cure})")
+            raise UserError(f"{self.messages[-1]} ({count} broken samples so far; {cure})")
 
 
 @torch.inference_mode()
@@ -270,6 +271,9 @@ class _Decoding(IterableDataset):
 
     Yields (number of the stream, Samples), and (number, None) at the end of a stream. The images
     are bytes of the CLIP's dtype, (B, 3, H, W * bytes per value) uint8, an array or a tensor.
+
+    A stream of image files yields one `Samples`, and the workers are asked in turn. So the images
+    of a unit arrive in order, although several workers decode them.
     """
 
     def __init__(self, streams, clip):
@@ -483,7 +487,7 @@ def to_dtype(z, dtype, names):
     bad = (~torch.isfinite(z).all(dim=-1)).nonzero().flatten()
     if len(bad):
         name = str(names[int(bad[0])])[:200]
-        cure = "try --precision fp32 --dtype float32"
+        cure = "give cache_embeddings.py --overwrite --precision fp32 --dtype float32"
         raise UserError(f"the embedding of {name!r} is not finite; {cure}")
     return z
 

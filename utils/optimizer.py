@@ -52,5 +52,5 @@ def _lr_factor(recipe, progress):
         return 0.1**drops_so_far
     progress_after_warm_up = (progress - recipe.warm_up) / (1 - recipe.warm_up)
     cosine = (1 + math.cos(math.pi * progress_after_warm_up)) / 2
-    smallest = recipe.min_lr / recipe.lr
+    smallest = recipe.min_lr / recipe.lr if recipe.lr > 0 else 0.0
     return smallest + (1 - smallest) * cosine

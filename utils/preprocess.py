@@ -342,15 +342,17 @@ def _create_from_file(name, path, precision, pretrained, has_quick_gelu):
     import open_clip
 
     check_is_fetched(path, f"--pretrained {pretrained}")
+    what = f"--pretrained {pretrained}: not weights of {name}"
+    cure = "give a --model and a --pretrained that belong together"
     if path.suffix in (".npz", ".npy"):  # of SigLIP's authors, which open_clip converts
-        with _refused(f"--pretrained {pretrained}: not weights of {name}"):
+        with _refused(what, cure):
             return open_clip.create_model(name, pretrained=str(path), precision=precision)
     is_archive = _is_torchscript(path)
     problem = f"{path.name} is OpenAI's archive, whose weights need QuickGELU"
     fits = not is_archive or has_quick_gelu
     need(fits, f"--model {name}: {problem}: --model {name}-quickgelu")
     weights, is_plain = _read_weights(path, pretrained, is_archive)
-    with _refused(f"--pretrained {pretrained}: not weights of {name}"):
+    with _refused(what, cure):
         if not is_archive:
             with _as_plain_file(path, weights, is_plain) as file:
                 return open_clip.create_model(name, pretrained=file, precision=precision)

@@ -46,12 +46,12 @@ def results_page(title, command, texts, plots):
     note = "mean ± standard deviation over seeds, best in bold"
     parts = [
         f"# {title}\n\nWritten by `{command}`; {note}.\n",
-        f"{texts['comparison.md']}",
+        texts["comparison.md"],
     ]
     for name, caption in plots.items():
         parts.append(f"{caption}\n\n![{caption}]({name})\n")
     if texts.get("risk.md"):
-        parts.append(f"## What is kept at a risk\n\n{texts['risk.md']}")
+        parts.append(f"## Coverage at each risk\n\n{texts['risk.md']}")
     parts.append(f"## Details\n\n{texts['details.md']}")
     parts.append(f"## As on the screen\n\n```\n{texts['report.txt'].rstrip()}\n```\n")
     return "\n".join(parts)

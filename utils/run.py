@@ -102,7 +102,7 @@ class Run:
         """What was saved when the run was interrupted, and how to go on."""
         if self.state is not None:
             saved = f"saved after epoch {len(self.state['log'])}"
-        elif self.state_path.exists():
+        elif self.resume and self.state_path.exists():
             saved = f"no epoch was finished, and {self.state_path} is as it was"
         else:
             return "no epoch was finished, and nothing was saved; give the same command again"

@@ -181,16 +181,23 @@ def training_command(dataset, method, seed, like=None):
         command += f" --validation {config['validation']:g}"
     if config.get("keep") == "best":
         command += " --keep best"
-    precision = precision_name(pick_precision("auto", pick_device("auto")))
-    if config.get("precision", precision) != precision:
-        command += f" --precision {config['precision']}"
+    if "shuffle_buffer" in config:
+        command += f" --shuffle-buffer {config['shuffle_buffer']}"
+    device = pick_device("auto")
+    is_other_device = config.get("device", device.type) != device.type
+    if is_other_device:
+        command += f" --device {config['device']}"
+    precision = precision_name(pick_precision("auto", device))
+    if is_other_device or config.get("precision", precision) != precision:
+        command += f" --precision {config.get('precision', precision)}"
     return command
 
 
 def _similar_checkpoint(dataset, method, like=None):
     """The content of a checkpoint whose recipe a method could have, or None.
 
-    It is of the same method if there is one, and has the same tag or else none.
+    The first choice is one with the same method and tag, then any with the same tag, then any
+    without a tag.
     """
     folder = Path("checkpoints", dataset)
     paths = sorted(folder.glob(f"*/{method}.pt"))

@@ -55,9 +55,9 @@ class BayesCap(nn.Module):
 class ProbVLMAdaptor(Adaptor):
     """mean, 1/alpha and beta from a BayesCap per modality, which reconstruct z, (N, D) each.
 
-    uncertainty = 1 / mean_d var, as in the AsymVLM paper's repository. The authors of ProbVLM
-    invert it for texts alone. With `adaptor.inverted = False` it is the variance itself, which
-    reverses every ranking.
+    uncertainty = 1 / mean_d var, the inverse of a variance, as in the AsymVLM paper's repository.
+    The authors of ProbVLM invert it for texts alone. With `adaptor.inverted = False` it is
+    mean_d var, which reverses the order of the uncertainties. Retrieval does not depend on it.
     Source: arXiv 2307.00398, sec. 3.
     """
 

@@ -95,7 +95,7 @@ def variance(inv_alpha, beta):
     alpha = 1 / (inv_alpha + 1e-5), clipped to [1e-4, 5]; b = beta + 0.1, clipped to [0.1, 5].
 
     Args: inv_alpha and beta, >= 0, of any shape.
-    Returns: the same shape, from 1e-9 to 6e26. The ratio of the Gammas is taken in logarithms.
+    Returns: the same shape, from 3e-9 to 6e26. The ratio of the Gammas is taken in logarithms.
     Source: arXiv 2307.00398, sec. 3; the clips are those of the authors' code.
     """
     alpha = (1 / (inv_alpha + INV_ALPHA_EPS)).clamp(*ALPHA_RANGE)

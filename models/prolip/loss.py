@@ -111,9 +111,9 @@ def inclusion_loss(mean, log_var, other_mean, other_log_var):
 def inclusion(mean, log_var, other_mean, other_log_var):
     """H(1, 2) = -2 s1 - s2 - log(A)/2 + Q^2/(4A) - C per coordinate, (B, D) each -> (B, D).
 
-    It has the form of the log integral of f_1^2 f_2, with densities f. s = log_var,
-    p = exp(-s1 - 20), q = exp(-s2 - 20), A = p + q/2, Q = 2 mean_1 p + mean_2 q,
-    C = mean_1^2 p + mean_2^2 q/2. The last two terms are equal to
+    The authors' form: with densities f and s = log_var, the log integral of f_1^2 f_2 would have
+    -s1 - s2/2 in place of -2 s1 - s2. Here p = exp(-s1 - 20), q = exp(-s2 - 20), A = p + q/2,
+    Q = 2 mean_1 p + mean_2 q and C = mean_1^2 p + mean_2^2 q/2. The last two terms are equal to
     -(mean_1 - mean_2)^2 p (q/2) / A, in which nothing cancels.
     """
     log_p = INCLUSION_EPS - log_var

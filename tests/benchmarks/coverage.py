@@ -98,9 +98,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", type=int, default=2000, help="per cell (default: 2000)")
     args = parser.parse_args(argv)
-    lines = [
-        ["95 % intervals", "seeds", "spread of seeds", "covered", "false positives", "p < 0.05"]
-    ]
+    lines = [["seeds", "spread of seeds", "covered", "false positives", "p < 0.05"]]
     for spread in SPREADS:
         for seeds in SEEDS:
             if seeds == 1 and spread > 0:
@@ -108,7 +106,7 @@ def main(argv=None):
             covered = coverage(seeds, spread, args.worlds)
             by_interval, by_p_value = false_positives(seeds, spread, args.worlds)
             shares = [f"{value:.1%}" for value in (covered, by_interval, by_p_value)]
-            lines.append(["", str(seeds), f"{spread:g}", *shares])
+            lines.append([str(seeds), f"{spread:g}", *shares])
     print(markdown_table(lines[0], lines[1:]) + "\n")
     lines = [["guarantee at 95 %, rows to choose from", "guarantee violated"]]
     for rows in (1, 3, 16):

@@ -119,7 +119,7 @@ class Estimate:
     def interval(self):
         """The 95 % interval (low, high), or None if it is undefined."""
         if self.degrees_of_freedom == 0:
-            return interval(self.draws)
+            return percentile_interval(self.draws)
         if np.isnan(self.draws).any():
             return None
         half_width = np.sqrt(self._squared_half_width(1 - CONFIDENCE))
@@ -129,12 +129,12 @@ class Estimate:
         """The two-sided p-value of "the true mean is 0"; None if it is undefined.
 
         It is the level of the interval at whose edge 0 lies.
-        With one seed, it is the bootstrap's (`p_value`).
+        With one seed, it is the bootstrap's (`bootstrap_p_value`).
         """
         from scipy.optimize import brentq
 
         if self.degrees_of_freedom == 0:
-            return p_value(self.draws)
+            return bootstrap_p_value(self.draws)
         if np.isnan(self.draws).any():
             return None
 
@@ -154,7 +154,7 @@ class Estimate:
         return z**2 * np.var(self.draws, ddof=1) + t**2 * self.seed_variance
 
 
-def interval(values):
+def percentile_interval(values):
     """The 95 % percentile interval of a metric's resamples (R,): (low, high).
 
     A resample is noisier than the sample, and noise can only disturb an even fall of recall.
@@ -170,7 +170,7 @@ def interval(values):
     return float(low), float(high)
 
 
-def p_value(differences):
+def bootstrap_p_value(differences):
     """The two-sided p-value of a difference from its resamples (R,): 2 (c + 1) / (R + 1).
 
     c counts the resamples whose difference has the rarer sign; zeros count for both signs.

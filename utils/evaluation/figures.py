@@ -23,7 +23,7 @@ class Figure:
     more_is_better: bool | None  # None: it is neither good nor bad, and has no interval
     fields: tuple  # of the view; if one of them is missing, the metric is left out
     function: Callable  # (*fields) -> float, or None where it is undefined
-    takes_weight: bool = True  # whether function takes the weight of the queries (metrics.py)
+    takes_weight: bool = True  # of its resamples; False if the fields are weighted already
     column: bool = True  # whether tables show it
     bold: bool = True  # whether tables set the best in bold
     min_queries: int = 1  # with fewer queries it is left out
@@ -36,7 +36,7 @@ class Figure:
         return len(view["rank"]) >= self.min_queries if "rank" in view else True
 
     def compute(self, view, weight=None):
-        """The metric of a view; with a weight (r, Q), its r resamples."""
+        """The metric of a view; with a weight (r, Q), its r resamples (metrics.py)."""
         values = [view[field] for field in self.fields]
         if weight is not None and self.takes_weight:
             return self.function(*values, weight=weight)

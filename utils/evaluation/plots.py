@@ -1,4 +1,4 @@
-"""Plots of results, as PNG and PDF, that can be read in grey and without colour vision."""
+"""Plots of results, as PNG and PDF."""
 
 import itertools
 import math
@@ -23,8 +23,9 @@ from utils.files import written_aside
 
 BEST = "best order (frozen ranking)"
 CALIBRATED = "perfectly calibrated"
-# Name of a line -> colour, marker, dashes. The colours are Okabe & Ito's, which people with any
-# common form of colour vision can tell apart. In grey, markers and dashes tell lines apart.
+# Name of a line -> colour, marker, dashes. Trained heads have colours of Okabe & Ito, which people
+# with any common form of colour vision can tell apart. Training-free lines share three colours and
+# differ in dashes. In grey, markers tell lines apart; risk-coverage has none.
 LOOKS = {
     "asymvlm-psd": ("#0072B2", "o", "-"),
     "asymvlm-vmf": ("#56B4E9", "s", "-"),

@@ -13,9 +13,10 @@ TILE = 640  # images per tile, with all their captions: for COCO, 640 x 3,200 si
 def rank_queries(score, image_of_caption, images):
     """Answer every query of both directions, one tile of the similarity matrix at a time.
 
-    The columns of a tile are all captions of the images of some row tile. So the right pairs lie in
-    the tiles on the diagonal. These come first: then we know the similarity of every query's best
-    right answer, and the rank is one plus the number of answers that beat it.
+    The images are cut into groups of 640. A tile compares the images of one group with all captions
+    of one group, and a caption is in the group of its image. So all right pairs lie in the tiles on
+    the diagonal. These come first: then we know the similarity of every query's best right answer,
+    and the rank is one plus the number of answers that beat it.
 
     Args:
         score: function of (image rows (n,), caption rows (m,)) that returns the similarities

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from utils.cli import need
-from utils.evaluation.bootstrap import interval
+from utils.evaluation.bootstrap import percentile_interval
 from utils.evaluation.figures import (
     DIRECTIONS,
     FOLDS,
@@ -82,7 +82,7 @@ class Results:
         self.draws = measure_resamples(self.answers, levels, resamples, levels_by=levels_by)
         intervals = {}
         for key, draws in self.draws.items():
-            intervals[key] = {name: interval(values) for name, values in draws.items()}
+            intervals[key] = {name: percentile_interval(values) for name, values in draws.items()}
         self.content["intervals"] = intervals
         return self
 

@@ -266,10 +266,11 @@ def short_table(results):
     if table is None:
         return {}
     coverage = {}
-    for risk_table in tables_of(results, risk_sections(results)[:1]).values():
-        coverage = {f: cells for f, cells in risk_table.items() if f.more_is_better}
+    first_risk_section = risk_sections(results)[:1]  # text-to-image, at the first k
+    for risk_table in tables_of(results, first_risk_section).values():
+        coverage = {f: cells for f, cells in risk_table.items() if f.name.startswith("coverage")}
     if coverage:
-        table = {f: cells for f, cells in table.items() if "recall_by_level" not in f.fields}
+        table = {f: cells for f, cells in table.items() if f.name not in ("S", "R2", "-S*R2")}
     rows = next(iter(table.values()))
     not_applicable = dict.fromkeys(rows, (np.nan, None))
     for figure, cells in coverage.items():

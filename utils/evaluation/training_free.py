@@ -29,7 +29,7 @@ REFERENCE_TILE = 2048  # reference images that are read and compared at a time
 REFERENCE_TEXTS = 1024  # texts that are compared with them at a time
 FITTED_ON = 1024  # captions; on shapes the scale is within 2 % of that of all 50,000
 MIN_SCALE = 1.0  # a fitted scale ends here if pairs match no better than at random
-MAX_SCALE = 1000.0  # and here if no pair is confused
+MAX_SCALE = 1000.0  # and here if a larger one would still fit better
 ROUNDING = 1e-6  # of a mean cosine
 
 
@@ -236,7 +236,7 @@ def logit_scale(cache):
 
 
 def empty_softmax(text_count):
-    """The softmax of T texts over no images, (2, T) float64.
+    """What we keep of the softmax of T texts, before the first image, (2, T) float64.
 
     Row 0 is the log normaliser log sum_i exp(s c_i), row 1 the mean cosine sum_i p_i c_i.
     """
@@ -248,12 +248,13 @@ def empty_softmax(text_count):
 def add_to_softmax(softmax, cosine, scale):
     """Add images with cosines (n, T) to a softmax (2, T) of logits scale * cosine, in place."""
     highest = cosine.amax(dim=0)
-    logits = (cosine - highest) * scale
+    logits = (cosine - highest) * scale  # at most 0, so that exp cannot overflow
     weights = logits.exp()
     weighted_logits = (weights * logits).sum(dim=0).cpu().double()
     total_weight = weights.sum(dim=0).cpu().double()
     highest = highest.cpu().double()
     log_normaliser = total_weight.log() + scale * highest
+    # c = highest + logits / scale, averaged with the weights exp(logits).
     mean_cosine = highest + weighted_logits / (total_weight * scale)
     new_log_normaliser = torch.logaddexp(softmax[0], log_normaliser)
     share_before = (softmax[0] - new_log_normaliser).exp()
@@ -346,8 +347,8 @@ class Reference:
 
         def slope(log_scale):
             _, mean_cosine = self.softmax(text, [math.exp(log_scale)])[0]
-            # If no pair is confused, the slope is positive at every scale and tends to 0. Less
-            # ROUNDING, it crosses 0.
+            # If no pair is confused, the slope falls towards 0 and never reaches it. We subtract
+            # ROUNDING, so that the search ends.
             return own_cosine - mean_cosine.mean().item() - ROUNDING
 
         low = math.log(MIN_SCALE)

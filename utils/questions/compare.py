@@ -76,8 +76,8 @@ RESERVED_NAMES = (  # of files that eval.py writes
 )
 OWN_SCORES = "`models/README.md` says what each method's own score is and how it is computed.\n"
 HOW = """Differences, {leader} minus the baseline, are of means over seeds. Their 95 % intervals
-add the variance over resampled images, each with all its captions, and the variance over the seeds
-of both (Student's t). They are not corrected for the number of comparisons. A lead survives if the
+are over resampled images, each with all its captions, and with several seeds also over the seeds of
+both (Student's t). They are not corrected for the number of comparisons. A lead survives if the
 whole interval favours {leader}, is tied if the interval contains 0, and is reversed if the whole
 interval favours the baseline. A baseline is represented by its row that is best in the metric on
 these very queries; this favours the baseline.

@@ -104,21 +104,22 @@ def decision(file, adaptor, cache, risk, k, confidence):
         adaptor: that it must have been calibrated for.
         cache: that it must have been calibrated on.
         risk, k, confidence: as `selective.load_threshold` has them.
-    Returns: a function of a text's uncertainty; None, and a line in the log, if there is no such
-        threshold.
+    Returns: a function of a text's uncertainty, which always asks back if no threshold keeps the
+        risk; None, and a line in the log, if there is no such file.
     """
     try:
-        need(file.exists(), f"{file} is not there")
+        cure = "evaluate first, without --prompts"
+        need(file.exists(), f"{file} is not there; {cure}")
         threshold = selective.load_threshold(file, risk, k, confidence)
         calibrated_on = load_json(file).get("calibrated_on")
         is_known = isinstance(calibrated_on, dict)
-        need(is_known, f"{file} does not say what it was calibrated on")
+        need(is_known, f"{file} does not say what it was calibrated on; {cure}")
         is_same_head = calibrated_on.get("checkpoint") == adaptor.checkpoint
         is_same_cache = calibrated_on.get("cache") == cache.digest
-        need(is_same_head and is_same_cache, f"{file} is of another checkpoint or other embeddings")
+        problem = f"{file} is of another checkpoint or other embeddings"
+        need(is_same_head and is_same_cache, f"{problem}; {cure}")
     except (UserError, OSError) as error:
-        cure = "evaluate first, without --prompts"
-        logging.info("note: no decisions, since they need a threshold: %s; %s", error, cure)
+        logging.info("note: no decisions, since they need a threshold: %s", error)
         return None
     return partial(selective.decide, threshold=threshold)
 

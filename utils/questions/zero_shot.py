@@ -110,7 +110,7 @@ def prompts_of(adaptor, cache):
         text_variance = _float64(text_variance) / _squared_norm(text_mean)
         prompts.text_variance = _by_class(text_variance, cache)
         prompts.image_variance = _float64(image_variance) / _squared_norm(image_mean)
-    if hasattr(adaptor, "log_likelihood"):  # AsymVLM, whose score is log p(image | prompt)
+    if hasattr(adaptor, "log_likelihood"):  # AsymVLM, whose score is the log-likelihood
         scores = _float64(adaptor.score(encoded_image, encoded_text))  # (N, C P)
         prompts.log_likelihood = scores.unflatten(1, prompts.text.shape[:2])
     return prompts
