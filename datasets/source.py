@@ -264,9 +264,13 @@ class ListUnit:
             return None
         if not has_fields(content, {"rows": torch.Tensor, **FIELDS[self.kind]}):
             return None
-        left_out = content.get("left_out", ())
-        is_whole = len(content["rows"]) + len(left_out) == len(self.items)
-        return content if is_whole else None
+        left_out = content.get("left_out", {})
+        if len(content["rows"]) + len(left_out) != len(self.items):
+            return None
+        for row, reason in left_out.items():
+            # Units that earlier versions saved have the path before the reason.
+            left_out[row] = reason.removeprefix(f"{self.name(row)}: ")
+        return content
 
     def left_out(self, folder):
         """The broken images that the finished unit leaves out, {row: reason}; None if missing."""

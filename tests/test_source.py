@@ -10,10 +10,11 @@ import torch
 from datasets.embedding import EmbeddingCache
 from datasets.registry import DATASETS
 from datasets.shapes import classes
-from datasets.source import ListSplit, Split
+from datasets.source import ListSplit, ListUnit, Split
 from datasets.units import UnitStore
 from tests.conftest import VAL_IDS, draw, draw_data, write_flickr30k, write_karpathy_coco, write_tar
 from utils.embed import embed_units
+from utils.files import save_tensors
 from utils.preprocess import load_clip
 
 
@@ -181,3 +182,10 @@ def test_a_split_without_some_images_has_the_others_with_their_captions():
     }
     assert PLAIN.without([0]).relevance is None
     assert PLAIN.without([0, 1, 2]).captions == []
+
+
+def test_a_unit_of_an_earlier_version_has_reasons_without_the_path(tmp_path):
+    unit = ListUnit("image", 0, ["d/a.png", "d/b.png"])
+    left_out = {1: "d/b.png: no such file"}
+    save_tensors({"rows": torch.ones(1, 4), "left_out": left_out}, tmp_path / "image-00000.pt")
+    assert unit.left_out(tmp_path) == {1: "no such file"}
