@@ -442,7 +442,7 @@ def export_scores(args, adaptors, cache):
     if args.texts:
         texts = load_texts(args.dataset, args.texts, cache.embed_dim, meta=cache.meta)
         problem = f"there are none of this name in {cache.folder.parent / 'texts'}"
-        cure = "embed a file with cache_embeddings.py --texts"
+        cure = f"embed a file: python cache_embeddings.py --name {args.dataset} --texts FILE"
         need(texts, f"--texts {args.texts}: {problem}; {cure}")
     written = export(args.export, adaptors, cache, args.score, texts)
     rows = ", ".join(f"{count} rows of {kind}s" for kind, count in written.items())
