@@ -256,7 +256,7 @@ WRONG = [
     (("--export", "scores.parquet"), ["--export", "pip install pyarrow"]),
     (
         ("--export", "scores.csv", "--texts", "absent"),
-        ["--texts absent", "cache_embeddings.py --texts"],
+        ["--texts absent", "cache_embeddings.py --name tiny --texts FILE"],
     ),
     (
         ("--export", "scores.csv", "--texts", "ladder", "--method", "asymvlm-psd-image"),
