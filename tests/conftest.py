@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cache_embeddings
+import train as train_script
 from datasets.registry import DATASETS
 from datasets.texts import write_texts
 from datasets.write import write_split
@@ -390,4 +391,72 @@ def coco_sample(coco_root, count=20):
     return [
         (image["id"], coco_root / "val2017" / image["file_name"], captions[image["id"]])
         for image in images
+    ]
+
+
+TRAINING = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
+
+
+@pytest.fixture
+def trained(script):
+    """A small cache with two seeds of a method whose images are points and of one whose images are uncertain."""
+    make_cache(
+        "tiny",
+        relevance=[
+            [i // 3, 39 - i // 3] if i // 3 != 39 - i // 3 else [i // 3] for i in range(120)
+        ],
+    )
+    rng = np.random.default_rng(0)
+    z = torch.tensor(rng.normal(size=(12, 64)), dtype=torch.float16)
+    write_texts(
+        "tiny",
+        "steps",
+        z,
+        [f"text {i}" for i in range(12)],
+        {},
+        [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11]],
+    )
+    assert (
+        script(train_script.main, *TRAINING, "--method", "asymvlm-psd", "pfe", "--seed", 0, 1)[0]
+        == 0
+    )
+    return ("--method", "asymvlm-psd", "pfe", "--seed", 0, 1)
+
+
+def picture_files(cache, folder):
+    """Write a picture for every image of a cache, its row as its grey, and tell the cache where they are."""
+    folder.mkdir()
+    for row, name in enumerate(cache.images):
+        Image.new("RGB", (8, 8), (row, row, row)).save(folder / name)
+    cache.meta["image_folder"] = f"{folder}/"
+
+
+@pytest.fixture
+def one_thread():
+    """Small steps are fastest so, above all where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def stop_in_epoch(monkeypatch, number, act):
+    """Let training meet act(losses) when the losses of an epoch are looked at."""
+    check = train_script.check_finite
+
+    def check_or_act(losses, adaptor, method, epoch):
+        check(act(losses) if epoch == number else losses, adaptor, method, epoch)
+
+    monkeypatch.setattr(train_script, "check_finite", check_or_act)
+
+
+def die(_):
+    raise SystemExit  # leaves what a kill leaves: nothing is saved on the way out
+
+
+def read_log(method="asymvlm-psd"):
+    lines = Path(f"checkpoints/tiny/0/{method}.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in lines
     ]

@@ -3,137 +3,25 @@
 import itertools
 import json
 import random
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import cache_embeddings
 import eval as eval_script
-import train as train_script
 from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
-from datasets.texts import write_texts
-from tests.conftest import REPOSITORY, load_result, make_cache
+from tests.conftest import load_result, make_cache
 from utils.checkpoint import load_adaptor
-from utils.cli import run_script
 from utils.evaluation.figures import hierarchy
 from utils.evaluation.results import Results
-from utils.files import save_json, sha256
+from utils.files import sha256
 from utils.preprocess import ClipId
-from utils.questions.prompts import example_captions
-from utils.report import insert_files
 
 PLAIN = ("--no-plots", "--resamples", 100)
 TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
 EVAL = ("--dataset", "tiny", *PLAIN)
-
-
-@pytest.fixture
-def trained(script):
-    """A small cache with two seeds of a method whose images are points and of one whose images are uncertain."""
-    make_cache(
-        "tiny",
-        relevance=[
-            [i // 3, 39 - i // 3] if i // 3 != 39 - i // 3 else [i // 3] for i in range(120)
-        ],
-    )
-    rng = np.random.default_rng(0)
-    z = torch.tensor(rng.normal(size=(12, 64)), dtype=torch.float16)
-    write_texts(
-        "tiny",
-        "steps",
-        z,
-        [f"text {i}" for i in range(12)],
-        {},
-        [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11]],
-    )
-    assert (
-        script(train_script.main, *TRAIN, "--method", "asymvlm-psd", "pfe", "--seed", 0, 1)[0] == 0
-    )
-    return ("--method", "asymvlm-psd", "pfe", "--seed", 0, 1)
-
-
-def test_plots_and_an_index_that_shows_them(script, trained):
-    assert script(eval_script.main, "--dataset", "tiny", "--resamples", 20, *trained)[0] == 0
-    index = Path("results/tiny/README.md").read_text()
-    names = "levels levels-image risk-coverage reliability length ambiguity ladder hierarchy-steps"
-    for name in names.split():
-        assert f"({name}.png)" in index
-        with Image.open(f"results/tiny/{name}.png") as picture:
-            assert np.asarray(picture.convert("L")).std() > 5
-        assert Path(f"results/tiny/{name}.pdf").read_bytes().startswith(b"%PDF")
-    for row in ("frozen cosine", "softmax-entropy", "asymvlm-psd", "pfe"):
-        assert f"| {row} |" in index
-    assert "python eval.py --dataset tiny --method asymvlm-psd pfe --seed 0 1" in index
-
-
-def picture_files(cache, folder):
-    """Write a picture for every image of a cache, its row as its grey, and tell the cache where they are."""
-    folder.mkdir()
-    for row, name in enumerate(cache.images):
-        Image.new("RGB", (8, 8), (row, row, row)).save(folder / name)
-    cache.meta["image_folder"] = f"{folder}/"
-
-
-def test_example_captions_go_from_certain_to_vague_with_the_pictures_that_match_best(
-    trained, workdir
-):
-    cache = EmbeddingCache("tiny", "val")
-    picture_files(cache, workdir / "pictures")
-    adaptor = load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt")
-    examples = example_captions(adaptor, cache, levels=3, per_level=2)
-    with torch.no_grad():
-        uncertainty = adaptor.adapt_text(cache.text.read())[1]
-        similarity = adaptor.similarity(cache.image.read(), cache.text.read())
-    rows = [cache.captions.index(example["caption"]) for example in examples]
-    assert [example["level"] for example in examples] == [1, 1, 2, 2, 3, 3]
-    assert torch.equal(uncertainty[rows], uncertainty[rows].sort()[0])
-    assert (
-        uncertainty < uncertainty[rows[0]]
-    ).sum() == 10  # the middle of the first of six parts of 120 captions
-    for row, example in zip(rows, examples, strict=True):
-        best = similarity[:, row].topk(3).indices.tolist()
-        assert example["images"] == [workdir / "pictures" / cache.images[image] for image in best]
-        assert example["right"] == [
-            image in cache.relevance[row] or image == cache.image_of_caption[row] for image in best
-        ]
-    assert any(any(example["right"]) for example in examples)
-
-
-def test_a_missing_picture_leaves_the_captions_out_in_one_line(script, trained, workdir, capsys):
-    cache = EmbeddingCache("tiny", "val")
-    picture_files(cache, workdir / "pictures")
-    save_json(cache.meta, cache.folder / "meta.json")
-    assert script(eval_script.main, "--dataset", "tiny", "--resamples", 0, *trained)[0] == 0
-    assert "(captions.png)" in Path("results/tiny/README.md").read_text()
-    with Image.open("results/tiny/captions.png") as picture:
-        assert np.asarray(picture.convert("L")).std() > 5
-    (workdir / "pictures" / cache.images[7]).unlink()
-    capsys.readouterr()
-    assert (
-        run_script(eval_script.main, ["--dataset", "tiny", "--resamples", "0", *map(str, trained)])
-        == 0
-    )
-    assert capsys.readouterr().err.count("captions.png is left out") == 1
-    assert not Path("results/tiny/captions.png").exists()
-    assert "captions.png" not in Path("results/tiny/README.md").read_text()
-
-
-def test_plots_that_the_results_do_not_allow_are_not_there(script, trained):
-    assert script(eval_script.main, "--dataset", "tiny", "--resamples", 20, *trained)[0] == 0
-    assert (
-        script(eval_script.main, "--dataset", "tiny", "--resamples", 0, "--method", "asymvlm-psd")[
-            0
-        ]
-        == 0
-    )
-    assert not Path("results/tiny/levels-image.png").exists()
-    assert "levels-image" not in Path("results/tiny/README.md").read_text()
-    assert load_result("tiny", 0, "asymvlm-psd")[0]["intervals"] == {}
 
 
 def test_intervals_hold_the_figures_of_the_run(script, trained):
@@ -329,49 +217,6 @@ def test_sums_tell_clips_of_one_name_apart_where_both_are_known():
     assert not nothing.contradicts(one) and not one.contradicts(nothing)
 
 
-def test_a_caption_that_several_images_carry_is_listed_once(script):
-    captions = ["the same"] * 60 + [f"caption {i}" for i in range(60)]
-    make_cache("tiny", images=40, captions_per_image=3, captions=captions)
-    assert script(train_script.main, *TRAIN, "--method", "asymvlm-psd")[0] == 0
-    listing = ("--dataset", "tiny", "--most-uncertain", 200, "--json")
-    rows = json.loads(script(eval_script.main, *listing)[1])["asymvlm-psd, seed 0"]
-    assert len(rows) == len({row["caption"] for row in rows}) == 61
-    image_of_caption = EmbeddingCache("tiny", "val").image_of_caption[:60].tolist()
-    same = next(row for row in rows if row["caption"] == "the same")
-    assert (same["images"], same["image"]) == (
-        len(set(image_of_caption)),
-        f"{image_of_caption[0]:04d}.png",
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--compare", "pfe", "nothing"), ["--compare nothing", "prolip", "softmax-entropy"]),
-        (("--compare", "pfe", "pfe"), ["--compare", "two different methods"]),
-        (
-            ("--compare", "pfe", "prolip"),
-            ["results/tiny/0/prolip.npz", "eval.py --dataset tiny --method prolip"],
-        ),
-        (("--compare", "pfe", "asymvlm-psd", "--seed", 7), ["results/tiny/7", "--seed 7"]),
-        (("--compare", "pfe", "asymvlm-psd", "--split", "train"), ["split val, not of train"]),
-        (("--compare", "pfe", "asymvlm-psd", "--uncer_levels", 41), ["--uncer_levels 41", "fewer"]),
-        (("--folds", 41), ["--folds 41", "40 image queries"]),
-        (("--resamples", -1), ["--resamples", "at least 0"]),
-        (("--prompts", " "), ["--prompts", "blank"]),
-        (("--prompts", "@nothing.txt"), ["nothing.txt", "No such file"]),
-        (("--prompts", "@/dev/null"), ["--prompts @/dev/null: holds no text; give one prompt"]),
-        (("--prompts", "a cat"), ["meta.json"]),
-    ],
-)
-def test_wrong_questions_are_one_line(script, trained, arguments, words):
-    assert script(eval_script.main, *EVAL, *trained)[0] == 0
-    status, printed, error = script(eval_script.main, *EVAL, *arguments)
-    assert status == 2
-    assert not printed
-    assert all(word in error for word in words), error
-
-
 @pytest.mark.parametrize(
     ("arrays", "document"),
     [
@@ -406,114 +251,6 @@ def test_results_that_were_tampered_with_are_refused(script, trained, arrays, do
     status, _, error = script(eval_script.main, *EVAL, "--compare", "pfe", "asymvlm-psd")
     assert status == 2
     assert "results/tiny/0/pfe" in error
-
-
-def test_captions_are_listed_most_certain_last(script, trained):
-    status, printed, _ = script(
-        eval_script.main,
-        "--dataset",
-        "tiny",
-        "--most-uncertain",
-        3,
-        "--least-uncertain",
-        2,
-        "--json",
-    )
-    assert status == 0
-    rows = json.loads(printed)["asymvlm-psd, seed 0"]
-    cache = EmbeddingCache("tiny", "val")
-    with torch.no_grad():
-        uncertainty = (
-            load_adaptor("checkpoints/tiny/0/asymvlm-psd.pt")
-            .adapt_text(cache.text.read())[1]
-            .tolist()
-        )
-    ordered = sorted(uncertainty, reverse=True)
-    assert [row["uncertainty"] for row in rows] == pytest.approx(ordered[:3] + ordered[-2:])
-    row = cache.captions.index(rows[0]["caption"])
-    assert uncertainty[row] == pytest.approx(rows[0]["uncertainty"])
-    assert rows[0]["image"] == cache.images[cache.image_of_caption[row]]
-    printed = script(eval_script.main, "--dataset", "tiny", "--most-uncertain", 200)[1]
-    assert len(printed.splitlines()) == 3 + 120
-
-
-def test_prompts_are_placed_among_the_captions(script, workdir):
-    world.make("data/shapes", train=20, val=20)
-    assert script(cache_embeddings.main, "--dataset", "shapes")[0] == 0
-    assert (
-        script(
-            train_script.main,
-            "--dataset",
-            "shapes",
-            "--recipe",
-            "small",
-            "--epochs",
-            2,
-            "--batch-size",
-            50,
-        )[0]
-        == 0
-    )
-    (workdir / "prompts.txt").write_text("a picture\n\na big red star in the middle\n")
-    status, printed, _ = script(
-        eval_script.main, "--dataset", "shapes", "--prompts", "something", "@prompts.txt", "--json"
-    )
-    assert status == 0
-    rows = json.loads(printed)["asymvlm-psd, seed 0"]
-    assert {row["prompt"] for row in rows} == {
-        "something",
-        "a picture",
-        "a big red star in the middle",
-    }
-    assert [row["uncertainty"] for row in rows] == sorted(
-        (row["uncertainty"] for row in rows), reverse=True
-    )
-    cache = EmbeddingCache("shapes", "val")
-    with torch.no_grad():
-        uncertainty = (
-            load_adaptor("checkpoints/shapes/0/asymvlm-psd.pt")
-            .adapt_text(cache.text.read())[1]
-            .numpy()
-        )
-    for row in rows:
-        assert row["percentile"] == pytest.approx(
-            100 * np.mean(uncertainty < row["uncertainty"]), abs=100 / len(uncertainty)
-        )
-        assert len(row["closest"]) == 3 and set(row["closest"]) <= set(cache.images)
-    caption = cache.captions[7]
-    printed = script(eval_script.main, "--dataset", "shapes", "--prompts", caption, "--json")[1]
-    assert json.loads(printed)["asymvlm-psd, seed 0"][0]["uncertainty"] == pytest.approx(
-        uncertainty[7], rel=1e-2
-    )
-    assert "percentile" in script(eval_script.main, "--dataset", "shapes", "--prompts", caption)[1]
-    assert script(eval_script.main, "--dataset", "shapes", *PLAIN)[0] == 0
-    assert "hierarchy chains" in load_result("shapes", 0, "asymvlm-psd")[0]["metrics"]
-    example = next(
-        block
-        for block in re.findall(
-            r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL
-        )
-        if "adapt_text" in block
-    )
-    printed = []
-    shared = {"print": printed.append}
-    exec(example, shared)
-    known = next(row["uncertainty"] for row in rows if row["prompt"] == "a picture")
-    assert shared["uncertainty"][0].item() == pytest.approx(known, rel=1e-2)
-    assert printed == [["ask back", "ask back"]]  # 20 images are too few for any threshold
-
-
-def test_only_the_marked_tables_of_a_document_are_renewed(workdir, capsys):
-    Path("a.md").write_text("| a |\n")
-    Path("b.txt").write_text("b\n")
-    marked = (
-        "text\n<!-- a.md -->\n{}\n<!-- end of a.md -->\n<!-- b.txt -->\n{}\n<!-- end of b.txt -->\n"
-    )
-    missing = "<!-- c.md -->\nold\n<!-- end of c.md -->\nend\n"
-    renewed = insert_files(marked.format("old", "old") + missing)
-    assert renewed == marked.format("| a |", "```\nb\n```") + missing
-    assert insert_files(renewed) == renewed
-    assert "c.md: no such file" in capsys.readouterr().err
 
 
 def test_every_step_of_a_chain_is_true_and_says_more():
