@@ -460,3 +460,7 @@ def read_log(method="asymvlm-psd"):
         {key: value for key, value in json.loads(line).items() if key != "seconds"}
         for line in lines
     ]
+
+
+def interrupt(_):
+    raise KeyboardInterrupt

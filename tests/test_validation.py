@@ -13,9 +13,8 @@ import train as train_script
 from datasets import embedding
 from datasets.embedding import EmbeddingCache
 from models import GROUPS, METHODS
-from tests.conftest import REPOSITORY, make_cache
+from tests.conftest import REPOSITORY, die, interrupt, make_cache, read_log, stop_in_epoch
 from tests.ranks import Ranks
-from tests.test_train import die, interrupt, read_log, stop_in_epoch
 from utils.cli import UserError, run_script
 from utils.evaluation import validation
 from utils.evaluation.validation import HeldOut, retrieval
