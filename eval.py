@@ -319,9 +319,8 @@ def check_comparison(parser, args):
 
 def check_counts(cache, levels, folds):
     """Raise a UserError if there are more levels or folds than queries to fill them."""
-    queries = len(
-        cache.image_of_caption.unique()
-    )  # images with captions; there are as many captions, or more
+    # Images with captions are the queries. There are as many captions, or more.
+    queries = len(cache.image_of_caption.unique())
     reason = f"there are only {queries} image queries in {cache.folder}"
     need(levels <= queries, f"--uncer_levels {levels}: {reason}; choose fewer levels")
     need(folds <= queries, f"--folds {folds}: {reason}; choose fewer folds")

@@ -394,7 +394,9 @@ def coco_sample(coco_root, count=20):
     ]
 
 
-TRAINING = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
+QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
+LONG = (*QUICK, "--epochs", 7, "--save-every", 2)
+TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
 
 
 @pytest.fixture
@@ -417,8 +419,7 @@ def trained(script):
         [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11]],
     )
     assert (
-        script(train_script.main, *TRAINING, "--method", "asymvlm-psd", "pfe", "--seed", 0, 1)[0]
-        == 0
+        script(train_script.main, *TRAIN, "--method", "asymvlm-psd", "pfe", "--seed", 0, 1)[0] == 0
     )
     return ("--method", "asymvlm-psd", "pfe", "--seed", 0, 1)
 

@@ -10,12 +10,10 @@ import eval as eval_script
 import train as train_script
 from models import METHODS
 from models.base import SMALL
-from tests.conftest import die, make_cache, stop_in_epoch
+from tests.conftest import LONG, QUICK, die, make_cache, stop_in_epoch
 from tests.test_train import Toy
 from utils.checkpoint import load_adaptor, save_adaptor
 from utils.cli import UserError
-
-QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
 
 
 class Normalized(Toy):
@@ -105,20 +103,6 @@ def test_checkpoints_that_do_not_fit_are_refused(workdir, script):
     torch.save({"state_dict": weights, "method": "asymvlm-psd", "embed_dim": 32}, path)
     with pytest.raises(UserError, match="'temperature' is not finite"):
         load_adaptor(path)
-
-
-LONG = (
-    "--dataset",
-    "tiny",
-    "--recipe",
-    "small",
-    "--epochs",
-    7,
-    "--batch-size",
-    50,
-    "--save-every",
-    2,
-)
 
 
 def test_a_finished_checkpoint_is_not_replaced_by_another(script):

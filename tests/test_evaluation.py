@@ -20,7 +20,6 @@ from utils.files import sha256
 from utils.preprocess import ClipId
 
 PLAIN = ("--no-plots", "--resamples", 100)
-TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
 EVAL = ("--dataset", "tiny", *PLAIN)
 
 

@@ -11,8 +11,6 @@ from tests.conftest import load_result, picture_files
 from utils.cli import run_script
 from utils.files import save_json
 
-TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
-
 
 def test_plots_and_an_index_that_shows_them(script, trained):
     assert script(eval_script.main, "--dataset", "tiny", "--resamples", 20, *trained)[0] == 0

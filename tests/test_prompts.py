@@ -12,13 +12,12 @@ import eval as eval_script
 import train as train_script
 from datasets.embedding import EmbeddingCache
 from datasets.shapes import world
-from tests.conftest import REPOSITORY, load_result, make_cache, picture_files
+from tests.conftest import REPOSITORY, TRAIN, load_result, make_cache, picture_files
 from utils.checkpoint import load_adaptor
 from utils.questions.prompts import example_captions
 
 PLAIN = ("--no-plots", "--resamples", 100)
 
-TRAIN = ("--dataset", "tiny", "--recipe", "small", "--epochs", 1, "--batch-size", 60)
 
 EVAL = ("--dataset", "tiny", *PLAIN)
 

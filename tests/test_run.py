@@ -10,26 +10,19 @@ import torch
 import train as train_script
 from models import METHODS
 from models.base import SMALL
-from tests.conftest import die, interrupt, make_cache, read_log, recipe_of, stop_in_epoch
+from tests.conftest import (
+    LONG,
+    QUICK,
+    die,
+    interrupt,
+    make_cache,
+    read_log,
+    recipe_of,
+    stop_in_epoch,
+)
 from utils.checkpoint import load_adaptor, load_run
 from utils.cli import UserError
 from utils.files import locked, save_tensors
-
-QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
-
-
-LONG = (
-    "--dataset",
-    "tiny",
-    "--recipe",
-    "small",
-    "--epochs",
-    7,
-    "--batch-size",
-    50,
-    "--save-every",
-    2,
-)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,6 +19,8 @@ from models import GROUPS, METHODS, expand_groups
 from models.base import SMALL, Adaptor
 from models.layers import mlp
 from tests.conftest import (
+    LONG,
+    QUICK,
     REPOSITORY,
     die,
     load_result,
@@ -33,7 +35,6 @@ from utils.device import pick_precision
 
 PLAIN = ("--no-plots", "--resamples", 20)
 BASELINES = ("pcmepp", "pfe", "probvlm", "prolip")
-QUICK = ("--dataset", "tiny", "--recipe", "small", "--epochs", 2, "--batch-size", 50)
 
 
 def test_the_users_command_parses_and_says_what_is_missing(workdir):
@@ -304,20 +305,6 @@ def test_wrong_input_is_one_line_that_names_it(arguments, words, script, workdir
 
 
 # Stopped and resumed.
-
-
-LONG = (
-    "--dataset",
-    "tiny",
-    "--recipe",
-    "small",
-    "--epochs",
-    7,
-    "--batch-size",
-    50,
-    "--save-every",
-    2,
-)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,6 +15,7 @@ from utils.evaluation.tables import best_mean, is_number, markdown_table, mean_a
 from utils.evaluation.training_free import TRAINING_FREE
 
 COLUMNS = ("S", "R2", "-S*R2", "R@1", "AURC")
+# The columns are COLUMNS, of both directions.
 LATEX_HEAD = r"""% needs \usepackage{booktabs}
 \begin{tabular}{lrrrrrrrrrr}
 \toprule
